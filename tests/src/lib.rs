@@ -1,1 +1,13 @@
-//! To be filled.
+//! What Freeflow is tested and measured with.
+//!
+//! [`guest`] is a whole guest in this process: a vhost-user frontend and a driver over memfd memory, written from
+//! `docs/device.md` and sharing nothing but the `virtio-rdma` ABI crate with the device. [`router`] starts the daemon under test.
+//! End-to-end tests are in `tests/`, the benchmark is the program `bench`.
+#![allow(
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    reason = "a test bench: errors say themselves what failed, and panics are failed tests"
+)]
+
+pub mod guest;
+pub mod sys;

@@ -1,0 +1,212 @@
+//! Start, reset and stop of the device (docs/device.md, 2).
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use virtio_rdma::area::{AH_STRIDE, ARM_STRIDE, AreaKind};
+use virtio_rdma::config::Config;
+use virtio_rdma::ctrl::{AddGid, DelGid, DeviceAttr, Opcode, SetArea};
+
+use super::ctrl::{Ctrl, Request};
+use super::doorbell::DoorbellArea;
+use super::events::Events;
+use super::mem::{Buf, GuestMemory, PAGE};
+use super::verbs::AhTable;
+use super::vhost::Connection;
+use super::virtq::Virtq;
+use super::{Gid, Guest, GuestConfig, Inner, Result};
+
+/// Descriptors of a doorbell queue, which carries no buffers.
+const DOORBELL_QUEUE_SIZE: u16 = 8;
+
+/// Connects, starts the virtqueues, resets the device and asks for its limits.
+pub(super) fn connect(socket: &Path, config: GuestConfig) -> Result<Inner> {
+    let memory = match config.memory {
+        Some(memory) => memory,
+        None => GuestMemory::new(config.memory_size)?,
+    };
+    let mut connection = Connection::open(socket)?;
+    let space = connection.config()?;
+    check(&space, connection.num_queues()?)?;
+    connection.set_memory(&memory.regions())?;
+    let mut ctrl = Ctrl::new(&memory)?;
+    let events = Events::new(&memory, space.num_event_queues.get().into())?;
+    let doorbell_queues: Vec<Virtq> = (0..space.num_doorbell_queues.get())
+        .map(|_| Virtq::new(&memory, DOORBELL_QUEUE_SIZE))
+        .collect::<Result<_>>()?;
+    start_queues(&mut connection, &ctrl, &events, &doorbell_queues)?;
+    let attr = reset_and_query(&mut ctrl)?;
+    for index in 0..events.count() {
+        events.queue(index).fill()?;
+    }
+    let doorbells = doorbell_queues
+        .iter()
+        .map(|q| Ok(Arc::new(DoorbellArea::new(&memory, attr.max_doorbells.get(), q.kick.try_clone()?, config.rings)?)))
+        .collect::<Result<_>>()?;
+    let arm = memory.alloc(attr.max_cq.get() as usize * ARM_STRIDE, config.rings)?;
+    let ahs = AhTable::new(memory.alloc(attr.max_ah.get() as usize * AH_STRIDE, config.rings)?, attr.max_ah.get());
+    let mut gids = vec![link_local(space.mac)];
+    gids.extend(config.gids);
+    Ok(Inner {
+        connection: Mutex::new(Some(connection)),
+        connected: AtomicBool::new(true),
+        generation: AtomicU64::new(0),
+        memory,
+        placement: config.rings,
+        config: space,
+        attr,
+        ctrl: Mutex::new(ctrl),
+        events,
+        doorbells,
+        doorbell_queues,
+        arm,
+        ahs,
+        gids,
+    })
+}
+
+fn check(config: &Config, queues: u64) -> Result<()> {
+    use super::Error::NotOurs;
+    if !config.is_ours() {
+        return Err(NotOurs("magic or version"));
+    }
+    if config.num_event_queues.get() == 0 || config.num_doorbell_queues.get() == 0 {
+        return Err(NotOurs("no event or no doorbell queue"));
+    }
+    if queues < config.num_queues() as u64 {
+        return Err(NotOurs("fewer virtqueues than the configuration says"));
+    }
+    Ok(())
+}
+
+fn start_queues(connection: &mut Connection, ctrl: &Ctrl, events: &Events, doorbells: &[Virtq]) -> Result<()> {
+    connection.start_queue(0, &ctrl.virtq, ctrl.virtq.avail_index())?;
+    for index in 0..events.count() {
+        let queue = events.queue(index);
+        connection.start_queue(1 + index, &queue.virtq, queue.virtq.avail_index())?;
+    }
+    for (index, queue) in doorbells.iter().enumerate() {
+        connection.start_queue(1 + events.count() + index, queue, queue.avail_index())?;
+    }
+    Ok(())
+}
+
+fn reset_and_query(ctrl: &mut Ctrl) -> Result<DeviceAttr> {
+    let reset = Request::new(Opcode::Reset, &[0u8; 0], &[], 0);
+    ctrl.send(&reset)?.body::<[u8; 0]>()?;
+    let query = Request::typed::<[u8; 0], DeviceAttr>(Opcode::QueryDevice, &[], &[]);
+    ctrl.send(&query)?.body()
+}
+
+/// The link-local address that belongs to a MAC (RFC 4291, appendix A).
+pub fn link_local(mac: [u8; 6]) -> Gid {
+    let mut gid = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, 0, 0, 0];
+    gid[13..].copy_from_slice(&mac[3..]);
+    gid
+}
+
+impl Guest {
+    /// Sends `RESET` alone.
+    pub fn reset(&self) -> Result<()> {
+        self.0.generation.fetch_add(1, SeqCst);
+        self.command_ok(Opcode::Reset, &[0u8; 0], &[])
+    }
+
+    /// Reloads the driver: `RESET`, then areas and GIDs again. Objects of before are gone.
+    pub fn reload(&self) -> Result<()> {
+        self.reset()?;
+        self.events().forget();
+        self.give_everything()
+    }
+
+    /// Gives the device its areas and the GIDs.
+    pub(super) fn give_everything(&self) -> Result<()> {
+        for (index, area) in self.doorbells().iter().enumerate() {
+            self.set_area(AreaKind::Doorbell, index as u16, area.buf())?;
+        }
+        self.set_area(AreaKind::CqArm, 0, self.arm_words())?;
+        self.ahs().clear();
+        self.set_area(AreaKind::AddressHandle, 0, self.ahs().buf())?;
+        for (index, gid) in self.gids().iter().enumerate() {
+            self.add_gid(index as u16, *gid)?;
+        }
+        Ok(())
+    }
+
+    /// Clears an area and gives it to the device.
+    pub fn set_area(&self, kind: AreaKind, index: u16, buf: &Buf) -> Result<()> {
+        buf.fill(0, buf.capacity(), 0);
+        std::sync::atomic::fence(SeqCst);
+        let extents = buf.extents(0, buf.len().next_multiple_of(PAGE as usize));
+        let body =
+            SetArea { kind: kind.to_wire().into(), index: index.into(), num_extents: (extents.len() as u32).into() };
+        self.command_ok(Opcode::SetArea, &body, &extents)
+    }
+
+    /// Fills an entry of the GID table.
+    pub fn add_gid(&self, index: u16, gid: Gid) -> Result<()> {
+        let body = AddGid { index: index.into(), roce_version: 2, reserved: [0; 5], gid };
+        self.command_ok(Opcode::AddGid, &body, &[])
+    }
+
+    /// Clears an entry of the GID table.
+    pub fn del_gid(&self, index: u16) -> Result<()> {
+        self.command_ok(Opcode::DelGid, &DelGid { index: index.into(), reserved: [0; 6] }, &[])
+    }
+
+    /// Stops all virtqueues, as a VMM that pauses does, and returns where each would go on.
+    pub fn stop_queues(&self) -> Result<Vec<u16>> {
+        let count = 1 + self.events().count() + self.0.doorbell_queues.len();
+        self.with_connection(|c| (0..count).map(|index| c.stop_queue(index)).collect())
+    }
+
+    /// Starts all virtqueues again where they were stopped.
+    pub fn start_queues_at(&self, bases: &[u16]) -> Result<()> {
+        let events = self.events().count();
+        self.with_connection(|c| {
+            c.start_queue(0, &self.ctrl().virtq, bases[0])?;
+            for index in 0..events {
+                c.start_queue(1 + index, &self.events().queue(index).virtq, bases[1 + index])?;
+            }
+            for (index, queue) in self.0.doorbell_queues.iter().enumerate() {
+                c.start_queue(1 + events + index, queue, bases[1 + events + index])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Resets the virtio device by the VMM, without a word of the driver.
+    pub fn reset_virtio(&self) -> Result<()> {
+        self.0.generation.fetch_add(1, SeqCst);
+        self.with_connection(Connection::reset)
+    }
+
+    /// Sets everything up again after [`reset_virtio`](Self::reset_virtio).
+    pub fn restart(&self) -> Result<()> {
+        self.ctrl().virtq.clear();
+        for index in 0..self.events().count() {
+            self.events().queue(index).virtq.clear();
+        }
+        self.with_connection(|c| {
+            c.set_features_again()?;
+            c.set_memory(&self.memory().regions())
+        })?;
+        self.start_queues_at(&vec![0; 1 + self.events().count() + self.0.doorbell_queues.len()])?;
+        self.reset()?;
+        for index in 0..self.events().count() {
+            self.events().queue(index).fill()?;
+        }
+        self.events().forget();
+        self.give_everything()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn link_local_is_an_eui_64() {
+        let gid = super::link_local([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
+        assert_eq!(gid, [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x50, 0x54, 0, 0xff, 0xfe, 0x12, 0x34, 0x56]);
+    }
+}

@@ -1,0 +1,19 @@
+//! Verbs objects over the control queue and the rings. Dropping one destroys it; what uses an object keeps it alive.
+
+mod ah;
+mod connect;
+mod cq;
+mod mr;
+mod pd;
+mod qp;
+mod ring;
+mod wr;
+
+pub use ah::{Ah, AhAttr, AhTable};
+pub use connect::{RC_INIT, RC_RTR, RC_RTS, Rc, RcOptions, UD_INIT, connect, ip_gid};
+pub use cq::{Cq, Wc};
+pub use mr::{MAX_EXTENTS, Mr, MrSpec};
+pub use pd::Pd;
+pub use qp::{Qp, QpSpec};
+pub use ring::Ring;
+pub use wr::{Op, Payload, Remote, SendWr, Sge};
