@@ -1,0 +1,1 @@
+//! Initial RAM disks in the `newc` format that the kernel unpacks.

@@ -1,0 +1,149 @@
+//! The User-mode Linux kernel, built from the kernel sources of Debian backports.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::apt::Apt;
+use crate::cache::{Cache, Recipe};
+use crate::progress::Steps;
+
+const SUITES: [&str; 2] = ["trixie", "trixie-backports"];
+const SOURCE: &str = "linux-source-7.2";
+const CONFIG: &str = include_str!("../../assets/uml.config");
+/// Folders of the source tree that no module build reads, once the kernel is built.
+const UNNEEDED: &str = "Documentation LICENSES block certs crypto drivers fs init io_uring ipc kernel lib mm net rust samples \
+    security sound usr virt tools/perf tools/testing linux vmlinux vmlinux.o vmlinux.a vmlinux.unstripped";
+
+/// A User-mode Linux kernel in the cache.
+#[derive(Debug, Clone)]
+pub struct UmlKernel {
+    /// The entry's folder.
+    pub dir: PathBuf,
+}
+
+impl UmlKernel {
+    /// Finds or builds it.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        let recipe = Recipe::new("uml-kernel").with("1").with(SOURCE).with(CONFIG).with(UNNEEDED);
+        let dir = cache.get(&recipe, build)?;
+        Ok(Self { dir })
+    }
+
+    /// The kernel, an executable of the host.
+    pub fn image(&self) -> PathBuf {
+        self.dir.join("linux")
+    }
+
+    /// The folder that holds its modules by release, like `/lib/modules`.
+    pub fn modules(&self) -> PathBuf {
+        self.dir.join("modules")
+    }
+
+    /// The tree against which further modules can be built (with `ARCH=um`).
+    pub fn build_dir(&self) -> PathBuf {
+        self.dir.join("build")
+    }
+}
+
+fn build(steps: &Steps, dir: &Path) -> Result<()> {
+    let apt = Apt::new(steps, dir.join("apt"), &SUITES)?;
+    apt.unpack(steps, SOURCE, &dir.join("deb"))?;
+    let tree = dir.join("build");
+    unpack(steps, &dir.join(format!("deb/usr/src/{SOURCE}.tar.xz")), &tree)?;
+    configure(steps, &tree)?;
+    compile(steps, &tree)?;
+    install(steps, &tree, dir)?;
+    prune(steps, &tree)?;
+    for leftover in ["apt", "deb"] {
+        fs::remove_dir_all(dir.join(leftover))?;
+    }
+    Ok(())
+}
+
+fn unpack(steps: &Steps, tarball: &Path, tree: &Path) -> Result<()> {
+    steps.step("unpacking the kernel's sources");
+    fs::create_dir_all(tree)?;
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(tree).args(["--strip-components=1", "--exclude=*/Documentation/*/*", "-xf"]).arg(tarball);
+    steps.run(&mut tar)
+}
+
+fn make(tree: &Path, targets: &[&str]) -> Command {
+    let jobs = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    let mut make = Command::new("make");
+    make.arg("-C").arg(tree).args(["ARCH=um", &format!("-j{jobs}")]).args(targets);
+    make
+}
+
+/// The default configuration with our lines over it, checked: `olddefconfig` drops silently what it cannot do.
+fn configure(steps: &Steps, tree: &Path) -> Result<()> {
+    steps.step("configuring");
+    steps.run(&mut make(tree, &["defconfig"]))?;
+    let path = tree.join(".config");
+    let config = fs::read_to_string(&path)?;
+    fs::write(&path, config + CONFIG)?;
+    steps.run(&mut make(tree, &["olddefconfig"]))?;
+    let result = fs::read_to_string(&path)?;
+    let missing = missing_lines(CONFIG, &result);
+    if !missing.is_empty() {
+        bail!("the kernel does not honour these lines of its configuration: {}", missing.join(", "));
+    }
+    Ok(())
+}
+
+/// Lines of `wanted` that the configuration `result` does not fulfil.
+fn missing_lines<'a>(wanted: &'a str, result: &str) -> Vec<&'a str> {
+    let fulfilled = |line: &str| match line.strip_prefix("# ").and_then(|rest| rest.strip_suffix(" is not set")) {
+        Some(name) => !result.lines().any(|other| other.strip_prefix(name).is_some_and(|rest| rest.starts_with('='))),
+        None => !line.starts_with("CONFIG_") || result.lines().any(|other| other == line),
+    };
+    wanted.lines().filter(|line| !fulfilled(line)).collect()
+}
+
+fn compile(steps: &Steps, tree: &Path) -> Result<()> {
+    steps.step("building the kernel (7 minutes on 2 CPUs)");
+    steps.run(&mut make(tree, &["all"]))?;
+    steps.run(&mut make(tree, &["modules_prepare", "scripts/module.lds"]))
+}
+
+fn install(steps: &Steps, tree: &Path, dir: &Path) -> Result<()> {
+    steps.step("installing");
+    let staging = dir.join("staging");
+    let path = format!("INSTALL_MOD_PATH={}", staging.display());
+    steps.run(&mut make(tree, &["modules_install", "INSTALL_MOD_STRIP=1", &path]))?;
+    fs::rename(staging.join("lib/modules"), dir.join("modules"))?;
+    fs::remove_dir_all(&staging)?;
+    let release = super::release(&dir.join("modules"))?;
+    fs::remove_file(dir.join("modules").join(release).join("build"))?;
+    fs::copy(tree.join("linux"), dir.join("linux")).context("no kernel came out of the build")?;
+    Ok(())
+}
+
+/// Leaves of the tree only what a module build reads: 100 MB of 2 GB.
+fn prune(steps: &Steps, tree: &Path) -> Result<()> {
+    steps.step("keeping what module builds need");
+    steps.run(Command::new("rm").arg("-rf").args(UNNEEDED.split_whitespace()).current_dir(tree))?;
+    for arch in fs::read_dir(tree.join("arch"))? {
+        let arch = arch?;
+        if arch.file_type()?.is_dir() && arch.file_name() != "um" && arch.file_name() != "x86" {
+            fs::remove_dir_all(arch.path())?;
+        }
+    }
+    let find = ["arch", "-name", "*.[aco]", "-delete"];
+    steps.run(Command::new("find").args(find).current_dir(tree))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unfulfilled_lines_are_found() {
+        let wanted = "# a comment\nCONFIG_A=y\nCONFIG_B=m\n# CONFIG_C is not set\n# CONFIG_D is not set\n";
+        let result = "CONFIG_A=y\nCONFIG_B=y\nCONFIG_C=y\nCONFIG_DD=y\n";
+        assert_eq!(missing_lines(wanted, result), ["CONFIG_B=m", "# CONFIG_C is not set"]);
+    }
+}

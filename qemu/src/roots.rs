@@ -1,0 +1,100 @@
+//! Root file systems: folders with a minimal Debian in them, made by `mmdebstrap`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::apt::{self, Apt};
+use crate::cache::{Cache, Recipe};
+use crate::progress::Steps;
+
+/// What a guest's user space consists of, beside the essential packages. Nothing in it is ours.
+const GUEST_PACKAGES: &str = "mount,kmod,procps,iproute2,iputils-ping,ethtool,strace,rdma-core,ibverbs-utils,\
+    ibverbs-providers,rdmacm-utils,perftest,python3-pyverbs";
+
+/// A Debian release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Distro {
+    /// Debian 12: kernel 6.1, rdma-core 44.
+    Bookworm,
+    /// Debian 13: kernel 6.12, rdma-core 56.
+    Trixie,
+}
+
+impl Distro {
+    /// All that can be guests.
+    pub const ALL: [Self; 2] = [Self::Bookworm, Self::Trixie];
+
+    /// The release's code name.
+    pub fn codename(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+        }
+    }
+}
+
+impl std::fmt::Display for Distro {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.codename())
+    }
+}
+
+/// The user space of a guest: stock packages only. Never written to.
+pub fn guest_root(cache: &Cache, distro: Distro) -> Result<PathBuf> {
+    let recipe = Recipe::new(&format!("root-{distro}")).with("1").with(GUEST_PACKAGES);
+    cache.get(&recipe, |steps, dir| {
+        fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        steps.step("installing Debian packages");
+        bootstrap(steps, &[distro.codename()], GUEST_PACKAGES, dir, &[])
+    })
+}
+
+/// A static busybox: the commands of a guest's first moments, before it has its root.
+pub fn busybox(cache: &Cache) -> Result<PathBuf> {
+    let recipe = Recipe::new("busybox").with("1");
+    let dir = cache.get(&recipe, |steps, dir| {
+        let apt = Apt::new(steps, dir.join("apt"), &[Distro::Trixie.codename()])?;
+        apt.unpack(steps, "busybox-static", &dir.join("deb"))?;
+        let binary = ["bin/busybox", "usr/bin/busybox"].map(|path| dir.join("deb").join(path)).into_iter().find(|path| path.exists());
+        fs::rename(binary.context("no busybox in its package")?, dir.join("busybox"))?;
+        fs::remove_dir_all(dir.join("deb"))?;
+        Ok(fs::remove_dir_all(dir.join("apt"))?)
+    })?;
+    Ok(dir.join("busybox"))
+}
+
+/// Installs `packages` of the first of `suites` into the folder `target`, with `options` for mmdebstrap.
+pub fn bootstrap(steps: &Steps, suites: &[&str], packages: &str, target: &Path, options: &[&str]) -> Result<()> {
+    let sources = target.with_extension("list");
+    apt::write_sources(&sources, suites)?;
+    let mut command = Command::new("mmdebstrap");
+    command.args(["--variant=apt", "--mode=root", "--format=directory"]);
+    command.args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"]);
+    command.args(apt::shared_settings()?.iter().map(|setting| format!("--aptopt={}", aptopt(setting))));
+    command.arg(format!("--include={packages}")).args(options);
+    command.arg(suites[0]).args([target, &sources]);
+    let result = steps.run(&mut command);
+    fs::remove_file(&sources)?;
+    result
+}
+
+/// `Key=value` in the syntax of apt's configuration files, which mmdebstrap wants.
+fn aptopt(setting: &str) -> String {
+    let (key, value) = setting.split_once('=').unwrap_or((setting, ""));
+    format!("{key} \"{value}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_rewritten_for_mmdebstrap() {
+        assert_eq!(aptopt("Acquire::Retries=3"), "Acquire::Retries \"3\"");
+    }
+}
