@@ -105,6 +105,10 @@ pub enum Part {
     UmlBuild,
     /// The User-mode Linux kernel itself.
     UmlKernel,
+    /// Root file system with the headers and the compiler of Debian 12's kernel (use `module` to build in it).
+    BookwormHeaders,
+    /// The same for Debian 13.
+    TrixieHeaders,
     /// The guest's user space, Debian 12.
     BookwormRoot,
     /// The guest's user space, Debian 13.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::cache::Cache;
 use crate::cli::{Action, Cli, KindArgs, ModuleArgs, Part, PrepareArgs, Vmm};
 use crate::guest::{self, Purpose, init, keeper};
+use crate::kernel::debian::DebianKernel;
 use crate::kernel::uml::UmlKernel;
 use crate::roots::{Distro, guest_root};
 use crate::vmm::Machine;
@@ -44,6 +45,8 @@ fn path(part: Part) -> Result<u8> {
     let path: PathBuf = match part {
         Part::UmlBuild => UmlKernel::get(&cache)?.build_dir(),
         Part::UmlKernel => UmlKernel::get(&cache)?.image(),
+        Part::BookwormHeaders => DebianKernel::get(&cache, Distro::Bookworm)?.build_root(),
+        Part::TrixieHeaders => DebianKernel::get(&cache, Distro::Trixie)?.build_root(),
         Part::BookwormRoot => guest_root(&cache, Distro::Bookworm)?,
         Part::TrixieRoot => guest_root(&cache, Distro::Trixie)?,
     };

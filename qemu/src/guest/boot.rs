@@ -46,7 +46,7 @@ pub struct BootFiles<'a> {
     /// What runs it.
     pub machine: &'a Machine,
     /// The module to load.
-    pub module: Option<PathBuf>,
+    pub module: Option<&'a Path>,
 }
 
 impl BootFiles<'_> {
@@ -57,7 +57,7 @@ impl BootFiles<'_> {
         put("env", &self.environment(workspace))?;
         put("nics", self.interfaces().as_bytes())?;
         put("command", &self.command())?;
-        match &self.module {
+        match self.module {
             Some(module) => fs::copy(module, dir.join(crate::driver::MODULE)).map(drop).with_context(|| format!("cannot copy {}", module.display())),
             None => Ok(()),
         }

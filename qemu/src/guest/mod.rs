@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, unshare};
 
+use crate::accel::Accel;
 use crate::cache::Cache;
 use crate::cli::GuestArgs;
 use crate::driver;
@@ -71,16 +72,24 @@ pub struct Spec {
     pub append: String,
 }
 
+/// What a guest is put together from.
+struct Parts {
+    machine: Machine,
+    accel: Option<Accel>,
+    module: Option<PathBuf>,
+}
+
 /// Boots a guest and returns the exit status for this process.
 pub fn run(cache: &Cache, args: &GuestArgs, purpose: &Purpose) -> Result<u8> {
     check_host(args)?;
     let deadline = args.timeout.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let machine = Machine::get(cache, args.kind)?;
     let module = driver::for_guest(cache, args, &machine)?;
+    let accel = machine.accel(args.accel)?;
     let spec = spec(args, purpose)?;
     let ports: Vec<String> = spec.interfaces.iter().map(|interface| interface.port.clone()).collect();
     let keeper = Keeper::start(&args.net, machine.port_kind(), &ports)?;
-    let result = boot(cache, args, purpose, &machine, module, &spec, deadline);
+    let result = boot(cache, args, purpose, &Parts { machine, accel, module }, &spec, deadline);
     keeper.finish();
     result
 }
@@ -124,17 +133,17 @@ fn boot(
     cache: &Cache,
     args: &GuestArgs,
     purpose: &Purpose,
-    machine: &Machine,
-    module: Option<PathBuf>,
+    parts: &Parts,
     spec: &Spec,
     deadline: Option<Instant>,
 ) -> Result<u8> {
     let workspace = Workspace::enter(&cache.run_dir(), spec, args.share.as_deref())?;
-    machine.write_boot(&workspace, &BootFiles { spec, purpose, machine, module })?;
+    let Parts { machine, accel, module } = parts;
+    machine.write_boot(&workspace, &BootFiles { spec, purpose, machine, module: module.as_deref() })?;
     let plan = Plan {
         namespace: args.net.namespace_file(),
         cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
-        argv: machine.command_line(spec, &workspace)?,
+        argv: machine.command_line(spec, &workspace, *accel)?,
         console: workspace.console(),
         tmp: workspace.path().to_owned(),
     };

@@ -1,5 +1,6 @@
 //! Kernels for guests, each with its modules and with what is needed to build further modules for it.
 
+pub mod debian;
 pub mod uml;
 
 use std::path::{Path, PathBuf};

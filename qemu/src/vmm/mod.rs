@@ -1,13 +1,17 @@
 //! What runs guests: how each kind gets its parts, and its command line.
 
+pub mod binary;
+pub mod image;
+pub mod qemu;
 pub mod uml;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
+use crate::accel::{Accel, Choice};
 use crate::cache::Cache;
 use crate::cli::{KindArgs, Vmm};
 use crate::guest::Spec;
@@ -20,6 +24,8 @@ use crate::net::PortKind;
 pub enum Machine {
     /// User-mode Linux.
     Uml(uml::Uml),
+    /// A virtual machine.
+    Qemu(qemu::Qemu),
 }
 
 /// What the first program of a guest has to know about its machine.
@@ -40,7 +46,7 @@ impl Machine {
     pub fn get(cache: &Cache, kind: KindArgs) -> Result<Self> {
         match kind.vmm {
             Vmm::Uml => Ok(Self::Uml(uml::Uml::get(cache, kind.distro)?)),
-            Vmm::Qemu => bail!("QEMU guests are not there yet: use --vmm uml"),
+            Vmm::Qemu => Ok(Self::Qemu(qemu::Qemu::get(cache, kind.distro)?)),
         }
     }
 
@@ -48,6 +54,7 @@ impl Machine {
     pub fn port_kind(&self) -> PortKind {
         match self {
             Self::Uml(_) => PortKind::Veth,
+            Self::Qemu(_) => PortKind::Tap,
         }
     }
 
@@ -55,6 +62,7 @@ impl Machine {
     pub fn kernel_id(&self) -> String {
         match self {
             Self::Uml(uml) => uml.kernel_id(),
+            Self::Qemu(qemu) => qemu.kernel_id(),
         }
     }
 
@@ -62,13 +70,23 @@ impl Machine {
     pub fn module_build(&self, dir: &Path) -> Result<Command> {
         match self {
             Self::Uml(uml) => Ok(uml.module_build(dir)),
+            Self::Qemu(qemu) => qemu.module_build(dir),
+        }
+    }
+
+    /// The accelerator, for the kind of machine that has one. Says which on standard error.
+    pub fn accel(&self, choice: Choice) -> Result<Option<Accel>> {
+        match self {
+            Self::Uml(_) => Ok(None),
+            Self::Qemu(qemu) => qemu.accel(choice).map(Some),
         }
     }
 
     /// The command line that boots the guest.
-    pub fn command_line(&self, spec: &Spec, workspace: &Workspace) -> Result<Vec<OsString>> {
+    pub fn command_line(&self, spec: &Spec, workspace: &Workspace, accel: Option<Accel>) -> Result<Vec<OsString>> {
         match self {
             Self::Uml(uml) => Ok(uml.command_line(spec, workspace)),
+            Self::Qemu(qemu) => qemu.command_line(spec, workspace, accel.unwrap_or(Accel::Tcg)),
         }
     }
 
@@ -76,6 +94,7 @@ impl Machine {
     pub fn write_boot(&self, workspace: &Workspace, files: &BootFiles<'_>) -> Result<()> {
         match self {
             Self::Uml(uml) => uml.write_boot(workspace, files),
+            Self::Qemu(qemu) => qemu.write_boot(workspace, files),
         }
     }
 
@@ -83,6 +102,7 @@ impl Machine {
     pub fn boot_facts(&self) -> BootFacts {
         match self {
             Self::Uml(uml) => uml.boot_facts(),
+            Self::Qemu(qemu) => qemu.boot_facts(),
         }
     }
 }
