@@ -9,5 +9,8 @@
     reason = "a test bench: errors say themselves what failed, and panics are failed tests"
 )]
 
+pub mod bed;
 pub mod guest;
+pub mod rng;
+pub mod router;
 pub mod sys;
