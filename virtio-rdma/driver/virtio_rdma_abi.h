@@ -107,9 +107,12 @@ enum {
 struct virtio_rdma_config {
 	__le32 magic;	/* MAGIC; a driver refuses a device without it */
 	__le16 version;	/* crate::ABI_VERSION; a driver refuses one that it does not know */
-	__le16 status;	/* Port status, see STATUS_LINK_UP. Changes raise a configuration interrupt */
-	__le16 num_event_queues;	/* Number of event virtqueues, at least 1: one for each completion vector */
-	__le16 num_doorbell_queues;	/* Number of doorbell virtqueues, at least 1: one for each data-path worker */
+	/* Port status, see STATUS_LINK_UP. Changes raise a configuration interrupt */
+	__le16 status;
+	/* Number of event virtqueues, at least 1: one for each completion vector */
+	__le16 num_event_queues;
+	/* Number of doorbell virtqueues, at least 1: one for each data-path worker */
+	__le16 num_doorbell_queues;
 	__u8 mac[6];	/* MAC of the guest's ordinary interface that this device rides beside */
 	__u8 max_mtu;	/* Largest MTU of the port, an enum ib_mtu (1: 256 to 5: 4096 bytes) */
 	__u8 active_mtu;	/* MTU in use, an enum ib_mtu */
@@ -128,7 +131,10 @@ struct virtio_rdma_ctrl_hdr {
 /* Starts every response */
 struct virtio_rdma_ctrl_resp {
 	__le32 status;	/* A Status */
-	__le32 length;	/* Bytes of the whole response, this header included; just this header unless the status is OK */
+	/* Bytes of the whole response, this header included; just this header unless the
+	 * status is OK
+	 */
+	__le32 length;
 };
 
 /* A piece of guest-physical memory */
@@ -137,7 +143,10 @@ struct virtio_rdma_extent {
 	__le64 len;	/* Bytes, not zero */
 };
 
-/* Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`, `QUERY_QP`, `DESTROY_QP` */
+/*
+ * Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`,
+ * `QUERY_QP`, `DESTROY_QP`
+ */
 struct virtio_rdma_object_req {
 	__le32 number;	/* PD number, key, CQ number or QP number */
 	__le32 reserved;
@@ -164,7 +173,8 @@ struct virtio_rdma_device_attr {
 	__le32 max_ah;	/* Number of address handle records; handles are below it */
 	__le32 max_doorbells;	/* Number of doorbells in each doorbell area, a multiple of 64 */
 	__le32 max_gids;	/* Entries of the GID table */
-	__le32 max_rd_atomic;	/* Most READs and atomics outstanding for a QP as initiator or responder */
+	/* Most READs and atomics outstanding for a QP as initiator or responder */
+	__le32 max_rd_atomic;
 	__le32 qp_types;	/* Bit set of crate::ib::QpType numbers that can be created */
 	__le32 ring_formats;	/* Bit set of crate::ring::Format numbers accepted for rings */
 	__le32 max_srq;	/* Most shared receive queues; zero while they are not offered */
@@ -200,7 +210,8 @@ struct virtio_rdma_del_gid {
 struct virtio_rdma_reg_mr {
 	__le32 pdn;	/* Protection domain */
 	__le32 access;	/* Access bits */
-	__le64 iova;	/* Address that work requests use for the first byte; 0 for zero-based regions */
+	/* Address that work requests use for the first byte; 0 for zero-based regions */
+	__le64 iova;
 	__le64 length;	/* Bytes */
 	__le32 num_extents;	/* Number of extents that follow */
 	__le32 reserved;
@@ -228,7 +239,8 @@ struct virtio_rdma_rereg_mr {
 struct virtio_rdma_ring_desc {
 	__u8 format;	/* A Format */
 	__u8 reserved[3];
-	__le32 entries;	/* Number of elements, a power of two; one of them always stays empty. Zero: no ring */
+	/* Number of elements, a power of two; one of them always stays empty. Zero: no ring */
+	__le32 entries;
 	__le32 stride;	/* Bytes from one element to the next, a power of two */
 	__le32 num_extents;	/* Number of page-aligned extents that describe it */
 };
@@ -260,7 +272,8 @@ struct virtio_rdma_create_qp {
 /* Response of `CREATE_QP` */
 struct virtio_rdma_create_qp_resp {
 	__le32 qpn;	/* QP number, 24 bits, unpredictable */
-	__le16 doorbell_queue;	/* Doorbell queue (counted from 0) and area of the worker that owns the QP */
+	/* Doorbell queue (counted from 0) and area of the worker that owns the QP */
+	__le16 doorbell_queue;
 	__le16 reserved0;
 	__le32 doorbell;	/* The QP's bit in that doorbell area */
 	__le32 reserved1;
@@ -327,7 +340,8 @@ struct virtio_rdma_ah {
 struct virtio_rdma_event {
 	__le16 kind;	/* An EventType */
 	__le16 reserved0;
-	__le32 number;	/* Number of the object: a CQ number, QP number, SRQ number or port, by kind */
+	/* Number of the object: a CQ number, QP number, SRQ number or port, by kind */
+	__le32 number;
 	__le32 data;	/* More about it, by kind; zero where nothing is said */
 	__le32 reserved1;
 };
