@@ -58,6 +58,14 @@ impl TestRouter {
         Guest::connect(&self.socket_of(nic), config).expect("the guest comes up")
     }
 
+    /// A guest on a virtual NIC whose present guest is disconnected first.
+    pub fn guest_after_end(&self, nic: usize, present: &Guest) -> Guest {
+        present.disconnect();
+        let gone = || !self.is_connected(nic);
+        crate::bed::eventually("end of the session", std::time::Duration::from_secs(10), gone);
+        self.guest(nic, GuestConfig::default())
+    }
+
     /// The GIDs of the addresses that a virtual NIC was given.
     pub fn gids_of(nic: usize) -> Vec<Gid> {
         let last = nic as u8 + 1;

@@ -81,7 +81,7 @@ impl Guest {
     pub fn connect(socket: &Path, config: GuestConfig) -> Result<Self> {
         let inner = setup::connect(socket, config)?;
         let guest = Self(Arc::new(inner));
-        guest.give_everything()?;
+        guest.give_areas_and_gids()?;
         Ok(guest)
     }
 
@@ -138,6 +138,12 @@ impl Guest {
     /// Allocates memory for the application.
     pub fn alloc_placed(&self, len: usize, placement: Placement) -> Result<Arc<Buf>> {
         self.0.memory.alloc(len, placement).map(Arc::new)
+    }
+
+    /// Takes all free memory below an address, so that whatever comes next lies above it.
+    pub fn hog_below(&self, gpa: u64) -> Vec<Buf> {
+        let one = || self.0.memory.alloc(mem::PAGE as usize, Placement::Contiguous).ok();
+        std::iter::from_fn(one).take_while(|buf| buf.gpa(0) < gpa).collect()
     }
 
     /// The control queue, for pipelines and raw commands.

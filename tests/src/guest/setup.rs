@@ -117,11 +117,11 @@ impl Guest {
     pub fn reload(&self) -> Result<()> {
         self.reset()?;
         self.events().forget();
-        self.give_everything()
+        self.give_areas_and_gids()
     }
 
     /// Gives the device its areas and the GIDs.
-    pub(super) fn give_everything(&self) -> Result<()> {
+    pub fn give_areas_and_gids(&self) -> Result<()> {
         for (index, area) in self.doorbells().iter().enumerate() {
             self.set_area(AreaKind::Doorbell, index as u16, area.buf())?;
         }
@@ -198,7 +198,7 @@ impl Guest {
             self.events().queue(index).fill()?;
         }
         self.events().forget();
-        self.give_everything()
+        self.give_areas_and_gids()
     }
 }
 
