@@ -1,1 +1,29 @@
-//! To be filled.
+//! The Freeflow device backend: the vhost-user RDMA device, its objects, the data-path engine and its paths.
+//!
+//! * [`host`] is the front door: a [`Host`](host::Host) has an engine and virtual NICs.
+//! * [`vhost`] talks to the VMM, [`control`] executes the guest's control commands on the objects of [`nic`], [`mr`], [`cq`] and [`qp`].
+//! * [`engine`] moves the bytes: doorbells to work requests ([`ring`], [`wqe`]) to copies between guests' memories ([`mem`]) to completions.
+//! * [`overlay`] is what it asks of the router.
+//!
+//! Everything that a guest can write is hostile: it is copied once, checked, and only then used.
+
+mod affinity;
+pub mod control;
+pub mod cq;
+pub mod engine;
+pub mod host;
+pub mod mem;
+pub mod mr;
+pub mod nic;
+pub mod overlay;
+pub mod profile;
+pub mod qp;
+pub mod ring;
+pub mod vhost;
+pub mod wqe;
+
+pub use engine::EngineConfig;
+pub use host::{AddNicError, Host, NicStatus, Objects, QpStatus};
+pub use nic::NicConfig;
+pub use overlay::{Gid, NicId, Overlay, Place};
+pub use profile::Profile;

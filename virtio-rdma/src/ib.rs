@@ -72,7 +72,7 @@ bitflags! {
     }
 
     /// Flags of a send work request (`enum ib_send_flags`).
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
     pub struct SendFlags: u32 {
         /// Wait for earlier READs and atomics.
         const FENCE = 1;

@@ -1,0 +1,205 @@
+//! The control queue: objects of one virtual NIC, created, changed and freed as its guest's driver asks.
+//!
+//! [`parse`] turns bytes into commands, [`Control`] holds what exists and executes them. Everything here runs in the virtual NIC's own
+//! thread. Where a command takes something away from the data path, it waits for the workers before it answers.
+
+mod area;
+mod memory;
+pub mod parse;
+mod queues;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use virtio_rdma::ctrl::{MAX_RESPONSE, ResponseHeader, Status};
+use zerocopy::{Immutable, IntoBytes};
+
+use self::memory::Regions;
+use self::parse::Command;
+use crate::cq::Cq;
+use crate::engine::Engine;
+use crate::mem::{Map, Pages};
+use crate::nic::Nic;
+
+/// Why a command was refused: what the host's log says. The guest sees [`status`](Self::status).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Request and stated lengths disagree.
+    #[error("the request's length is wrong")]
+    Length,
+    /// A reserved field is not zero.
+    #[error("a reserved field is not zero")]
+    Reserved,
+    /// A field has a value that it cannot have.
+    #[error("invalid {0}")]
+    Value(&'static str),
+    /// Not a command of this device.
+    #[error("unknown command {0:#06x}")]
+    UnknownCommand(u16),
+    /// The profile does not offer it.
+    #[error("{0} is not offered")]
+    NotOffered(&'static str),
+    /// Quota.
+    #[error("quota of {0} is used up")]
+    Quota(&'static str),
+    /// No such object.
+    #[error("no such {0}")]
+    NotFound(&'static str),
+    /// Still used.
+    #[error("{0} is in use")]
+    Busy(&'static str),
+    /// The virtual NIC was not given this address.
+    #[error("address is not this virtual NIC's")]
+    NotItsAddress,
+    /// Memory that the guest does not have.
+    #[error("memory of {0} is outside the guest")]
+    Memory(&'static str),
+    /// Not now.
+    #[error("not allowed in this state: {0}")]
+    State(&'static str),
+}
+
+impl Refusal {
+    /// What the guest is told.
+    pub fn status(self) -> Status {
+        match self {
+            Self::Length | Self::Reserved | Self::Value(_) => Status::Invalid,
+            Self::UnknownCommand(_) | Self::NotOffered(_) => Status::Unsupported,
+            Self::Quota(_) => Status::NoResources,
+            Self::NotFound(_) => Status::NotFound,
+            Self::Busy(_) => Status::Busy,
+            Self::NotItsAddress => Status::NotPermitted,
+            Self::Memory(_) => Status::BadAddress,
+            Self::State(_) => Status::BadState,
+        }
+    }
+}
+
+/// Bytes of a response after its header.
+type Answer = Result<Vec<u8>, Refusal>;
+
+fn nothing() -> Vec<u8> {
+    Vec::new()
+}
+
+fn answer<T: IntoBytes + Immutable>(value: &T) -> Vec<u8> {
+    value.as_bytes().to_vec()
+}
+
+/// What one guest's driver created.
+#[derive(Debug)]
+pub struct Control {
+    nic: Arc<Nic>,
+    engine: Arc<Engine>,
+    map: Arc<Map>,
+    /// Protection domains, with the number of objects in each.
+    pds: HashMap<u32, u32>,
+    next_pd: u32,
+    regions: Regions,
+    cqs: Vec<Option<Arc<Cq>>>,
+    arm: Option<Arc<Pages>>,
+    /// QPs created, for spreading them over doorbell queues.
+    qps_created: usize,
+}
+
+impl Control {
+    /// An empty device.
+    pub fn new(nic: Arc<Nic>, engine: Arc<Engine>) -> Self {
+        Self {
+            nic,
+            engine,
+            map: Arc::default(),
+            pds: HashMap::new(),
+            next_pd: 1,
+            regions: Regions::default(),
+            cqs: Vec::new(),
+            arm: None,
+            qps_created: 0,
+        }
+    }
+
+    /// Executes one request and returns the bytes of the response, of which there is room for `room`.
+    pub fn execute(&mut self, request: &[u8], room: usize) -> Vec<u8> {
+        let result = Command::parse(request).and_then(|command| self.run(command));
+        self.nic.counters.commands.add(1);
+        let (status, payload) = match result {
+            Ok(payload) if room >= size_of::<ResponseHeader>() + payload.len() => (Status::Ok, payload),
+            Ok(_) => (Status::Invalid, nothing()),
+            Err(refusal) => {
+                self.nic.counters.commands_refused.add(1);
+                self.nic.warn(format_args!("command refused: {refusal}"));
+                (refusal.status(), nothing())
+            }
+        };
+        debug_assert!(payload.len() < MAX_RESPONSE);
+        let length = (size_of::<ResponseHeader>() + payload.len()) as u32;
+        let header = ResponseHeader { status: status.to_wire().into(), length: length.into() };
+        [header.as_bytes(), &payload].concat()
+    }
+
+    fn run(&mut self, command: Command) -> Answer {
+        match command {
+            Command::Reset => {
+                self.reset();
+                Ok(nothing())
+            }
+            Command::QueryDevice => Ok(answer(&self.nic.config.profile.to_wire())),
+            Command::SetArea(kind, index, extents) => self.set_area(kind, index, &extents),
+            Command::AddGid(args) => self.add_gid(&args),
+            Command::DelGid(args) => self.del_gid(&args),
+            Command::AllocPd => self.alloc_pd(),
+            Command::DeallocPd(pdn) => self.dealloc_pd(pdn),
+            Command::RegMr(args, extents) => self.reg_mr(&args, &extents),
+            Command::ExtendMr(key, extents) => self.extend_mr(key, &extents),
+            Command::ReregMr(args, extents) => self.rereg_mr(&args, &extents),
+            Command::DeregMr(key) => self.dereg_mr(key),
+            Command::CreateCq(args, extents) => self.create_cq(&args, &extents),
+            Command::DestroyCq(cqn) => self.destroy_cq(cqn),
+            Command::CreateQp(args, sq, rq) => self.create_qp(&args, &sq, &rq),
+            Command::ModifyQp(args) => self.modify_qp(&args),
+            Command::QueryQp(qpn) => self.query_qp(qpn),
+            Command::DestroyQp(qpn) => self.destroy_qp(qpn),
+        }
+    }
+
+    /// Frees every object. When it returns no worker touches anything that was there.
+    pub fn reset(&mut self) {
+        self.nic.keys.retain(|_| false);
+        let qps: Vec<_> = self.nic.qps.write().drain().map(|(_, qp)| qp).collect();
+        for queue in &self.nic.doorbells {
+            queue.slots.write().clear();
+            *queue.area.write() = None;
+        }
+        *self.nic.handles.write() = None;
+        self.nic.gids.write().clear();
+        self.engine.ports_changed();
+        for qp in &qps {
+            qp.close();
+        }
+        for cq in self.cqs.drain(..).flatten() {
+            cq.close();
+        }
+        self.engine.quiesce().wait();
+        for queue in &self.nic.events {
+            queue.clear();
+        }
+        self.pds.clear();
+        self.regions = Regions::default();
+        self.arm = None;
+    }
+
+    /// Number of protection domains, regions and CQs.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.pds.len(), self.regions.len(), self.cqs.iter().flatten().count())
+    }
+
+    /// Guest memory has changed. What lies in memory that went fails; nothing else notices. When it returns no worker touches what went.
+    pub fn set_map(&mut self, map: Arc<Map>) {
+        self.map = map;
+        self.drop_lost_areas();
+        self.drop_lost_regions();
+        self.drop_lost_queues();
+        self.engine.ports_changed();
+        self.engine.quiesce().wait();
+    }
+}

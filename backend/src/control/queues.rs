@@ -1,0 +1,280 @@
+//! Completion queues and queue pairs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_rdma::ctrl::{
+    CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QpAttr, RingDesc,
+};
+use virtio_rdma::event::EventType;
+use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
+use virtio_rdma::ring::RXE_CQE_STRIDE;
+
+use super::parse::RawExtent;
+use super::{Answer, Control, Refusal, answer, nothing};
+use crate::cq::Cq;
+use crate::nic::keys::random_qpn;
+use crate::qp::state::allowed;
+use crate::qp::{Identity, Qp, RecvQueue, SendQueue};
+use crate::ring::rxe::Caps;
+use crate::ring::{Geometry, Ring};
+
+impl Control {
+    pub(super) fn create_cq(&mut self, args: &CreateCq, extents: &[RawExtent]) -> Answer {
+        let profile = &self.nic.config.profile;
+        let vector = usize::from(args.vector.get());
+        if vector >= self.nic.events.len() {
+            return Err(Refusal::Value("completion vector"));
+        }
+        if args.reserved != [0; 6] {
+            return Err(Refusal::Reserved);
+        }
+        let arm = self.arm.clone().ok_or(Refusal::State("no area for arm words"))?;
+        let cqn = free_slot(&mut self.cqs, profile.max_cq).ok_or(Refusal::Quota("completion queues"))?;
+        let max_entries = (profile.max_cqe + 1).next_power_of_two();
+        let geometry = Geometry::parse(&args.ring, max_entries, RXE_CQE_STRIDE as usize);
+        let geometry = geometry.ok_or(Refusal::Value("completion ring"))?;
+        let ring = Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory("completion ring"))?;
+        self.cqs[cqn] = Some(Arc::new(Cq::new(cqn as u32, vector, ring, arm)));
+        Ok(answer(&ObjectResponse { number: (cqn as u32).into(), ..ObjectResponse::default() }))
+    }
+
+    pub(super) fn destroy_cq(&mut self, cqn: u32) -> Answer {
+        let cq = self.cq(cqn)?;
+        if cq.users.load(Ordering::Relaxed) > 0 {
+            return Err(Refusal::Busy("completion queue"));
+        }
+        cq.close();
+        self.cqs[cqn as usize] = None;
+        self.engine.quiesce().wait();
+        Ok(nothing())
+    }
+
+    fn cq(&self, cqn: u32) -> Result<Arc<Cq>, Refusal> {
+        self.cqs.get(cqn as usize).cloned().flatten().ok_or(Refusal::NotFound("completion queue"))
+    }
+
+    pub(super) fn create_qp(&mut self, args: &CreateQp, sq: &[RawExtent], rq: &[RawExtent]) -> Answer {
+        let kind = self.check_create(args)?;
+        let caps = |max_sge: u16, max_inline| Caps { max_sge: max_sge.into(), max_inline, datagram: kind != QpType::Rc };
+        let send_caps = caps(args.max_send_sge.get(), args.max_inline_data.get());
+        let recv_caps = caps(args.max_recv_sge.get(), 0);
+        let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;
+        let recv_ring = self.ring(&args.rq, rq, recv_caps.recv_element())?;
+        let (send_cq, recv_cq) = (self.cq(args.send_cqn.get())?, self.cq(args.recv_cqn.get())?);
+        let queue = self.qps_created % self.nic.doorbells.len();
+        let doorbell = self.free_doorbell(queue)?;
+        let qpn = random_qpn(|n| self.nic.qps.read().contains_key(&n));
+        send_cq.users.fetch_add(1, Ordering::Relaxed);
+        recv_cq.users.fetch_add(1, Ordering::Relaxed);
+        let id = Identity {
+            qpn,
+            kind,
+            pdn: args.pdn.get(),
+            doorbell_queue: queue,
+            doorbell,
+            signal_all: args.sq_sig_all == 1,
+            send_cq,
+            recv_cq,
+        };
+        let qp = Qp::new(id, SendQueue::new(send_ring, send_caps), RecvQueue::new(Some(recv_ring), recv_caps));
+        self.insert_qp(Arc::new(qp));
+        Ok(answer(&CreateQpResponse {
+            qpn: qpn.into(),
+            doorbell_queue: (queue as u16).into(),
+            doorbell: doorbell.into(),
+            ..CreateQpResponse::default()
+        }))
+    }
+
+    fn check_create(&self, args: &CreateQp) -> Result<QpType, Refusal> {
+        let profile = &self.nic.config.profile;
+        let kind = QpType::from_wire(args.qp_type).ok_or(Refusal::Value("QP type"))?;
+        if !matches!(kind, QpType::Rc | QpType::Ud) {
+            return Err(Refusal::NotOffered("this QP type"));
+        }
+        if args.srqn.get() != NO_OBJECT {
+            return Err(Refusal::NotOffered("a shared receive queue"));
+        }
+        if args.sq_sig_all > 1 || args.reserved0.get() != 0 || args.reserved1.iter().any(|r| r.get() != 0) {
+            return Err(Refusal::Reserved);
+        }
+        self.check_pd(args.pdn.get())?;
+        let sges = args.max_send_sge.get().max(args.max_recv_sge.get());
+        if u32::from(sges) > profile.max_sge || args.max_inline_data.get() > profile.max_inline_data {
+            return Err(Refusal::Value("SGEs or inline data"));
+        }
+        if self.nic.qps.read().len() >= profile.max_qp as usize {
+            return Err(Refusal::Quota("queue pairs"));
+        }
+        Ok(kind)
+    }
+
+    fn ring(&self, desc: &RingDesc, extents: &[RawExtent], element: usize) -> Result<Ring, Refusal> {
+        let max_entries = (self.nic.config.profile.max_qp_wr + 1).next_power_of_two();
+        let geometry = Geometry::parse(desc, max_entries, element).ok_or(Refusal::Value("work ring"))?;
+        Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory("work ring"))
+    }
+
+    fn free_doorbell(&self, queue: usize) -> Result<u32, Refusal> {
+        let mut slots = self.nic.doorbells[queue].slots.write();
+        if self.nic.doorbells[queue].area.read().is_none() {
+            return Err(Refusal::State("no doorbell area"));
+        }
+        let slot = free_slot(&mut slots, self.nic.config.profile.doorbells());
+        slot.map(|s| s as u32).ok_or(Refusal::Quota("doorbells"))
+    }
+
+    fn insert_qp(&mut self, qp: Arc<Qp>) {
+        self.enter_pd(qp.id.pdn);
+        self.qps_created += 1;
+        self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = Some(qp.clone());
+        self.nic.qps.write().insert(qp.id.qpn, qp);
+    }
+
+    fn qp(&self, qpn: u32) -> Result<Arc<Qp>, Refusal> {
+        self.nic.qp(qpn).ok_or(Refusal::NotFound("queue pair"))
+    }
+
+    pub(super) fn destroy_qp(&mut self, qpn: u32) -> Answer {
+        let qp = self.nic.qps.write().remove(&qpn).ok_or(Refusal::NotFound("queue pair"))?;
+        self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = None;
+        qp.close();
+        self.engine.quiesce().wait();
+        self.leave_pd(qp.id.pdn);
+        qp.id.send_cq.users.fetch_sub(1, Ordering::Relaxed);
+        qp.id.recv_cq.users.fetch_sub(1, Ordering::Relaxed);
+        Ok(nothing())
+    }
+
+    pub(super) fn query_qp(&mut self, qpn: u32) -> Answer {
+        let qp = self.qp(qpn)?;
+        let mut attr = qp.attrs.lock().attr;
+        attr.qp_state = qp.state().to_wire();
+        attr.cur_qp_state = attr.qp_state;
+        attr.sq_draining = u8::from(qp.state() == QpState::Sqd && qp.send.lock().job.is_some());
+        Ok(answer(&attr))
+    }
+
+    pub(super) fn modify_qp(&mut self, args: &ModifyQp) -> Answer {
+        let qp = self.qp(args.qpn.get())?;
+        let mask = QpMask::from_bits(args.attr_mask.get()).ok_or(Refusal::Value("attribute mask"))?;
+        let attr = &args.attr;
+        check_attributes(mask, attr, self.nic.config.profile.max_rd_atomic, self.nic.config.profile.max_gids)?;
+        // The worker must not see a state with another state's attributes: it is kept out meanwhile.
+        let mut send = qp.send.lock();
+        let now = qp.state();
+        let named = QpState::from_wire(attr.cur_qp_state).filter(|_| mask.contains(QpMask::CUR_STATE));
+        let from = named.unwrap_or(now);
+        if named.is_some_and(|n| n != now) {
+            return Err(Refusal::State("the QP is not in the state named"));
+        }
+        let to = if mask.contains(QpMask::STATE) {
+            QpState::from_wire(attr.qp_state).ok_or(Refusal::Value("state"))?
+        } else {
+            from
+        };
+        if !allowed(qp.id.kind, from, to, mask, named) {
+            return Err(Refusal::State("this transition"));
+        }
+        if to == QpState::Reset {
+            qp.start_over();
+            send.reset();
+            qp.recv.lock().reset();
+        } else {
+            qp.change_attrs(|old| apply(mask, attr, old));
+        }
+        let notify = mask.contains(QpMask::EN_SQD_ASYNC_NOTIFY) && attr.en_sqd_async_notify != 0;
+        send.notify_drained = to == QpState::Sqd && notify;
+        if mask.contains(QpMask::AV) {
+            send.binding = None;
+        }
+        qp.set_state(to);
+        drop(send);
+        self.engine.attend(&self.nic, &qp);
+        Ok(nothing())
+    }
+
+    /// Queues whose memory is gone fail.
+    pub(super) fn drop_lost_queues(&mut self) {
+        for cq in self.cqs.iter().flatten() {
+            if cq.close_if_gone(&self.map) && cq.first_break() {
+                self.nic.raise(EventType::CqError, cq.cqn);
+            }
+        }
+        let qps: Vec<_> = self.nic.qps.read().values().cloned().collect();
+        for qp in qps {
+            let send_gone = qp.send.lock().close_if_gone(&self.map);
+            let recv_gone = qp.recv.lock().close_if_gone(&self.map);
+            if send_gone || recv_gone {
+                qp.set_state(QpState::Err);
+                self.nic.raise(EventType::QpFatal, qp.id.qpn);
+            }
+        }
+    }
+}
+
+/// Copies the attributes that `mask` names.
+fn apply(mask: QpMask, new: &QpAttr, old: &mut QpAttr) {
+    macro_rules! take {
+        ($($flag:ident: $field:ident;)*) => {
+            $(if mask.contains(QpMask::$flag) { old.$field = new.$field; })*
+        };
+    }
+    take! {
+        ACCESS_FLAGS: access_flags;
+        PKEY_INDEX: pkey_index;
+        PORT: port_num;
+        QKEY: qkey;
+        AV: av;
+        PATH_MTU: path_mtu;
+        TIMEOUT: timeout;
+        RETRY_CNT: retry_cnt;
+        RNR_RETRY: rnr_retry;
+        RQ_PSN: rq_psn;
+        MAX_QP_RD_ATOMIC: max_rd_atomic;
+        MIN_RNR_TIMER: min_rnr_timer;
+        SQ_PSN: sq_psn;
+        MAX_DEST_RD_ATOMIC: max_dest_rd_atomic;
+        DEST_QPN: dest_qpn;
+        EN_SQD_ASYNC_NOTIFY: en_sqd_async_notify;
+    }
+}
+
+fn check_attributes(mask: QpMask, attr: &QpAttr, max_rd_atomic: u32, max_gids: u32) -> Result<(), Refusal> {
+    let wrong = |flag, bad: bool| mask.contains(flag) && bad;
+    let refused = QpMask::ALT_PATH | QpMask::PATH_MIG_STATE | QpMask::CAP;
+    if mask.intersects(refused) {
+        return Err(Refusal::NotOffered("this attribute"));
+    }
+    let field = match () {
+        () if wrong(QpMask::PORT, attr.port_num != 1) => "port",
+        () if wrong(QpMask::PKEY_INDEX, attr.pkey_index.get() != 0) => "P_Key index",
+        () if wrong(QpMask::PATH_MTU, !(1..=5).contains(&attr.path_mtu)) => "path MTU",
+        () if wrong(QpMask::TIMEOUT, attr.timeout > 31) => "timeout",
+        () if wrong(QpMask::RETRY_CNT, attr.retry_cnt > 7) => "retry count",
+        () if wrong(QpMask::RNR_RETRY, attr.rnr_retry > 7) => "RNR retry count",
+        () if wrong(QpMask::MIN_RNR_TIMER, attr.min_rnr_timer > 31) => "RNR timer",
+        () if wrong(QpMask::MAX_QP_RD_ATOMIC, u32::from(attr.max_rd_atomic) > max_rd_atomic) => "max_rd_atomic",
+        () if wrong(QpMask::MAX_DEST_RD_ATOMIC, u32::from(attr.max_dest_rd_atomic) > max_rd_atomic) => {
+            "max_dest_rd_atomic"
+        }
+        () if wrong(QpMask::DEST_QPN, attr.dest_qpn.get() >> 24 != 0) => "destination QP number",
+        () if wrong(QpMask::AV, u32::from(attr.av.sgid_index.get()) >= max_gids) => "source GID index",
+        () if wrong(QpMask::ACCESS_FLAGS, Access::from_bits(attr.access_flags.get()).is_none()) => "access flags",
+        () => return Ok(()),
+    };
+    Err(Refusal::Value(field))
+}
+
+/// The first free slot, in a table of at most `max`.
+fn free_slot<T>(slots: &mut Vec<Option<T>>, max: u32) -> Option<usize> {
+    let index = slots.iter().position(Option::is_none).unwrap_or(slots.len());
+    if index == slots.len() {
+        if index >= max as usize {
+            return None;
+        }
+        slots.push(None);
+    }
+    Some(index)
+}

@@ -1,0 +1,222 @@
+//! What a worker carries from one quantum to the next: scratch memory, and what is settled at a quantum's end.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use virtio_rdma::event::EventType;
+use virtio_rdma::ib::Access;
+use virtio_rdma::ring::Cqe;
+
+use super::Engine;
+use super::job::Job;
+use crate::cq::{Cq, CqBroken};
+use crate::mem::Seg;
+use crate::mr::{KeyError, Mr};
+use crate::nic::Nic;
+use crate::overlay::NicId;
+use crate::wqe::Sge;
+
+/// Bytes that one visit to a QP may move before others have their turn.
+pub const QUANTUM_BYTES: u64 = 64 * 1024;
+/// Work requests that one visit to a QP may start.
+pub const QUANTUM_WQES: u32 = 32;
+
+/// What is left of a visit.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget {
+    /// Bytes.
+    pub bytes: u64,
+    /// Work requests.
+    pub wqes: u32,
+}
+
+impl Budget {
+    /// A whole visit.
+    pub fn full() -> Self {
+        Self { bytes: QUANTUM_BYTES, wqes: QUANTUM_WQES }
+    }
+
+    /// Takes a work request out of the budget; false when it is used up.
+    pub fn take_wqe(&mut self) -> bool {
+        let left = self.wqes > 0 && self.bytes > 0;
+        self.wqes = self.wqes.saturating_sub(1);
+        left
+    }
+}
+
+/// Worker state that belongs to no QP.
+#[derive(Debug)]
+pub struct Context {
+    /// The engine.
+    pub engine: Arc<Engine>,
+    /// The time, as of the present round.
+    pub now: Instant,
+    /// Source of the present copy.
+    pub src: Vec<Seg>,
+    /// Destination of the present copy.
+    pub dst: Vec<Seg>,
+    keys: KeyCache,
+    spare: Vec<Box<Job>>,
+    touched: Vec<Touched>,
+}
+
+/// A CQ that got completions in this quantum.
+#[derive(Debug)]
+struct Touched {
+    nic: Arc<Nic>,
+    cq: Arc<Cq>,
+    solicited: bool,
+}
+
+impl Context {
+    /// For one worker of `engine`.
+    pub fn new(engine: Arc<Engine>) -> Self {
+        Self {
+            engine,
+            now: Instant::now(),
+            src: Vec::new(),
+            dst: Vec::new(),
+            keys: KeyCache::default(),
+            spare: Vec::new(),
+            touched: Vec::new(),
+        }
+    }
+
+    /// A cleared job.
+    pub fn new_job(&mut self) -> Box<Job> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes a job back for reuse.
+    pub fn recycle(&mut self, mut job: Box<Job>) {
+        if self.spare.len() < 4 {
+            job.clear();
+            self.spare.push(job);
+        }
+    }
+
+    /// The region of a key, remembered until the quantum ends.
+    pub fn key(&mut self, nic: &Nic, key: u32) -> Result<&Arc<Mr>, KeyError> {
+        self.keys.get(nic, key)
+    }
+
+    /// Checks every key of an SGE list.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn check_sges(&mut self, nic: &Nic, pdn: u32, need: Access, sges: &[Sge]) -> Result<(), KeyError> {
+        for sge in sges.iter().filter(|s| s.length > 0) {
+            self.keys.get(nic, sge.lkey)?.check(pdn, need, sge.addr, sge.length.into())?;
+        }
+        Ok(())
+    }
+
+    /// Appends where bytes `from` to `from + len` of an SGE list are, checking keys again: they may have gone since the request started.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn gather(&mut self, side: Side, list: &Gather<'_>) -> Result<(), KeyError> {
+        let out = match side {
+            Side::Source => &mut self.src,
+            Side::Destination => &mut self.dst,
+        };
+        let (mut skip, mut left) = (list.from, list.len);
+        for sge in list.sges {
+            let length = u64::from(sge.length);
+            if skip >= length {
+                skip -= length;
+                continue;
+            }
+            let len = (length - skip).min(left);
+            if len == 0 {
+                break;
+            }
+            let mr = self.keys.get(list.nic, sge.lkey)?;
+            let addr = sge.addr.wrapping_add(skip);
+            mr.check(list.pdn, list.need, addr, len)?;
+            mr.segments(addr, len, out);
+            left -= len;
+            skip = 0;
+        }
+        Ok(())
+    }
+
+    /// Writes a completion. Whether the guest wants an event is looked at when the quantum ends.
+    ///
+    /// # Errors
+    /// When the CQ is broken; that was reported to the guest here.
+    pub fn push_cqe(&mut self, nic: &Arc<Nic>, cq: &Arc<Cq>, cqe: &Cqe, solicited: bool) -> Result<(), CqBroken> {
+        if let Err(broken) = cq.push(cqe) {
+            if cq.first_break() {
+                nic.warn(format_args!("completion queue {} overflowed", cq.cqn));
+                nic.raise(EventType::CqError, cq.cqn);
+            }
+            return Err(broken);
+        }
+        match self.touched.iter_mut().find(|t| Arc::ptr_eq(&t.cq, cq)) {
+            Some(touched) => touched.solicited |= solicited,
+            None => self.touched.push(Touched { nic: nic.clone(), cq: cq.clone(), solicited }),
+        }
+        Ok(())
+    }
+
+    /// The quantum ends: events go out, and nothing that was looked up is used any more.
+    pub fn settle(&mut self) {
+        for touched in self.touched.drain(..) {
+            if touched.cq.take_event(touched.solicited) {
+                touched.nic.raise_on(touched.cq.vector, EventType::Completion, touched.cq.cqn);
+            }
+        }
+        self.keys.entries.clear();
+        self.src.clear();
+        self.dst.clear();
+    }
+}
+
+/// Which list of segments to append to.
+#[derive(Debug, Clone, Copy)]
+pub enum Side {
+    /// Bytes come from there.
+    Source,
+    /// Bytes go there.
+    Destination,
+}
+
+/// Part of an SGE list.
+#[derive(Debug)]
+pub struct Gather<'a> {
+    /// Whose keys they are.
+    pub nic: &'a Nic,
+    /// Protection domain of the QP.
+    pub pdn: u32,
+    /// Access that is needed.
+    pub need: Access,
+    /// The list.
+    pub sges: &'a [Sge],
+    /// First byte.
+    pub from: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Regions looked up in this quantum.
+#[derive(Debug, Default)]
+struct KeyCache {
+    entries: Vec<(NicId, Arc<Mr>)>,
+}
+
+impl KeyCache {
+    const SIZE: usize = 8;
+
+    fn get(&mut self, nic: &Nic, key: u32) -> Result<&Arc<Mr>, KeyError> {
+        if let Some(index) = self.entries.iter().position(|(id, mr)| mr.key == key && *id == nic.id) {
+            return Ok(&self.entries[index].1);
+        }
+        let mr = nic.keys.get(key)?;
+        if self.entries.len() == Self::SIZE {
+            self.entries.remove(0);
+        }
+        self.entries.push((nic.id, mr));
+        Ok(&self.entries[self.entries.len() - 1].1)
+    }
+}

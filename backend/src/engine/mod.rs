@@ -1,0 +1,176 @@
+//! The data-path engine: worker threads that serve the send queues of all virtual NICs.
+//!
+//! * [`worker`]: the loop: doorbells, run queues, timers, sleeping.
+//! * [`serve`]: one visit to a QP; [`rc`] and [`ud`] are the transports on this host.
+//! * [`quiesce`]: how others wait until workers no longer use something.
+
+pub mod context;
+pub mod job;
+pub mod quiesce;
+mod rc;
+mod serve;
+mod timers;
+mod ud;
+mod wake;
+mod worker;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::{Mutex, RwLock};
+
+use self::quiesce::Quiesce;
+use self::wake::Mailbox;
+use crate::nic::Nic;
+use crate::overlay::{Gid, NicId, Overlay, Place};
+use crate::qp::Qp;
+
+/// Settings of the engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Worker threads, at least 1.
+    pub workers: usize,
+    /// How long a worker polls after the last work before it sleeps.
+    pub poll: Duration,
+    /// How long a datagram waits for a receive before it is dropped.
+    pub datagram_patience: Duration,
+    /// Core that each worker is pinned to; those beyond the list are not pinned.
+    pub cores: Vec<usize>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            poll: Duration::from_micros(50),
+            datagram_patience: Duration::from_millis(2),
+            cores: Vec::new(),
+        }
+    }
+}
+
+/// The engine, shared by workers and by the virtual NICs' own threads.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    overlay: Arc<dyn Overlay>,
+    nics: RwLock<HashMap<NicId, Arc<Nic>>>,
+    /// Changes when workers must look at the list of NICs and their areas again.
+    version: AtomicU64,
+    quiesce: Quiesce,
+    mailboxes: Vec<Mailbox>,
+    stop: AtomicBool,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// When the system gives no threads or descriptors.
+    pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Arc<Self>> {
+        let workers = config.workers.max(1);
+        let engine = Arc::new(Self {
+            overlay,
+            nics: RwLock::default(),
+            version: AtomicU64::new(1),
+            quiesce: Quiesce::new(workers),
+            mailboxes: (0..workers).map(|_| Mailbox::new()).collect::<io::Result<_>>()?,
+            stop: AtomicBool::new(false),
+            threads: Mutex::default(),
+            config,
+        });
+        for index in 0..workers {
+            let thread = worker::spawn(engine.clone(), index)?;
+            engine.threads.lock().push(thread);
+        }
+        Ok(engine)
+    }
+
+    /// Ends the workers and waits for them.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.wake_all();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("a data-path worker has panicked");
+            }
+        }
+    }
+
+    /// Settings.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// Number of workers.
+    pub fn num_workers(&self) -> usize {
+        self.mailboxes.len()
+    }
+
+    /// How to wait for the workers.
+    pub fn quiesce(&self) -> &Quiesce {
+        &self.quiesce
+    }
+
+    /// Serves a virtual NIC from now on.
+    pub fn add_nic(&self, nic: &Arc<Nic>) {
+        self.nics.write().insert(nic.id, nic.clone());
+        self.ports_changed();
+    }
+
+    /// Serves it no longer. When this returns no worker knows it.
+    pub fn remove_nic(&self, id: NicId) {
+        self.nics.write().remove(&id);
+        self.ports_changed();
+        self.quiesce.wait();
+    }
+
+    /// All virtual NICs, in the order of their numbers.
+    pub fn nics(&self) -> Vec<Arc<Nic>> {
+        let mut nics: Vec<_> = self.nics.read().values().cloned().collect();
+        nics.sort_by_key(|n| n.id);
+        nics
+    }
+
+    /// The virtual NIC that has `gid`, as seen from `from`.
+    pub fn find(&self, from: NicId, gid: Gid) -> Option<Arc<Nic>> {
+        let Place::Local(id) = self.overlay.locate(from, gid)?;
+        self.nics.read().get(&id).cloned()
+    }
+
+    /// Workers look at NICs and areas again, sleeping ones too.
+    pub fn ports_changed(&self) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+        self.wake_all();
+    }
+
+    /// The QP's worker visits it soon, without a doorbell.
+    pub fn attend(&self, nic: &Arc<Nic>, qp: &Arc<Qp>) {
+        let worker = nic.doorbells[qp.id.doorbell_queue].worker;
+        self.mailboxes[worker].post(nic.clone(), qp.clone());
+    }
+
+    /// The eventfd by which the guest wakes the worker of a doorbell queue; `None` when there is none any more.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be waited for.
+    pub fn set_kick(&self, nic: &Nic, queue: usize, kick: Option<File>) -> io::Result<()> {
+        self.mailboxes[nic.doorbells[queue].worker].set_kick(nic.id, queue, kick)
+    }
+
+    /// How many times each worker has slept.
+    pub fn sleeps(&self) -> Vec<u64> {
+        self.mailboxes.iter().map(Mailbox::sleeps).collect()
+    }
+
+    fn wake_all(&self) {
+        self.mailboxes.iter().for_each(Mailbox::wake);
+    }
+}

@@ -1,0 +1,57 @@
+//! Waiting until no worker can still be using what was just taken away.
+//!
+//! Workers look things up (keys, QPs, areas, "is this NIC running?") and use what they found within
+//! one *quantum* of work, at most 64 KiB of copying. Whoever removes something first makes it impossible to find and then calls
+//! [`Quiesce::wait`]: when that returns, every quantum that may have found it is over.
+
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Duration;
+
+/// On a cache line of its own, so that workers do not disturb each other.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Ticks(AtomicU64);
+
+/// For each worker a count that is odd within a quantum.
+#[derive(Debug)]
+pub struct Quiesce {
+    workers: Box<[Ticks]>,
+}
+
+impl Quiesce {
+    /// For this many workers.
+    pub fn new(workers: usize) -> Self {
+        Self { workers: (0..workers).map(|_| Ticks::default()).collect() }
+    }
+
+    /// A worker starts a quantum. What it looks up from here on is safe until [`leave`](Self::leave).
+    pub fn enter(&self, worker: usize) {
+        let ticks = &self.workers[worker].0;
+        ticks.store(ticks.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        // Pairs with the fence in `wait`: either the waiter sees this quantum, or we see what it removed.
+        fence(Ordering::SeqCst);
+    }
+
+    /// The quantum is over.
+    pub fn leave(&self, worker: usize) {
+        let ticks = &self.workers[worker].0;
+        ticks.store(ticks.load(Ordering::Relaxed) + 1, Ordering::Release);
+    }
+
+    /// Returns when every quantum that was under way at the call is over. Not for workers.
+    pub fn wait(&self) {
+        fence(Ordering::SeqCst);
+        for ticks in &self.workers {
+            let seen = ticks.0.load(Ordering::Acquire);
+            if seen.is_multiple_of(2) {
+                continue;
+            }
+            let mut spins = 0u32;
+            while ticks.0.load(Ordering::Acquire) == seen {
+                spins += 1;
+                if spins < 64 { std::hint::spin_loop() } else { std::thread::sleep(Duration::from_micros(20)) }
+            }
+        }
+        fence(Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,369 @@
+//! One visit to a QP: start or continue its work requests, complete them, or flush it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::MutexGuard;
+use virtio_rdma::event::EventType;
+use virtio_rdma::ib::{QpState, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
+use virtio_rdma::ring::Cqe;
+
+use super::context::{Budget, Context};
+use super::job::Job;
+use super::{rc, ud};
+use crate::nic::Nic;
+use crate::qp::{Qp, SendQueue, Wait, WaitKind};
+use crate::ring::rxe::parse_send;
+use crate::wqe::Op;
+
+/// What to do with the QP after a visit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing until its doorbell rings.
+    Idle,
+    /// Visit it again after the others.
+    Again,
+    /// Visit it at this time.
+    At(Instant),
+}
+
+/// How far a work request came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Complete.
+    Done,
+    /// The budget is used up.
+    Paused,
+    /// It waits for the peer; try again at the latest after this time.
+    Wait(WaitKind, Duration),
+    /// It failed.
+    Failed(WcStatus),
+}
+
+/// Visits a QP of `nic`.
+pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> Next {
+    let send = qp.send.lock();
+    match qp.state() {
+        QpState::Rts => run(ctx, nic, qp, send),
+        QpState::Sqd => drain(ctx, nic, qp, send),
+        QpState::Err => {
+            let more = flush_send(ctx, nic, qp, send);
+            if flush_recv(ctx, nic, qp) || more { Next::Again } else { Next::Idle }
+        }
+        QpState::Sqe => {
+            if flush_send(ctx, nic, qp, send) {
+                Next::Again
+            } else {
+                Next::Idle
+            }
+        }
+        QpState::Reset | QpState::Init | QpState::Rtr => Next::Idle,
+    }
+}
+
+fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
+    if let Some(wait) = &send.wait
+        && ctx.now < wait.next_look
+    {
+        return Next::At(wait.next_look);
+    }
+    let mut budget = Budget::full();
+    while budget.take_wqe() {
+        let job = match send.job.take() {
+            Some(job) => Some(job),
+            None => match fetch(ctx, qp, &send) {
+                Ok(job) => job,
+                Err(reason) => return fatal(nic, qp, reason),
+            },
+        };
+        let Some(job) = job else {
+            return Next::Idle;
+        };
+        if let Some(next) = advance(ctx, nic, qp, &mut send, job, &mut budget) {
+            return next;
+        }
+    }
+    Next::Again
+}
+
+/// SQD: what has started is finished, nothing new is begun.
+fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
+    let mut budget = Budget::full();
+    if let Some(job) = send.job.take()
+        && let Some(next) = advance(ctx, nic, qp, &mut send, job, &mut budget)
+    {
+        return next;
+    }
+    if std::mem::take(&mut send.notify_drained) {
+        nic.raise(EventType::SqDrained, qp.id.qpn);
+    }
+    Next::Idle
+}
+
+/// Takes one job as far as it goes. `None`: it is complete and the next can start.
+fn advance(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    mut job: Box<Job>,
+    budget: &mut Budget,
+) -> Option<Next> {
+    let step = match job.wqe.op {
+        Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
+        Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job),
+        _ => rc::step(ctx, nic, qp, send, &mut job, budget),
+    };
+    match step {
+        Step::Done => {
+            send.bytes += job.wqe.length;
+            let pushed = complete(ctx, nic, qp, send, &job, WcStatus::Success);
+            ctx.recycle(job);
+            (!pushed).then(|| fatal(nic, qp, "its completion queue overflowed"))
+        }
+        Step::Paused => {
+            send.job = Some(job);
+            Some(Next::Again)
+        }
+        Step::Wait(kind, period) => wait(ctx, nic, qp, send, job, kind, period),
+        Step::Failed(status) => Some(fail(ctx, nic, qp, send, job, status)),
+    }
+}
+
+/// The next work request of the ring, parsed; a malformed one fails when it is stepped.
+fn fetch(ctx: &mut Context, qp: &Qp, send: &SendQueue) -> Result<Option<Box<Job>>, &'static str> {
+    let next = send.next().map_err(|_| "producer index of the send ring is outside the ring")?;
+    let Some((ring, index)) = next else {
+        return Ok(None);
+    };
+    let mut job = ctx.new_job();
+    if let Err(error) = parse_send(ring, index, send.caps, &mut job.wqe) {
+        log::debug!("QP {:#x}: {error}", qp.id.qpn);
+        job.wqe.op = Op::Invalid;
+    }
+    Ok(Some(job))
+}
+
+fn wait(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    job: Box<Job>,
+    kind: WaitKind,
+    period: Duration,
+) -> Option<Next> {
+    match count_wait(ctx.now, nic, qp, send, kind, period) {
+        Ok(at) => {
+            send.job = Some(job);
+            Some(Next::At(at))
+        }
+        Err(None) => {
+            // A datagram whose destination had no receive: dropped, which its sender never learns.
+            nic.counters.datagrams_dropped.add(1);
+            let pushed = complete(ctx, nic, qp, send, &job, WcStatus::Success);
+            ctx.recycle(job);
+            (!pushed).then(|| fatal(nic, qp, "its completion queue overflowed"))
+        }
+        Err(Some(status)) => Some(fail(ctx, nic, qp, send, job, status)),
+    }
+}
+
+/// Begins or continues a wait: when to look again, or with what status patience ends (`None`: drop it).
+fn count_wait(
+    now: Instant,
+    nic: &Nic,
+    qp: &Qp,
+    send: &mut SendQueue,
+    kind: WaitKind,
+    period: Duration,
+) -> Result<Instant, Option<WcStatus>> {
+    let (limit, forever, status) = {
+        let attr = &qp.attrs.lock().attr;
+        match kind {
+            WaitKind::Rnr => (attr.rnr_retry, attr.rnr_retry == 7, Some(WcStatus::RnrRetryExcErr)),
+            WaitKind::Lost => (attr.retry_cnt, attr.timeout == 0, Some(WcStatus::RetryExcErr)),
+            WaitKind::Datagram => (0, false, None),
+        }
+    };
+    match &mut send.wait {
+        Some(wait) if wait.kind == kind => {
+            if now >= wait.deadline && !forever {
+                let used = if kind == WaitKind::Rnr { &mut send.rnr_retries } else { &mut send.retries };
+                // The first RNR wait is already for a retry; the first lost message is not.
+                let spent = if kind == WaitKind::Rnr { *used + 1 } else { *used };
+                if spent >= limit {
+                    return Err(status);
+                }
+                *used += 1;
+                *wait = Wait::new(kind, now, period);
+            }
+            wait.look_later(now);
+            Ok(wait.next_look)
+        }
+        _ => {
+            if kind == WaitKind::Rnr && limit == 0 {
+                return Err(status);
+            }
+            let counter = if kind == WaitKind::Lost { &nic.counters.lost_waits } else { &nic.counters.rnr_waits };
+            counter.add(1);
+            let wait = Wait::new(kind, now, period);
+            send.wait = Some(wait);
+            Ok(wait.next_look)
+        }
+    }
+}
+
+/// Completes the request at the head of the ring. False if the completion could not be written.
+fn complete(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Qp,
+    send: &mut SendQueue,
+    job: &Job,
+    status: WcStatus,
+) -> bool {
+    let wanted = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED) || status != WcStatus::Success;
+    let cqe = Cqe {
+        wr_id: job.wqe.wr_id.into(),
+        status: status.to_wire().into(),
+        opcode: job.wqe.completion_opcode().to_wire().into(),
+        byte_len: (job.wqe.length as u32).into(),
+        qp_num: qp.id.qpn.into(),
+        port_num: 1,
+        ..Cqe::default()
+    };
+    let pushed = !wanted || ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success).is_ok();
+    send.advance();
+    nic.counters.send_wqes.add(1);
+    match status {
+        WcStatus::Success => nic.counters.send_bytes.add(job.wqe.length),
+        WcStatus::WrFlushErr => nic.counters.flushed.add(1),
+        _ => nic.counters.errors.add(1),
+    }
+    pushed
+}
+
+/// The request completes in error and takes its QP with it: to ERR, or SQE for datagrams (IBA 10.3.1).
+fn fail(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    mut job: Box<Job>,
+    status: WcStatus,
+) -> Next {
+    nic.warn(format_args!("QP {:#x}: work request failed: {status:?}", qp.id.qpn));
+    job.give_up_receive();
+    let pushed = complete(ctx, nic, qp, send, &job, status);
+    ctx.recycle(job);
+    if !pushed {
+        return fatal(nic, qp, "its completion queue overflowed");
+    }
+    if qp.id.kind == QpType::Ud {
+        qp.set_state(QpState::Sqe);
+    } else {
+        qp.fail();
+    }
+    Next::Again
+}
+
+/// Something that no completion can say moves the QP to ERR.
+pub(super) fn fatal(nic: &Nic, qp: &Qp, reason: &str) -> Next {
+    if qp.fail() {
+        nic.warn(format_args!("QP {:#x} failed: {reason}", qp.id.qpn));
+        nic.raise(EventType::QpFatal, qp.id.qpn);
+    }
+    Next::Again
+}
+
+/// Flushes posted sends, some of them. True if there may be more.
+fn flush_send(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> bool {
+    if let Some(job) = send.abandon_job() {
+        ctx.recycle(job);
+    }
+    for _ in 0..super::context::QUANTUM_WQES {
+        let Ok(Some(job)) = fetch(ctx, qp, &send) else {
+            return false;
+        };
+        let pushed = complete(ctx, nic, qp, &mut send, &job, WcStatus::WrFlushErr);
+        ctx.recycle(job);
+        if !pushed {
+            return false;
+        }
+    }
+    true
+}
+
+/// Flushes posted receives, some of them. True if there may be more.
+fn flush_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> bool {
+    let mut job = ctx.new_job();
+    let mut more = true;
+    for _ in 0..super::context::QUANTUM_WQES {
+        let taken = qp.recv.lock().take_for_flush(&mut job.recv);
+        more = taken && complete_recv(ctx, nic, qp, &RecvDone::error(job.recv.wr_id, WcStatus::WrFlushErr));
+        if !more {
+            break;
+        }
+    }
+    ctx.recycle(job);
+    more
+}
+
+/// What a receive's completion says.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RecvDone {
+    pub(super) wr_id: u64,
+    pub(super) status: WcStatus,
+    pub(super) opcode: WcOpcode,
+    pub(super) byte_len: u32,
+    pub(super) imm: Option<u32>,
+    pub(super) src_qp: u32,
+    pub(super) flags: WcFlags,
+    pub(super) solicited: bool,
+}
+
+impl RecvDone {
+    /// A receive that ends in error.
+    pub(super) fn error(wr_id: u64, status: WcStatus) -> Self {
+        Self {
+            wr_id,
+            status,
+            opcode: WcOpcode::Recv,
+            byte_len: 0,
+            imm: None,
+            src_qp: 0,
+            flags: WcFlags::empty(),
+            solicited: true,
+        }
+    }
+}
+
+/// Writes a receive's completion to the QP's CQ. False if that is broken: the QP has failed then.
+pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, done: &RecvDone) -> bool {
+    let imm_flag = if done.imm.is_some() { WcFlags::WITH_IMM } else { WcFlags::empty() };
+    let cqe = Cqe {
+        wr_id: done.wr_id.into(),
+        status: done.status.to_wire().into(),
+        opcode: done.opcode.to_wire().into(),
+        byte_len: done.byte_len.into(),
+        imm_data: done.imm.unwrap_or(0).into(),
+        qp_num: qp.id.qpn.into(),
+        src_qp: done.src_qp.into(),
+        wc_flags: (done.flags | imm_flag).bits().into(),
+        port_num: 1,
+        ..Cqe::default()
+    };
+    let pushed = ctx.push_cqe(nic, &qp.id.recv_cq, &cqe, done.solicited).is_ok();
+    nic.counters.recv_wqes.add(1);
+    match done.status {
+        WcStatus::Success => nic.counters.recv_bytes.add(done.byte_len.into()),
+        WcStatus::WrFlushErr => nic.counters.flushed.add(1),
+        _ => nic.counters.errors.add(1),
+    }
+    if !pushed {
+        fatal(nic, qp, "its completion queue overflowed");
+        ctx.engine.clone().attend(nic, qp);
+    }
+    pushed
+}

@@ -1,0 +1,209 @@
+//! Unreliable datagrams on the same host (IBA 9.8.3): one copy into the destination's receive, after a GRH.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use virtio_rdma::area::AH_VALID;
+use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
+use virtio_rdma::ring::GRH_SIZE;
+
+use super::context::{Context, Gather, Side};
+use super::job::Job;
+use super::serve::{RecvDone, Step, complete_recv, fatal};
+use crate::mem::{self, Seg};
+use crate::nic::Nic;
+use crate::overlay::Gid;
+use crate::qp::{Qp, Taken, WaitKind};
+use crate::wqe::Op;
+
+/// Bytes of the largest datagram: the port's MTU.
+const MTU: u64 = 4096;
+
+/// Where a datagram goes, as its address handle says.
+struct Route {
+    source: Gid,
+    destination: Gid,
+    traffic_class: u8,
+    flow_label: u32,
+    hop_limit: u8,
+}
+
+/// Sends one datagram.
+pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Job) -> Step {
+    let Op::Datagram { imm, qpn, qkey, ah } = job.wqe.op else {
+        return Step::Failed(WcStatus::LocQpOpErr);
+    };
+    let Some(route) = route(nic, qp, ah) else {
+        return Step::Failed(WcStatus::LocQpOpErr);
+    };
+    if ctx.check_sges(nic, qp.id.pdn, Access::empty(), job.wqe.sges.as_slice()).is_err() {
+        return Step::Failed(WcStatus::LocProtErr);
+    }
+    // Too long is not an error of the request, it is just not sent (IBA C10-93.1.1; so does rxe).
+    if job.wqe.length > MTU {
+        return drop_it(nic);
+    }
+    let qkey = if qkey >> 31 == 0 { qkey } else { qp.qkey() };
+    let Some((peer_nic, peer)) = find(ctx, nic, route.destination, qpn, qkey) else {
+        return drop_it(nic);
+    };
+    let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
+    match taken {
+        Taken::Empty => return Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience),
+        Taken::TooShort => return drop_it(nic),
+        Taken::Broken(reason) => {
+            fatal(&peer_nic, &peer, reason);
+            ctx.engine.attend(&peer_nic, &peer);
+            return drop_it(nic);
+        }
+        Taken::Malformed => {
+            refuse(ctx, &peer_nic, &peer, job.recv.wr_id, WcStatus::LocQpOpErr);
+            return drop_it(nic);
+        }
+        Taken::Yes => {}
+    }
+    deliver(ctx, nic, qp, (&peer_nic, &peer), job, &route, imm)
+}
+
+fn drop_it(nic: &Nic) -> Step {
+    nic.counters.datagrams_dropped.add(1);
+    Step::Done
+}
+
+fn route(nic: &Nic, qp: &Qp, ah: u32) -> Option<Route> {
+    let record = nic.handles.read().as_ref()?.get(ah)?;
+    if record.flags & AH_VALID == 0 || record.pdn.get() != qp.id.pdn {
+        return None;
+    }
+    let source = nic.gids.read().get(record.sgid_index.get().into())?;
+    Some(Route {
+        source,
+        destination: Gid(record.dgid),
+        traffic_class: record.traffic_class,
+        flow_label: record.flow_label.get(),
+        hop_limit: record.hop_limit,
+    })
+}
+
+fn find(ctx: &Context, nic: &Nic, destination: Gid, qpn: u32, qkey: u32) -> Option<(Arc<Nic>, Arc<Qp>)> {
+    let peer_nic = ctx.engine.find(nic.id, destination).filter(|n| n.is_running())?;
+    let peer = peer_nic.qp(qpn)?;
+    let takes = peer.id.kind == QpType::Ud && peer.responds() && peer.qkey() == qkey;
+    takes.then_some((peer_nic, peer))
+}
+
+fn deliver(
+    ctx: &mut Context,
+    nic: &Nic,
+    qp: &Qp,
+    (peer_nic, peer): (&Arc<Nic>, &Arc<Qp>),
+    job: &Job,
+    route: &Route,
+    imm: bool,
+) -> Step {
+    let grh = route.header(job.wqe.length as u16);
+    ctx.src.clear();
+    ctx.dst.clear();
+    ctx.src.push(Seg::from_own(&grh));
+    if job.wqe.flags.contains(SendFlags::INLINE) {
+        ctx.src.push(Seg::from_own(&job.wqe.inline));
+    } else {
+        let (pdn, len) = (qp.id.pdn, job.wqe.length);
+        let from = Gather { nic, pdn, need: Access::empty(), sges: job.wqe.sges.as_slice(), from: 0, len };
+        if ctx.gather(Side::Source, &from).is_err() {
+            return Step::Failed(WcStatus::LocProtErr);
+        }
+    }
+    let len = GRH_SIZE as u64 + job.wqe.length;
+    let sges = job.recv.sges.as_slice();
+    let to = Gather { nic: peer_nic, pdn: peer.id.pdn, need: Access::LOCAL_WRITE, sges, from: 0, len };
+    if ctx.gather(Side::Destination, &to).is_err() {
+        refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
+        return drop_it(nic);
+    }
+    mem::copy(&ctx.src, &ctx.dst);
+    let done = RecvDone {
+        wr_id: job.recv.wr_id,
+        status: WcStatus::Success,
+        opcode: WcOpcode::Recv,
+        byte_len: len as u32,
+        imm: imm.then_some(job.wqe.imm),
+        src_qp: qp.id.qpn,
+        flags: WcFlags::GRH,
+        solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
+    };
+    complete_recv(ctx, peer_nic, peer, &done);
+    Step::Done
+}
+
+/// The receiver's own fault: its receive completes in error and its QP fails.
+fn refuse(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, wr_id: u64, status: WcStatus) {
+    complete_recv(ctx, nic, qp, &RecvDone::error(wr_id, status));
+    if qp.fail() {
+        ctx.engine.attend(nic, qp);
+    }
+}
+
+impl Route {
+    /// The 40 bytes in front of the payload (IBA 8.3, annex A17.4.5.1).
+    fn header(&self, payload: u16) -> [u8; GRH_SIZE] {
+        match (self.source.address(), self.destination.address()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => self.ipv4(payload, from.octets(), to.octets()),
+            _ => self.ipv6(payload),
+        }
+    }
+
+    fn ipv4(&self, payload: u16, from: [u8; 4], to: [u8; 4]) -> [u8; GRH_SIZE] {
+        let mut header = [0; GRH_SIZE];
+        let ip = &mut header[20..];
+        (ip[0], ip[1]) = (0x45, self.traffic_class);
+        ip[2..4].copy_from_slice(&(20 + 8 + payload).to_be_bytes());
+        ip[6] = 0x40;
+        (ip[8], ip[9]) = (self.hop_limit, 17);
+        ip[12..16].copy_from_slice(&from);
+        ip[16..20].copy_from_slice(&to);
+        let sum = ip.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum::<u32>();
+        let folded = (sum & 0xffff) + (sum >> 16);
+        let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;
+        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+        header
+    }
+
+    fn ipv6(&self, payload: u16) -> [u8; GRH_SIZE] {
+        let mut header = [0; GRH_SIZE];
+        let first = 6 << 28 | u32::from(self.traffic_class) << 20 | (self.flow_label & 0xf_ffff);
+        header[..4].copy_from_slice(&first.to_be_bytes());
+        header[4..6].copy_from_slice(&(8 + payload).to_be_bytes());
+        (header[6], header[7]) = (17, self.hop_limit);
+        header[8..24].copy_from_slice(&self.source.0);
+        header[24..].copy_from_slice(&self.destination.0);
+        header
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(from: &str, to: &str) -> Route {
+        let gid = |s: &str| Gid::of(s.parse().unwrap());
+        Route { source: gid(from), destination: gid(to), traffic_class: 3, flow_label: 0x12345, hop_limit: 64 }
+    }
+
+    #[test]
+    fn an_ipv4_header_is_at_the_end_and_sums_to_zero() {
+        let header = route("10.0.0.1", "10.0.0.2").header(100);
+        assert_eq!(header[..20], [0; 20]);
+        assert_eq!(header[32..36], [10, 0, 0, 1]);
+        let sum: u32 = header[20..].chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
+        assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff);
+    }
+
+    #[test]
+    fn an_ipv6_header_fills_the_grh() {
+        let header = route("fd00::1", "fd00::2").header(100);
+        assert_eq!(header[..4], [0x60, 0x31, 0x23, 0x45]);
+        assert_eq!(header[8..10], [0xfd, 0]);
+        assert_eq!(header[39], 2);
+    }
+}

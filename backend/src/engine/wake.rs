@@ -1,0 +1,132 @@
+//! How a worker sleeps, and what wakes it: guests' kicks, other threads, time.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::time::Duration;
+
+use crossbeam_queue::SegQueue;
+use parking_lot::Mutex;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::nic::Nic;
+use crate::overlay::NicId;
+use crate::qp::Qp;
+
+/// One worker's, shared with those who want something of it.
+#[derive(Debug)]
+pub struct Mailbox {
+    posts: SegQueue<(Arc<Nic>, Arc<Qp>)>,
+    asleep: AtomicBool,
+    sleeps: AtomicU64,
+    epoll: Epoll,
+    wake: EventFd,
+    timer: Mutex<TimerFd>,
+    kicks: Mutex<HashMap<(NicId, usize), File>>,
+}
+
+impl Mailbox {
+    /// An empty one.
+    pub fn new() -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        // Edge-triggered: nobody has to read the counters to make the next write count.
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(edge, 0))?;
+        epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), EpollEvent::new(edge, 0))?;
+        Ok(Self {
+            posts: SegQueue::new(),
+            asleep: AtomicBool::new(false),
+            sleeps: AtomicU64::new(0),
+            epoll,
+            wake,
+            timer: Mutex::new(timer),
+            kicks: Mutex::default(),
+        })
+    }
+
+    /// Puts a QP before the worker.
+    pub fn post(&self, nic: Arc<Nic>, qp: Arc<Qp>) {
+        self.posts.push((nic, qp));
+        self.wake();
+    }
+
+    /// The next QP that somebody put here.
+    pub fn take(&self) -> Option<(Arc<Nic>, Arc<Qp>)> {
+        self.posts.pop()
+    }
+
+    /// Wakes the worker if it sleeps or is about to.
+    pub fn wake(&self) {
+        fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed) {
+            // Fails only when the counter is full, and then the worker is being woken.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Sets, replaces or removes the eventfd of a doorbell queue.
+    pub fn set_kick(&self, nic: NicId, queue: usize, kick: Option<File>) -> io::Result<()> {
+        let mut kicks = self.kicks.lock();
+        if let Some(old) = kicks.remove(&(nic, queue)) {
+            self.epoll.ctl(ControlOperation::Delete, old.as_raw_fd(), EpollEvent::default())?;
+        }
+        if let Some(new) = kick {
+            let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            self.epoll.ctl(ControlOperation::Add, new.as_raw_fd(), EpollEvent::new(edge, 0))?;
+            kicks.insert((nic, queue), new);
+        }
+        Ok(())
+    }
+
+    /// From here on others wake the worker. It looks once more for work, then calls [`sleep`](Self::sleep) or [`stay_awake`](Self::stay_awake).
+    pub fn prepare_sleep(&self) {
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// There was work after all.
+    pub fn stay_awake(&self) {
+        self.asleep.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has put something here.
+    pub fn has_posts(&self) -> bool {
+        !self.posts.is_empty()
+    }
+
+    /// Sleeps until woken, or for this long.
+    pub fn sleep(&self, limit: Option<Duration>) {
+        self.sleeps.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = self.wait(limit) {
+            log::error!("a data-path worker cannot sleep: {error}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.stay_awake();
+    }
+
+    /// How many times the worker has slept.
+    pub fn sleeps(&self) -> u64 {
+        self.sleeps.load(Ordering::Relaxed)
+    }
+
+    fn wait(&self, limit: Option<Duration>) -> io::Result<()> {
+        let mut timer = self.timer.lock();
+        match limit {
+            Some(limit) => timer.reset(limit.max(Duration::from_nanos(1)), None).map_err(io::Error::from)?,
+            None => timer.clear().map_err(io::Error::from)?,
+        }
+        drop(timer);
+        let mut events = [EpollEvent::default(); 16];
+        match self.epoll.wait(-1, &mut events) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The device side of one host: the engine and its virtual NICs. This is what the router drives.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use virtio_rdma::config::NUM_CTRL_QUEUES;
+use virtio_rdma::ib::{QpState, QpType};
+
+use crate::engine::{Engine, EngineConfig};
+use crate::nic::stats::CounterValues;
+use crate::nic::{Nic, NicConfig};
+use crate::overlay::{Gid, NicId, Overlay};
+use crate::profile::BadLimit;
+use crate::qp::Qp;
+use crate::vhost::server::Server;
+use crate::vhost::vring::Vring;
+
+/// Why a virtual NIC could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum AddNicError {
+    /// Its limits are not possible.
+    #[error(transparent)]
+    Limit(#[from] BadLimit),
+    /// Number of vectors or workers.
+    #[error("{0}")]
+    Config(&'static str),
+    /// The socket cannot be made.
+    #[error("cannot listen on {path}")]
+    Socket {
+        /// Its path.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Virtual NICs of this host and the engine that serves them.
+#[derive(Debug)]
+pub struct Host {
+    engine: Arc<Engine>,
+    servers: Mutex<BTreeMap<NicId, (Arc<Nic>, Server)>>,
+}
+
+impl Host {
+    /// Starts the engine, without virtual NICs.
+    ///
+    /// # Errors
+    /// When the system gives no threads or descriptors.
+    pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Self> {
+        Ok(Self { engine: Engine::start(config, overlay)?, servers: Mutex::default() })
+    }
+
+    /// Adds a virtual NIC and listens for its VMM on `socket`.
+    ///
+    /// # Errors
+    /// When its configuration is not possible, or the socket cannot be made.
+    pub fn add_nic(&self, id: NicId, config: NicConfig, socket: &Path) -> Result<(), AddNicError> {
+        config.profile.check()?;
+        let workers = usize::from(config.num_workers);
+        let vectors = usize::from(config.num_vectors);
+        if workers == 0 || workers > self.engine.num_workers() {
+            return Err(AddNicError::Config("a virtual NIC uses at least one worker, and no more than there are"));
+        }
+        if vectors == 0 || NUM_CTRL_QUEUES + vectors + workers > 64 {
+            return Err(AddNicError::Config("a virtual NIC has 1 to 62 completion vectors"));
+        }
+        let count = NUM_CTRL_QUEUES + vectors + workers;
+        let vrings: Vec<_> = (0..count).map(|_| Arc::new(Mutex::new(Vring::new()))).collect();
+        let first = id.0 as usize;
+        let served_by: Vec<_> = (0..workers).map(|w| (first + w) % self.engine.num_workers()).collect();
+        let events = vrings[NUM_CTRL_QUEUES..NUM_CTRL_QUEUES + vectors].to_vec();
+        let nic = Arc::new(Nic::new(id, config, &served_by, events));
+        let server = Server::start(socket, nic.clone(), self.engine.clone(), vrings)
+            .map_err(|source| AddNicError::Socket { path: socket.display().to_string(), source })?;
+        self.engine.add_nic(&nic);
+        self.servers.lock().insert(id, (nic, server));
+        Ok(())
+    }
+
+    /// Removes a virtual NIC: its VMM is disconnected, everything of its guest is freed. False if there is none.
+    pub fn remove_nic(&self, id: NicId) -> bool {
+        let Some((_, mut server)) = self.servers.lock().remove(&id) else {
+            return false;
+        };
+        server.stop();
+        self.engine.remove_nic(id);
+        true
+    }
+
+    /// Removes all virtual NICs and ends the engine.
+    pub fn stop(&self) {
+        let servers = std::mem::take(&mut *self.servers.lock());
+        for (id, (_, mut server)) in servers {
+            server.stop();
+            self.engine.remove_nic(id);
+        }
+        self.engine.stop();
+    }
+
+    /// What there is now.
+    pub fn nics(&self) -> Vec<NicStatus> {
+        self.servers.lock().values().map(|(nic, server)| NicStatus::of(nic, server)).collect()
+    }
+
+    /// Queue pairs of all virtual NICs, or of one.
+    pub fn qps(&self, only: Option<NicId>) -> Vec<QpStatus> {
+        let nics = self.engine.nics();
+        let wanted = nics.iter().filter(|nic| only.is_none_or(|id| id == nic.id));
+        let mut all: Vec<_> = wanted.flat_map(|nic| qps_of(nic)).collect();
+        all.sort_by(|a, b| (&a.nic, a.qpn).cmp(&(&b.nic, b.qpn)));
+        all
+    }
+
+    /// How many times each worker has slept.
+    pub fn worker_sleeps(&self) -> Vec<u64> {
+        self.engine.sleeps()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A virtual NIC at one moment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NicStatus {
+    /// Number.
+    pub id: NicId,
+    /// What it was created with.
+    pub config: NicConfig,
+    /// Socket for the VMM.
+    pub socket: String,
+    /// Whether a VMM is connected.
+    pub connected: bool,
+    /// Whether a driver has set the device up.
+    pub running: bool,
+    /// GIDs in its table.
+    pub gids: Vec<String>,
+    /// Objects that exist.
+    pub objects: Objects,
+    /// Counters.
+    pub counters: CounterValues,
+}
+
+/// Numbers of objects.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Objects {
+    /// Protection domains.
+    pub pds: usize,
+    /// Memory regions.
+    pub mrs: usize,
+    /// Completion queues.
+    pub cqs: usize,
+    /// Queue pairs.
+    pub qps: usize,
+    /// Filled entries of the GID table.
+    pub gids: usize,
+}
+
+impl NicStatus {
+    fn of(nic: &Nic, server: &Server) -> Self {
+        let (pds, mrs, cqs) = server.counts();
+        let gids: Vec<_> = nic.gids.read().iter().map(|(_, gid)| gid.to_string()).collect();
+        Self {
+            id: nic.id,
+            config: nic.config.clone(),
+            socket: server.path().display().to_string(),
+            connected: server.connected(),
+            running: nic.is_running(),
+            objects: Objects { pds, mrs, cqs, qps: nic.qps.read().len(), gids: gids.len() },
+            gids,
+            counters: nic.counters.values(),
+        }
+    }
+}
+
+/// A queue pair at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QpStatus {
+    /// Name of its virtual NIC.
+    pub nic: String,
+    /// Number.
+    pub qpn: u32,
+    /// Transport: `RC`, `UC`, `UD` or `GSI`.
+    pub kind: String,
+    /// State.
+    pub state: String,
+    /// Where it sends to, if it is connected: GID.
+    pub remote_gid: Option<String>,
+    /// Where it sends to, if it is connected: QP number.
+    pub remote_qpn: Option<u32>,
+    /// Path in use: `local`, or nothing while the peer has not been looked for.
+    pub path: Option<String>,
+    /// Work requests completed.
+    pub completed: u64,
+    /// Bytes moved.
+    pub bytes: u64,
+    /// What it waits for, if it does.
+    pub waiting: Option<String>,
+}
+
+fn qps_of(nic: &Nic) -> Vec<QpStatus> {
+    let qps: Vec<_> = nic.qps.read().values().cloned().collect();
+    qps.iter().map(|qp| qp_status(&nic.config.name, qp)).collect()
+}
+
+fn qp_status(nic: &str, qp: &Qp) -> QpStatus {
+    let state = qp.state();
+    let attr = qp.attrs.lock().attr;
+    let connected = qp.id.kind != QpType::Ud && !matches!(state, QpState::Reset | QpState::Init);
+    let send = qp.send.lock();
+    QpStatus {
+        nic: nic.to_owned(),
+        qpn: qp.id.qpn,
+        kind: format!("{:?}", qp.id.kind).to_uppercase(),
+        state: format!("{state:?}").to_uppercase(),
+        remote_gid: connected.then(|| Gid(attr.av.dgid).to_string()),
+        remote_qpn: connected.then(|| attr.dest_qpn.get()),
+        path: send.binding.as_ref().map(|_| "local".to_owned()),
+        completed: send.completed,
+        bytes: send.bytes,
+        waiting: send.wait.map(|w| format!("{:?}", w.kind).to_lowercase()),
+    }
+}

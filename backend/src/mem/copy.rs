@@ -1,0 +1,169 @@
+#![expect(unsafe_code, reason = "copies to and from memory that the guest changes at will")]
+//! Copying to and from guest memory.
+//!
+//! The guest may change the bytes while we copy. That gives torn values, which nobody relies on, and
+//! nothing else: no reference to guest memory is ever made, and what is copied out is checked only after it is here.
+
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+use super::Seg;
+
+/// Copies the bytes of `src` over those of `dst`, as many as the shorter of the two lists has. The two may overlap.
+pub fn copy(src: &[Seg], dst: &[Seg]) {
+    walk(src, dst, |from, to, len| {
+        // SAFETY: `walk` gives addresses inside segments, which lie in live mappings; `copy` allows overlap.
+        unsafe { std::ptr::copy(from, to, len) };
+    });
+}
+
+/// Like [`copy`], but the last aligned word (up to 8 bytes) becomes visible no earlier than all bytes before it.
+///
+/// Applications poll the last bytes of a buffer to see that an RDMA WRITE has arrived (IBA leaves it
+/// open, every NIC provides it).
+pub fn copy_ordered(src: &[Seg], dst: &[Seg]) {
+    let total = src.iter().map(Seg::len).sum::<usize>().min(dst.iter().map(Seg::len).sum());
+    let Some(last) = last_word(dst, total) else {
+        return;
+    };
+    let mut tail = [0u8; 8];
+    let word = &mut tail[..last.len];
+    read_at(src, total - last.len, word);
+    if total > last.len {
+        walk_limited(src, dst, total - last.len);
+    }
+    fence(Ordering::Release);
+    store_word(last, word);
+}
+
+/// Copies guest bytes at `seg` into `buf`, which is no longer than the segment.
+pub fn read(seg: Seg, buf: &mut [u8]) {
+    assert!(buf.len() <= seg.len, "read beyond a segment");
+    // SAFETY: the segment has at least `buf.len()` bytes in a live mapping, and `buf` is ours alone.
+    unsafe { std::ptr::copy_nonoverlapping(seg.ptr, buf.as_mut_ptr(), buf.len()) };
+}
+
+/// Copies `bytes` to the guest at `seg`, which is no shorter.
+pub fn write(bytes: &[u8], seg: Seg) {
+    assert!(bytes.len() <= seg.len, "write beyond a segment");
+    // SAFETY: the segment has at least `bytes.len()` bytes in a live mapping that `bytes` (ours) is not part of.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), seg.ptr, bytes.len()) };
+}
+
+/// The naturally aligned word of 1, 2, 4 or 8 bytes that ends the first `total` bytes of `dst`.
+fn last_word(dst: &[Seg], total: usize) -> Option<Seg> {
+    let mut left = total;
+    let seg = dst.iter().find_map(|seg| {
+        if left <= seg.len {
+            return Some(seg.slice(0, left));
+        }
+        left -= seg.len;
+        None
+    })?;
+    let end = seg.ptr as usize + seg.len;
+    let size = [8, 4, 2, 1].into_iter().find(|&n| n <= seg.len && end.is_multiple_of(n))?;
+    Some(seg.slice(seg.len - size, size))
+}
+
+fn read_at(segs: &[Seg], mut offset: usize, mut buf: &mut [u8]) {
+    for seg in segs {
+        if offset >= seg.len {
+            offset -= seg.len;
+            continue;
+        }
+        let part = seg.slice(offset, buf.len());
+        let (now, later) = std::mem::take(&mut buf).split_at_mut(part.len);
+        read(part, now);
+        buf = later;
+        offset = 0;
+        if buf.is_empty() {
+            return;
+        }
+    }
+}
+
+fn store_word(seg: Seg, bytes: &[u8]) {
+    // SAFETY: `last_word` made `seg` naturally aligned for its size, inside a live mapping; an atomic store is
+    // the access for memory that others read at the same time.
+    unsafe {
+        match *bytes {
+            [a] => (*seg.ptr.cast::<AtomicU8>()).store(a, Ordering::Release),
+            [a, b] => (*seg.ptr.cast::<AtomicU16>()).store(u16::from_ne_bytes([a, b]), Ordering::Release),
+            [a, b, c, d] => (*seg.ptr.cast::<AtomicU32>()).store(u32::from_ne_bytes([a, b, c, d]), Ordering::Release),
+            [a, b, c, d, e, f, g, h] => {
+                let value = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+                (*seg.ptr.cast::<AtomicU64>()).store(value, Ordering::Release);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn walk_limited(src: &[Seg], dst: &[Seg], limit: usize) {
+    let mut left = limit;
+    walk(src, dst, |from, to, len| {
+        let now = len.min(left);
+        // SAFETY: as in `copy`; `now` is not more than what `walk` offers.
+        unsafe { std::ptr::copy(from, to, now) };
+        left -= now;
+    });
+}
+
+/// Calls `f(from, to, len)` for the longest runs that are contiguous on both sides.
+fn walk(src: &[Seg], dst: &[Seg], mut f: impl FnMut(*const u8, *mut u8, usize)) {
+    let (mut sources, mut targets) = (src.iter().copied(), dst.iter().copied());
+    let (mut from, mut to) = (sources.next(), targets.next());
+    while let (Some(s), Some(t)) = (from, to) {
+        let len = s.len.min(t.len);
+        if len > 0 {
+            f(s.ptr, t.ptr, len);
+        }
+        from = if len == s.len { sources.next() } else { Some(s.slice(len, usize::MAX)) };
+        to = if len == t.len { targets.next() } else { Some(t.slice(len, usize::MAX)) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seg(bytes: &mut [u8]) -> Seg {
+        Seg { ptr: bytes.as_mut_ptr(), len: bytes.len() }
+    }
+
+    #[test]
+    fn copies_across_different_splits() {
+        let mut from = (0..=255u8).collect::<Vec<_>>();
+        for ordered in [false, true] {
+            for cut in [0, 1, 7, 100, 255, 256] {
+                for skew in 0..9 {
+                    let mut to = vec![0u8; 256 + skew];
+                    let (a, b) = from.split_at_mut(cut);
+                    let src = [seg(a), seg(b)];
+                    let (c, d) = to[skew..].split_at_mut(256 - cut);
+                    let dst = [seg(c), seg(d)];
+                    if ordered { copy_ordered(&src, &dst) } else { copy(&src, &dst) }
+                    assert_eq!(to[skew..], from[..], "cut {cut} skew {skew} ordered {ordered}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn copies_no_more_than_the_shorter_side_has() {
+        let (mut from, mut to) = (vec![1u8; 10], vec![0u8; 20]);
+        copy_ordered(&[seg(&mut from)], &[seg(&mut to)]);
+        assert_eq!(to.iter().filter(|b| **b == 1).count(), 10);
+        let (mut from, mut to) = (vec![1u8; 20], vec![0u8; 30]);
+        copy_ordered(&[seg(&mut from)], &[seg(&mut to[..10])]);
+        assert_eq!(to.iter().filter(|b| **b == 1).count(), 10);
+    }
+
+    #[test]
+    fn nothing_to_copy_is_fine() {
+        copy(&[], &[]);
+        copy_ordered(&[], &[]);
+        let mut one = [7u8];
+        copy_ordered(&[], &[seg(&mut one)]);
+        assert_eq!(one, [7]);
+    }
+}

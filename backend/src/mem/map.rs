@@ -1,0 +1,202 @@
+//! The memory table of one guest, as the VMM gave it over vhost-user.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use virtio_rdma::PAGE_SIZE;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use super::Extent;
+
+/// Why a memory table was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// Sizes or addresses that make no sense, or regions that overlap.
+    #[error("memory region at guest address {gpa:#x} of {size:#x} bytes does not fit")]
+    Layout {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// The file is shorter than the region: touching it would kill us.
+    #[error("memory region at guest address {gpa:#x} ends after its file")]
+    ShortFile {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// The file cannot be mapped.
+    #[error("cannot map guest memory")]
+    Map(#[from] vm_memory::mmap::MmapRegionError),
+    /// The file cannot be inspected.
+    #[error("cannot inspect the file of guest memory")]
+    File(#[from] std::io::Error),
+    /// The table as a whole is inconsistent.
+    #[error("inconsistent memory table")]
+    Table(#[from] vm_memory::GuestRegionCollectionError),
+    /// No region has these coordinates.
+    #[error("no such memory region")]
+    NotFound,
+}
+
+/// What tells one region from another: where it is, and which bytes of which file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionId {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Address of the first byte in the VMM; rings are named by it.
+    pub vmm_addr: u64,
+    /// Offset in the file.
+    pub offset: u64,
+}
+
+/// One mapped piece of guest memory.
+#[derive(Debug)]
+pub struct Region {
+    id: RegionId,
+    file: (u64, u64),
+    mmap: Arc<GuestRegionMmap>,
+}
+
+impl Region {
+    /// Maps `id.size` bytes of `file`.
+    ///
+    /// # Errors
+    /// When the file is shorter than that, or cannot be mapped.
+    pub fn map(id: RegionId, file: File) -> Result<Arc<Self>, MapError> {
+        let layout = MapError::Layout { gpa: id.gpa, size: id.size };
+        let end = id.offset.checked_add(id.size);
+        let (Some(end), Some(_), Some(_)) = (end, id.gpa.checked_add(id.size), id.vmm_addr.checked_add(id.size)) else {
+            return Err(layout);
+        };
+        let aligned = [id.gpa, id.size, id.vmm_addr, id.offset].iter().all(|n| n.is_multiple_of(PAGE_SIZE as u64));
+        if !aligned || id.size == 0 {
+            return Err(layout);
+        }
+        let meta = file.metadata()?;
+        if meta.len() < end {
+            return Err(MapError::ShortFile { gpa: id.gpa });
+        }
+        let size = usize::try_from(id.size).map_err(|_| MapError::Layout { gpa: id.gpa, size: id.size })?;
+        let mmap = MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, id.offset))
+            .build()?;
+        let mmap = GuestRegionMmap::new(mmap, GuestAddress(id.gpa)).ok_or(layout)?;
+        Ok(Arc::new(Self { id, file: (meta.dev(), meta.ino()), mmap: Arc::new(mmap) }))
+    }
+
+    /// Where it is.
+    pub fn id(&self) -> RegionId {
+        self.id
+    }
+
+    /// Whether `id` of `file` is just what is mapped here.
+    fn is(&self, id: RegionId, file: &File) -> bool {
+        self.id == id && file.metadata().is_ok_and(|m| (m.dev(), m.ino()) == self.file)
+    }
+
+    pub(super) fn host_address(&self) -> *mut u8 {
+        self.mmap.as_ptr()
+    }
+}
+
+/// All regions of a guest. A value: changes make a new one.
+#[derive(Debug, Default, Clone)]
+pub struct Map {
+    regions: Vec<Arc<Region>>,
+    memory: GuestMemoryMmap,
+}
+
+impl Map {
+    fn from_regions(mut regions: Vec<Arc<Region>>) -> Result<Self, MapError> {
+        regions.sort_by_key(|r| r.id.gpa);
+        let memory = match regions.len() {
+            0 => GuestMemoryMmap::default(),
+            _ => GuestMemoryMmap::from_arc_regions(regions.iter().map(|r| r.mmap.clone()).collect())?,
+        };
+        Ok(Self { regions, memory })
+    }
+
+    /// A whole new table. A region that stands in this one already, same place and same bytes, stays the
+    /// same mapping, so that what refers to it goes on.
+    ///
+    /// # Errors
+    /// When a region cannot be mapped or two overlap.
+    pub fn replaced(&self, table: Vec<(RegionId, File)>) -> Result<Self, MapError> {
+        let mut regions = Vec::with_capacity(table.len());
+        for (id, file) in table {
+            let known = self.regions.iter().find(|r| r.is(id, &file)).cloned();
+            regions.push(known.map_or_else(|| Region::map(id, file), Ok)?);
+        }
+        Self::from_regions(regions)
+    }
+
+    /// This table and one more region.
+    ///
+    /// # Errors
+    /// When it cannot be mapped or overlaps another.
+    pub fn with(&self, id: RegionId, file: File) -> Result<Self, MapError> {
+        let mut regions = self.regions.clone();
+        regions.push(Region::map(id, file)?);
+        Self::from_regions(regions)
+    }
+
+    /// This table without the region at this place.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn without(&self, gpa: u64, size: u64, vmm_addr: u64) -> Result<Self, MapError> {
+        let is_it = |r: &Arc<Region>| (r.id.gpa, r.id.size, r.id.vmm_addr) == (gpa, size, vmm_addr);
+        if !self.regions.iter().any(is_it) {
+            return Err(MapError::NotFound);
+        }
+        Self::from_regions(self.regions.iter().filter(|r| !is_it(r)).cloned().collect())
+    }
+
+    /// The same memory for the virtqueue library.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Whether this very mapping is part of the table.
+    pub fn contains(&self, region: &Arc<Region>) -> bool {
+        self.regions.iter().any(|r| Arc::ptr_eq(r, region))
+    }
+
+    /// Guest-physical address of an address of the VMM.
+    pub fn gpa_of_vmm_addr(&self, addr: u64) -> Option<u64> {
+        let region = self.regions.iter().find(|r| addr.checked_sub(r.id.vmm_addr).is_some_and(|o| o < r.id.size))?;
+        Some(addr - region.id.vmm_addr + region.id.gpa)
+    }
+
+    /// Looks up `len` bytes at `gpa` and appends where they are on this host: one extent for each region that they touch.
+    /// False, with nothing appended, when any of them is outside guest memory or `len` is zero.
+    pub fn resolve(&self, gpa: u64, len: u64, out: &mut Vec<Extent>) -> bool {
+        let before = out.len();
+        let (mut at, mut left) = (gpa, len);
+        while left > 0 {
+            let Some(extent) = self.first_extent(at, left) else {
+                out.truncate(before);
+                return false;
+            };
+            at = at.wrapping_add(extent.len());
+            left -= extent.len();
+            out.push(extent);
+        }
+        len > 0
+    }
+
+    fn first_extent(&self, gpa: u64, len: u64) -> Option<Extent> {
+        let index = self.regions.partition_point(|r| r.id.gpa <= gpa).checked_sub(1)?;
+        let region = &self.regions[index];
+        let offset = gpa - region.id.gpa;
+        let there = region.id.size.checked_sub(offset).filter(|&n| n > 0)?;
+        Some(Extent::new(region, offset, len.min(there)))
+    }
+}

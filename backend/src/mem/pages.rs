@@ -1,0 +1,97 @@
+#![expect(unsafe_code, reason = "atomic accesses to rings and areas that the guest shares")]
+//! Rings and areas: guest pages that the device uses as one stretch of bytes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use virtio_rdma::PAGE_SIZE;
+
+use super::{Extent, Map, Region, Seg, read, write};
+
+/// Guest pages laid end to end, each wherever it is. Keeps the mappings alive.
+#[derive(Debug)]
+pub struct Pages {
+    /// Address of each page.
+    pages: Box<[Seg]>,
+    /// The regions that they lie in, each once.
+    regions: Vec<Arc<Region>>,
+}
+
+impl Pages {
+    /// The pages that these extents name. `None` unless each extent is whole pages inside guest memory
+    /// and all are at least `size` bytes.
+    pub fn new(map: &Map, extents: &[(u64, u64)], size: usize) -> Option<Self> {
+        let mut found: Vec<Extent> = Vec::new();
+        for &(gpa, len) in extents {
+            let aligned = gpa.is_multiple_of(PAGE_SIZE as u64) && len.is_multiple_of(PAGE_SIZE as u64);
+            if !aligned || !map.resolve(gpa, len, &mut found) {
+                return None;
+            }
+        }
+        let mut pages = Vec::with_capacity(size.div_ceil(PAGE_SIZE));
+        let mut regions: Vec<Arc<Region>> = Vec::new();
+        for extent in &found {
+            if !extent.len().is_multiple_of(PAGE_SIZE as u64) {
+                return None;
+            }
+            if !regions.iter().any(|r| Arc::ptr_eq(r, extent.region())) {
+                regions.push(extent.region().clone());
+            }
+            let wanted = size.div_ceil(PAGE_SIZE) - pages.len();
+            let offsets = (0..extent.len()).step_by(PAGE_SIZE).take(wanted);
+            pages.extend(offsets.map(|o| extent.slice(o, PAGE_SIZE as u64)));
+        }
+        (pages.len() * PAGE_SIZE >= size).then(|| Self { pages: pages.into(), regions })
+    }
+
+    /// Whether all of it is still guest memory.
+    pub fn is_in(&self, map: &Map) -> bool {
+        self.regions.iter().all(|r| map.contains(r))
+    }
+
+    /// Copies bytes at `offset` out of the guest.
+    pub fn read(&self, offset: usize, mut buf: &mut [u8]) {
+        let mut at = offset;
+        while !buf.is_empty() {
+            let seg = self.at(at, buf.len());
+            let (now, later) = std::mem::take(&mut buf).split_at_mut(seg.len());
+            read(seg, now);
+            at += now.len();
+            buf = later;
+        }
+    }
+
+    /// Copies bytes into the guest at `offset`.
+    pub fn write(&self, offset: usize, mut bytes: &[u8]) {
+        let mut at = offset;
+        while !bytes.is_empty() {
+            let seg = self.at(at, bytes.len());
+            let (now, later) = bytes.split_at(seg.len());
+            write(now, seg);
+            at += now.len();
+            bytes = later;
+        }
+    }
+
+    /// The 32-bit word at `offset`, a multiple of 4.
+    pub fn u32(&self, offset: usize) -> &AtomicU32 {
+        let seg = self.at(offset, 4);
+        assert!(offset.is_multiple_of(4) && seg.len() == 4, "misplaced word");
+        // SAFETY: 4 aligned bytes inside one page of a mapping that `self` keeps alive; atomics are the access for
+        // memory that the guest changes at the same time.
+        unsafe { AtomicU32::from_ptr(seg.ptr.cast()) }
+    }
+
+    /// The 64-bit word at `offset`, a multiple of 8.
+    pub fn u64(&self, offset: usize) -> &AtomicU64 {
+        let seg = self.at(offset, 8);
+        assert!(offset.is_multiple_of(8) && seg.len() == 8, "misplaced word");
+        // SAFETY: as in `u32`.
+        unsafe { AtomicU64::from_ptr(seg.ptr.cast()) }
+    }
+
+    /// Up to `len` bytes at `offset` that lie in one page.
+    fn at(&self, offset: usize, len: usize) -> Seg {
+        self.pages[offset / PAGE_SIZE].slice(offset % PAGE_SIZE, len)
+    }
+}

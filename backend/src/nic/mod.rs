@@ -1,0 +1,152 @@
+//! One virtual NIC: what its guest created on it, as the data path sees it.
+//!
+//! The control queue's own tables (protection domains, drafts of regions, ...) are in [`crate::control`].
+
+pub mod areas;
+pub mod events;
+pub mod gids;
+pub mod keys;
+pub mod log;
+pub mod stats;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use serde::{Deserialize, Serialize};
+use virtio_rdma::event::EventType;
+
+use self::areas::{AhArea, DoorbellArea};
+use self::events::{EventQueue, Notice};
+use self::gids::GidTable;
+use self::keys::RandomKeyMap;
+use self::log::LimitedLog;
+use self::stats::Counters;
+use crate::mr::KeyTable;
+use crate::overlay::{Gid, NicId};
+use crate::profile::Profile;
+use crate::qp::Qp;
+use crate::vhost::vring::Vring;
+
+/// What a virtual NIC is created with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicConfig {
+    /// Name, for people.
+    pub name: String,
+    /// Tenant: NICs of different tenants do not see each other.
+    pub tenant: String,
+    /// Addresses that it may use.
+    pub addresses: Vec<IpAddr>,
+    /// MAC of the guest's ordinary interface that it rides beside.
+    pub mac: [u8; 6],
+    /// Number of completion vectors, each with an event virtqueue.
+    pub num_vectors: u16,
+    /// Number of data-path workers that it uses, each with a doorbell virtqueue.
+    pub num_workers: u16,
+    /// Limits.
+    pub profile: Profile,
+}
+
+impl NicConfig {
+    /// Whether the guest may use this GID.
+    pub fn owns(&self, gid: Gid) -> bool {
+        gid == Gid::link_local(self.mac) || self.addresses.iter().any(|&a| Gid::of(a) == gid)
+    }
+}
+
+/// The QPs that one worker owns, by doorbell, and where their doorbells are.
+#[derive(Debug)]
+pub struct DoorbellQueue {
+    /// The worker, by its number on this host.
+    pub worker: usize,
+    /// QP of each doorbell.
+    pub slots: RwLock<Vec<Option<Arc<Qp>>>>,
+    /// Where the driver rings; `None` until it says.
+    pub area: RwLock<Option<Arc<DoorbellArea>>>,
+}
+
+/// A virtual NIC.
+#[derive(Debug)]
+pub struct Nic {
+    /// Its number.
+    pub id: NicId,
+    /// What it was created with.
+    pub config: NicConfig,
+    /// Memory regions that work.
+    pub keys: KeyTable,
+    /// QPs by number.
+    pub qps: RwLock<RandomKeyMap<Arc<Qp>>>,
+    /// Doorbell queues.
+    pub doorbells: Vec<DoorbellQueue>,
+    /// Address handles; `None` until the driver gives the area.
+    pub handles: RwLock<Option<Arc<AhArea>>>,
+    /// The GID table.
+    pub gids: RwLock<GidTable>,
+    /// Event queues, one for each completion vector.
+    pub events: Vec<EventQueue>,
+    /// Counters.
+    pub counters: Counters,
+    log: LimitedLog,
+    running: AtomicBool,
+    link_up: AtomicBool,
+}
+
+impl Nic {
+    /// A virtual NIC whose doorbell queues are served by these workers and whose events go to these virtqueues.
+    pub fn new(id: NicId, config: NicConfig, workers: &[usize], event_vrings: Vec<Arc<Mutex<Vring>>>) -> Self {
+        let queue = |&worker| DoorbellQueue { worker, slots: RwLock::default(), area: RwLock::default() };
+        Self {
+            id,
+            keys: KeyTable::default(),
+            qps: RwLock::default(),
+            doorbells: workers.iter().map(queue).collect(),
+            handles: RwLock::default(),
+            gids: RwLock::new(GidTable::new(config.profile.max_gids)),
+            events: event_vrings.into_iter().map(EventQueue::new).collect(),
+            counters: Counters::default(),
+            log: LimitedLog::new(&config.name),
+            running: AtomicBool::new(false),
+            link_up: AtomicBool::new(true),
+            config,
+        }
+    }
+
+    /// Whether workers may touch the guest's memory.
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Allows or forbids it. Forbidding is complete only after [`Quiesce::wait`](crate::engine::quiesce::Quiesce::wait).
+    pub fn set_running(&self, running: bool) {
+        self.running.store(running, Ordering::SeqCst);
+    }
+
+    /// Whether the port is up.
+    pub fn link_up(&self) -> bool {
+        self.link_up.load(Ordering::Relaxed)
+    }
+
+    /// The QP of this number.
+    pub fn qp(&self, qpn: u32) -> Option<Arc<Qp>> {
+        self.qps.read().get(&qpn).cloned()
+    }
+
+    /// Tells the guest that something happened to one of its objects.
+    pub fn raise(&self, kind: EventType, number: u32) {
+        self.raise_on(0, kind, number);
+    }
+
+    /// Tells it on the event queue of a completion vector.
+    pub fn raise_on(&self, vector: usize, kind: EventType, number: u32) {
+        if self.events[vector].raise(Notice { kind, number }) {
+            self.counters.events.add(1);
+        }
+    }
+
+    /// A warning for the host's log, limited.
+    pub fn warn(&self, line: std::fmt::Arguments<'_>) {
+        self.log.warn(&self.counters.log_suppressed, line);
+    }
+
+}

@@ -1,0 +1,69 @@
+//! Counters of a virtual NIC.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! counters {
+    ($($(#[$meta:meta])* $name:ident,)*) => {
+        /// Counters that workers and the control queue add to.
+        #[derive(Debug, Default)]
+        pub struct Counters { $($(#[$meta])* pub $name: Counter,)* }
+
+        /// Values of [`Counters`] at one moment.
+        #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+        pub struct CounterValues { $($(#[$meta])* pub $name: u64,)* }
+
+        impl Counters {
+            /// All values now.
+            pub fn values(&self) -> CounterValues {
+                CounterValues { $($name: self.$name.get(),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Work requests completed, of all kinds and statuses.
+    send_wqes,
+    /// Bytes moved by work requests of this NIC.
+    send_bytes,
+    /// Receives completed.
+    recv_wqes,
+    /// Bytes received by SENDs and datagrams.
+    recv_bytes,
+    /// Completions with an error status, flushes not counted.
+    errors,
+    /// Completions flushed from QPs in error.
+    flushed,
+    /// Waits for a receive of the peer.
+    rnr_waits,
+    /// Waits for a peer that did not answer.
+    lost_waits,
+    /// Datagrams dropped: no such destination, `Q_Key`, or receive.
+    datagrams_dropped,
+    /// Events given to the guest.
+    events,
+    /// Control commands executed.
+    commands,
+    /// Control commands refused.
+    commands_refused,
+    /// Log lines that were not written because there were too many.
+    log_suppressed,
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,86 @@
+//! What the device needs to know of the overlay network. The router implements it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// A virtual NIC of this host; numbers are not used again while the router runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NicId(pub u32);
+
+impl fmt::Display for NicId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "nic{}", self.0)
+    }
+}
+
+/// A GID: an IPv6 address, or an IPv4 address mapped into one (RoCEv2, IBA annex A17).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Gid(pub [u8; 16]);
+
+impl Gid {
+    /// The GID of an address.
+    pub fn of(addr: std::net::IpAddr) -> Self {
+        match addr {
+            std::net::IpAddr::V4(v4) => Self(v4.to_ipv6_mapped().octets()),
+            std::net::IpAddr::V6(v6) => Self(v6.octets()),
+        }
+    }
+
+    /// The link-local GID made from a MAC (RFC 4291 appendix A).
+    pub fn link_local(mac: [u8; 6]) -> Self {
+        let eui = eui64(mac);
+        let mut raw = [0; 16];
+        raw[..2].copy_from_slice(&[0xfe, 0x80]);
+        raw[8..].copy_from_slice(&eui);
+        Self(raw)
+    }
+
+    /// As an address.
+    pub fn address(self) -> std::net::IpAddr {
+        std::net::Ipv6Addr::from(self.0).to_canonical()
+    }
+}
+
+impl fmt::Display for Gid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address().fmt(f)
+    }
+}
+
+impl fmt::Debug for Gid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address().fmt(f)
+    }
+}
+
+/// The EUI-64 of a MAC with the universal/local bit inverted.
+pub fn eui64(mac: [u8; 6]) -> [u8; 8] {
+    let [a, b, c, d, e, f] = mac;
+    [a ^ 2, b, c, 0xff, 0xfe, d, e, f]
+}
+
+/// Where a GID lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// On this host.
+    Local(NicId),
+}
+
+/// Answers of the overlay. Called from data-path workers when a QP looks for its peer: it must not block.
+pub trait Overlay: Send + Sync + fmt::Debug {
+    /// Where `gid` lives for a QP of `from`, or `None` if it does not exist or the two may not talk.
+    fn locate(&self, from: NicId, gid: Gid) -> Option<Place>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gids_are_written_as_the_addresses_they_stand_for() {
+        assert_eq!(Gid::of("10.1.2.3".parse().unwrap()).to_string(), "10.1.2.3");
+        assert_eq!(Gid::of("fd00::7".parse().unwrap()).to_string(), "fd00::7");
+        assert_eq!(Gid::link_local([0x02, 0, 0, 0, 0, 1]).to_string(), "fe80::ff:fe00:1");
+    }
+}

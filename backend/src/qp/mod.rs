@@ -1,0 +1,161 @@
+//! Queue pairs (IBA 10.2.4, 10.3).
+//!
+//! A QP has one owner, the worker that serves its send queue; the `send` lock is how the control queue
+//! gets a word in. The receive queue is taken from by whoever sends to the QP, under its own short lock. No thread takes a `send` lock
+//! while it holds another lock, and no receive or completion lock is held while another is taken.
+
+mod recv;
+mod send;
+pub mod state;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use virtio_rdma::ctrl::QpAttr;
+use virtio_rdma::ib::{Access, QpState, QpType};
+
+pub use recv::{RecvQueue, Taken};
+pub use send::{Binding, SendQueue, Wait, WaitKind};
+
+use crate::cq::Cq;
+
+/// What never changes about a QP.
+#[derive(Debug)]
+pub struct Identity {
+    /// QP number.
+    pub qpn: u32,
+    /// Transport.
+    pub kind: QpType,
+    /// Protection domain.
+    pub pdn: u32,
+    /// Doorbell queue, counted from 0.
+    pub doorbell_queue: usize,
+    /// Bit in that queue's doorbell area.
+    pub doorbell: u32,
+    /// Every send work request makes a completion.
+    pub signal_all: bool,
+    /// CQ of the send queue.
+    pub send_cq: Arc<Cq>,
+    /// CQ of the receive queue.
+    pub recv_cq: Arc<Cq>,
+}
+
+/// A queue pair.
+#[derive(Debug)]
+pub struct Qp {
+    /// What never changes.
+    pub id: Identity,
+    state: AtomicU8,
+    /// Attributes as the control queue set them.
+    pub attrs: Mutex<Attrs>,
+    /// The send queue.
+    pub send: Mutex<SendQueue>,
+    /// The receive queue.
+    pub recv: Mutex<RecvQueue>,
+    /// In a run queue of its worker; only that worker touches it.
+    pub scheduled: AtomicBool,
+    /// Its earliest timer, `u64::MAX` for none; only its worker touches it.
+    pub next_timer: AtomicU64,
+    /// Names this life of the QP, from RESET to RESET; QP numbers and PSNs alone can come again.
+    incarnation: AtomicU64,
+    /// `access_flags` of the attributes, for peers' workers.
+    access: AtomicU32,
+    /// `qkey` of the attributes, for workers.
+    qkey: AtomicU32,
+}
+
+/// Attributes of a QP, and who it is connected to.
+#[derive(Debug, Default)]
+pub struct Attrs {
+    /// As `MODIFY_QP` set them; the state in here is not used.
+    pub attr: QpAttr,
+    /// Incarnation of the QP whose messages this one accepts, once the first has come.
+    pub accepts: Option<u64>,
+}
+
+/// A number that was never used for a QP's life before.
+fn new_incarnation() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Qp {
+    /// A QP in RESET.
+    pub fn new(id: Identity, send: SendQueue, recv: RecvQueue) -> Self {
+        Self {
+            id,
+            state: AtomicU8::new(QpState::Reset.to_wire()),
+            attrs: Mutex::default(),
+            send: Mutex::new(send),
+            recv: Mutex::new(recv),
+            scheduled: AtomicBool::new(false),
+            next_timer: AtomicU64::new(u64::MAX),
+            incarnation: AtomicU64::new(new_incarnation()),
+            access: AtomicU32::new(0),
+            qkey: AtomicU32::new(0),
+        }
+    }
+
+    /// Which life of the QP this is.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation.load(Ordering::Acquire)
+    }
+
+    /// What peers may do.
+    pub fn access(&self) -> Access {
+        Access::from_bits_truncate(self.access.load(Ordering::Acquire))
+    }
+
+    /// Its `Q_Key`.
+    pub fn qkey(&self) -> u32 {
+        self.qkey.load(Ordering::Acquire)
+    }
+
+    /// Changes the attributes.
+    pub fn change_attrs(&self, change: impl FnOnce(&mut QpAttr)) {
+        let mut attrs = self.attrs.lock();
+        change(&mut attrs.attr);
+        self.access.store(attrs.attr.access_flags.get(), Ordering::Release);
+        self.qkey.store(attrs.attr.qkey.get(), Ordering::Release);
+    }
+
+    /// Starts a new life without attributes; the caller holds the `send` lock.
+    pub fn start_over(&self) {
+        *self.attrs.lock() = Attrs::default();
+        self.incarnation.store(new_incarnation(), Ordering::Release);
+        self.access.store(0, Ordering::Release);
+        self.qkey.store(0, Ordering::Release);
+    }
+
+    /// Its state.
+    pub fn state(&self) -> QpState {
+        QpState::from_wire(self.state.load(Ordering::Acquire)).unwrap_or(QpState::Err)
+    }
+
+    /// Sets the state; the caller holds the `send` lock.
+    pub fn set_state(&self, state: QpState) {
+        self.state.store(state.to_wire(), Ordering::Release);
+    }
+
+    /// Moves a working QP to ERR; false if it was not working (RESET, INIT and ERR stay).
+    pub fn fail(&self) -> bool {
+        let to_error = |raw| match QpState::from_wire(raw) {
+            Some(QpState::Rtr | QpState::Rts | QpState::Sqd | QpState::Sqe) => Some(QpState::Err.to_wire()),
+            _ => None,
+        };
+        self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, to_error).is_ok()
+    }
+
+    /// Whether it takes messages from peers.
+    pub fn responds(&self) -> bool {
+        matches!(self.state(), QpState::Rtr | QpState::Rts | QpState::Sqd | QpState::Sqe)
+    }
+
+    /// Lets go of the rings; nothing is read or written any more. The caller has made sure that no worker serves it.
+    pub fn close(&self) {
+        self.set_state(QpState::Reset);
+        self.send.lock().close();
+        self.recv.lock().close();
+    }
+}

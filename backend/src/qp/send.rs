@@ -1,0 +1,175 @@
+//! The send queue of a QP: what its worker remembers between two visits.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Qp;
+use crate::engine::job::Job;
+use crate::mem::Map;
+use crate::nic::Nic;
+use crate::ring::rxe::Caps;
+use crate::ring::{BadIndex, Ring};
+
+/// Why a work request waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitKind {
+    /// The peer has no receive posted (RNR NAK).
+    Rnr,
+    /// The peer does not answer: not there, not ready, or not the one we were connected to.
+    Lost,
+    /// A datagram's destination has no receive posted; patience before it is dropped.
+    Datagram,
+}
+
+/// A work request that waits for the peer.
+#[derive(Debug, Clone, Copy)]
+pub struct Wait {
+    /// For what.
+    pub kind: WaitKind,
+    /// When this wait began.
+    pub since: Instant,
+    /// When this try is over and counts as a retry.
+    pub deadline: Instant,
+    /// When to look again.
+    pub next_look: Instant,
+}
+
+impl Wait {
+    /// A wait that ends after `period`.
+    pub fn new(kind: WaitKind, now: Instant, period: Duration) -> Self {
+        Self { kind, since: now, deadline: now + period, next_look: now + Self::SHORTEST_LOOK }
+    }
+
+    const SHORTEST_LOOK: Duration = Duration::from_micros(2);
+    const LONGEST_LOOK: Duration = Duration::from_millis(10);
+
+    /// Sets when to look again: soon at first, later the longer it takes.
+    pub fn look_later(&mut self, now: Instant) {
+        let gap = (now - self.since) / 8;
+        self.next_look = (now + gap.clamp(Self::SHORTEST_LOOK, Self::LONGEST_LOOK)).min(self.deadline.max(now));
+    }
+}
+
+/// The peer that a connected QP has found.
+#[derive(Debug, Clone)]
+pub struct Binding {
+    /// Its virtual NIC.
+    pub nic: Arc<Nic>,
+    /// The peer.
+    pub qp: Arc<Qp>,
+    /// Which life of it.
+    pub incarnation: u64,
+}
+
+/// Send ring, our side of it, and what is under way.
+#[derive(Debug)]
+pub struct SendQueue {
+    ring: Option<Ring>,
+    /// What elements are held to.
+    pub caps: Caps,
+    consumer: u32,
+    /// A work request that took more than one visit.
+    pub job: Option<Box<Job>>,
+    /// What it waits for, if it does.
+    pub wait: Option<Wait>,
+    /// The peer, once found.
+    pub binding: Option<Binding>,
+    /// Incarnation of the only peer that this life of the QP talks to, once the first message went.
+    pub bound_to: Option<u64>,
+    /// Retries used for the present work request.
+    pub retries: u8,
+    /// RNR retries used for the present work request.
+    pub rnr_retries: u8,
+    /// SQD: an event is due when what is under way is done.
+    pub notify_drained: bool,
+    /// Work requests completed.
+    pub completed: u64,
+    /// Bytes moved.
+    pub bytes: u64,
+}
+
+impl SendQueue {
+    /// Over this ring.
+    pub fn new(ring: Ring, caps: Caps) -> Self {
+        Self {
+            ring: Some(ring),
+            caps,
+            consumer: 0,
+            job: None,
+            wait: None,
+            binding: None,
+            bound_to: None,
+            retries: 0,
+            rnr_retries: 0,
+            notify_drained: false,
+            completed: 0,
+            bytes: 0,
+        }
+    }
+
+    /// The ring and the index of the next element; `None` when there is none.
+    ///
+    /// # Errors
+    /// When the guest wrote an index outside the ring.
+    pub fn next(&self) -> Result<Option<(&Ring, u32)>, BadIndex> {
+        let Some(ring) = &self.ring else {
+            return Ok(None);
+        };
+        let producer = ring.producer()?;
+        Ok((producer != self.consumer).then_some((ring, self.consumer)))
+    }
+
+    /// The present work request is complete: the guest may use its element again.
+    pub fn advance(&mut self) {
+        if let Some(ring) = &self.ring {
+            self.consumer = ring.geometry().next(self.consumer);
+            ring.set_consumer(self.consumer);
+        }
+        self.wait = None;
+        self.retries = 0;
+        self.rnr_retries = 0;
+        self.completed += 1;
+    }
+
+    /// Empties the ring and forgets the peer, as a transition to RESET does.
+    pub fn reset(&mut self) {
+        self.forget();
+        self.consumer = 0;
+        if let Some(ring) = &self.ring {
+            ring.set_consumer(0);
+            ring.set_producer(0);
+        }
+    }
+
+    /// Lets go of the ring and of all that is under way.
+    pub fn close(&mut self) {
+        self.forget();
+        self.ring = None;
+    }
+
+    /// Lets go of the ring if its memory is no longer there; true if it did.
+    pub fn close_if_gone(&mut self, map: &Map) -> bool {
+        let gone = self.ring.as_ref().is_some_and(|r| !r.is_in(map));
+        if gone {
+            self.close();
+        }
+        gone
+    }
+
+    /// Gives up what is under way; a receive that it had taken goes back to the peer.
+    pub fn abandon_job(&mut self) -> Option<Box<Job>> {
+        let mut job = self.job.take()?;
+        job.give_up_receive();
+        Some(job)
+    }
+
+    fn forget(&mut self) {
+        self.abandon_job();
+        self.wait = None;
+        self.binding = None;
+        self.bound_to = None;
+        self.retries = 0;
+        self.rnr_retries = 0;
+        self.notify_drained = false;
+    }
+}

@@ -1,0 +1,116 @@
+//! Rings in guest memory (`docs/device.md`, 6): geometry, indices and elements. What elements mean is in one module for each format.
+
+pub mod rxe;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_rdma::ctrl::RingDesc;
+use virtio_rdma::ring::{Format, RingHeader, ring_size};
+
+use crate::mem::{Map, Pages};
+
+/// Sizes of a ring, checked.
+#[derive(Debug, Clone, Copy)]
+pub struct Geometry {
+    /// Layout of its elements.
+    pub format: Format,
+    /// Number of elements, a power of two from 2 on.
+    pub entries: u32,
+    /// Bytes from one element to the next, a power of two.
+    pub stride: u32,
+}
+
+impl Geometry {
+    /// Checks what a driver said: formats and sizes that exist, an element no smaller than `min_element` bytes.
+    pub fn parse(desc: &RingDesc, max_entries: u32, min_element: usize) -> Option<Self> {
+        let (entries, stride) = (desc.entries.get(), desc.stride.get());
+        let fits = entries.is_power_of_two() && (2..=max_entries).contains(&entries);
+        let holds = stride.is_power_of_two() && stride as usize >= min_element && stride <= 1 << 14;
+        let format = Format::from_wire(desc.format)?;
+        (fits && holds && desc.reserved == [0; 3]).then_some(Self { format, entries, stride })
+    }
+
+    /// Bytes of the ring.
+    pub fn size(self) -> usize {
+        ring_size(self.entries, self.stride)
+    }
+
+    /// The index after this one.
+    pub fn next(self, index: u32) -> u32 {
+        (index + 1) & (self.entries - 1)
+    }
+}
+
+/// The other side wrote an index outside the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("ring index {0} is outside the ring")]
+pub struct BadIndex(pub u32);
+
+/// A ring: the guest is on one side of it, we on the other.
+#[derive(Debug)]
+pub struct Ring {
+    geometry: Geometry,
+    pages: Pages,
+}
+
+impl Ring {
+    /// The ring in these extents; `None` when they are not whole guest pages or too few.
+    pub fn new(map: &Map, geometry: Geometry, extents: &[(u64, u64)]) -> Option<Self> {
+        Pages::new(map, extents, geometry.size()).map(|pages| Self { geometry, pages })
+    }
+
+    /// Its sizes.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Whether its memory is still there.
+    pub fn is_in(&self, map: &Map) -> bool {
+        self.pages.is_in(map)
+    }
+
+    /// The guest's producer index; what it published with it is visible.
+    pub fn producer(&self) -> Result<u32, BadIndex> {
+        self.checked(self.word(std::mem::offset_of!(RingHeader, producer_index)))
+    }
+
+    /// The guest's consumer index.
+    pub fn consumer(&self) -> Result<u32, BadIndex> {
+        self.checked(self.word(std::mem::offset_of!(RingHeader, consumer_index)))
+    }
+
+    /// Publishes our producer index, and with it all elements written so far.
+    pub fn set_producer(&self, index: u32) {
+        self.word(std::mem::offset_of!(RingHeader, producer_index)).store(index, Ordering::Release);
+    }
+
+    /// Publishes our consumer index.
+    pub fn set_consumer(&self, index: u32) {
+        self.word(std::mem::offset_of!(RingHeader, consumer_index)).store(index, Ordering::Release);
+    }
+
+    /// Copies `buf.len()` bytes of an element, from `offset` in it on.
+    pub fn read(&self, index: u32, offset: usize, buf: &mut [u8]) {
+        self.pages.read(self.at(index, offset, buf.len()), buf);
+    }
+
+    /// Writes the start of an element.
+    pub fn write(&self, index: u32, bytes: &[u8]) {
+        self.pages.write(self.at(index, 0, bytes.len()), bytes);
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        self.pages.u32(offset)
+    }
+
+    fn checked(&self, word: &AtomicU32) -> Result<u32, BadIndex> {
+        let index = word.load(Ordering::Acquire);
+        if index < self.geometry.entries { Ok(index) } else { Err(BadIndex(index)) }
+    }
+
+    fn at(&self, index: u32, offset: usize, len: usize) -> usize {
+        let Geometry { entries, stride, .. } = self.geometry;
+        assert!(index < entries && offset + len <= stride as usize, "access outside a ring element");
+        size_of::<RingHeader>() + index as usize * stride as usize + offset
+    }
+}

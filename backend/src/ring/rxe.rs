@@ -1,0 +1,119 @@
+//! Elements of format 0, the one of Linux's stock rxe provider, parsed into the engine's own work requests.
+
+use virtio_rdma::ib::{SendFlags, WrOpcode};
+use virtio_rdma::ring::{RdmaPart, RecvWqe as RawRecv, SendWqe as RawSend, Sge as RawSge, UdPart};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::Ring;
+use crate::wqe::{Op, ParseError, Recv, Send, Sge, SgeList};
+
+const SEND_SIZE: usize = size_of::<RawSend>();
+const RECV_SIZE: usize = size_of::<RawRecv>();
+
+/// What a queue promised at creation; elements are held to it.
+#[derive(Debug, Clone, Copy)]
+pub struct Caps {
+    /// Most SGEs of a work request.
+    pub max_sge: u32,
+    /// Most bytes of inline data.
+    pub max_inline: u32,
+    /// Whether it is a datagram queue: SENDs name their destination.
+    pub datagram: bool,
+}
+
+impl Caps {
+    /// Bytes that a send element needs.
+    pub fn send_element(self) -> usize {
+        SEND_SIZE + (self.max_sge as usize * size_of::<RawSge>()).max(self.max_inline as usize)
+    }
+
+    /// Bytes that a receive element needs.
+    pub fn recv_element(self) -> usize {
+        RECV_SIZE + self.max_sge as usize * size_of::<RawSge>()
+    }
+}
+
+/// Copies the send element `index` and parses the copy into `wqe`.
+///
+/// # Errors
+/// What is wrong with it; `wqe.wr_id` and `wqe.flags` are set all the same, for the completion that says so.
+pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result<(), ParseError> {
+    let mut raw = RawSend::new_zeroed();
+    ring.read(index, 0, raw.as_mut_bytes());
+    wqe.wr_id = raw.wr_id.get();
+    wqe.flags = SendFlags::from_bits_truncate(raw.send_flags.get());
+    wqe.imm = raw.imm_data.get();
+    wqe.wire_opcode = raw.opcode.get();
+    wqe.sges.clear();
+    wqe.inline.clear();
+    wqe.op = operation(&raw, caps)?;
+    if wqe.flags.contains(SendFlags::INLINE) && wqe.op.sends_payload() {
+        let len = raw.dma.length.get();
+        if len > caps.max_inline {
+            return Err(ParseError::InlineTooLong(len));
+        }
+        wqe.inline.resize(len as usize, 0);
+        ring.read(index, SEND_SIZE, &mut wqe.inline);
+        wqe.length = u64::from(len);
+        return Ok(());
+    }
+    read_sges(ring, index, SEND_SIZE, raw.dma.num_sge.get(), caps.max_sge, &mut wqe.sges)?;
+    wqe.length = wqe.sges.total();
+    Ok(())
+}
+
+/// Copies the receive element `index` and parses the copy into `wqe`.
+///
+/// # Errors
+/// What is wrong with it; `wqe.wr_id` is set all the same.
+pub fn parse_recv(ring: &Ring, index: u32, caps: Caps, wqe: &mut Recv) -> Result<(), ParseError> {
+    let mut raw = RawRecv::new_zeroed();
+    ring.read(index, 0, raw.as_mut_bytes());
+    wqe.wr_id = raw.wr_id.get();
+    wqe.sges.clear();
+    read_sges(ring, index, RECV_SIZE, raw.dma.num_sge.get(), caps.max_sge, &mut wqe.sges)
+}
+
+fn operation(raw: &RawSend, caps: Caps) -> Result<Op, ParseError> {
+    let code = raw.opcode.get();
+    let op = WrOpcode::from_wire(code).ok_or(ParseError::Opcode(code))?;
+    let rdma = || {
+        let (part, _) = RdmaPart::read_from_prefix(&raw.wr).expect("a part is smaller than the union");
+        (part.remote_addr.get(), part.rkey.get())
+    };
+    Ok(match op {
+        WrOpcode::Send | WrOpcode::SendWithImm if caps.datagram => {
+            let (ud, _) = UdPart::read_from_prefix(&raw.wr).expect("a part is smaller than the union");
+            Op::Datagram {
+                imm: op == WrOpcode::SendWithImm,
+                qpn: ud.remote_qpn.get(),
+                qkey: ud.remote_qkey.get(),
+                ah: ud.ah_num.get(),
+            }
+        }
+        _ if caps.datagram => return Err(ParseError::Opcode(code)),
+        WrOpcode::Send | WrOpcode::SendWithImm => Op::Send { imm: op == WrOpcode::SendWithImm },
+        WrOpcode::RdmaWrite | WrOpcode::RdmaWriteWithImm => {
+            let (remote_addr, rkey) = rdma();
+            Op::Write { imm: op == WrOpcode::RdmaWriteWithImm, remote_addr, rkey }
+        }
+        WrOpcode::RdmaRead => {
+            let (remote_addr, rkey) = rdma();
+            Op::Read { remote_addr, rkey }
+        }
+        _ => return Err(ParseError::Opcode(code)),
+    })
+}
+
+fn read_sges(ring: &Ring, index: u32, at: usize, num: u32, max: u32, out: &mut SgeList) -> Result<(), ParseError> {
+    if num > max {
+        return Err(ParseError::SgeCount(num));
+    }
+    let mut raw = [RawSge::new_zeroed(); SgeList::CAPACITY];
+    let raw = raw.get_mut(..num as usize).ok_or(ParseError::SgeCount(num))?;
+    ring.read(index, at, raw.as_mut_bytes());
+    for sge in raw {
+        out.push(Sge { addr: sge.addr.get(), length: sge.length.get(), lkey: sge.lkey.get() });
+    }
+    Ok(())
+}

@@ -1,0 +1,6 @@
+//! The vhost-user side: one thread for each virtual NIC takes the VMM's messages and the guest's
+//! control commands.
+
+pub mod server;
+mod session;
+pub mod vring;

@@ -1,0 +1,416 @@
+//! One vhost-user connection: what the VMM has set up, and the guest's control queue behind it.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg,
+    VhostUserShMemConfig, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
+    VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_queue::QueueT;
+use virtio_rdma::config::{Config, MAGIC, NUM_CTRL_QUEUES, STATUS_LINK_UP};
+use virtio_rdma::{ABI_VERSION, zerocopy::IntoBytes};
+use vm_memory::GuestAddress;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::vring::Vring;
+use crate::control::Control;
+use crate::engine::Engine;
+use crate::mem::{Map, RegionId};
+use crate::nic::Nic;
+use crate::overlay::eui64;
+
+/// Requests of the control queue that are executed before the VMM's messages are looked at again.
+const REQUESTS_PER_TURN: usize = 64;
+/// Memory regions that a VMM may add; each is a mapping.
+const MAX_MEM_SLOTS: u64 = 509;
+/// Size of the configuration space that VMMs may read; beyond ours it is zero.
+const CONFIG_SPACE: usize = 256;
+
+/// State of a connection. Lives in the virtual NIC's thread.
+pub struct Session {
+    nic: Arc<Nic>,
+    engine: Arc<Engine>,
+    control: Control,
+    vrings: Vec<Arc<Mutex<Vring>>>,
+    map: Arc<Map>,
+    features: u64,
+    epoll: Arc<Epoll>,
+}
+
+impl Session {
+    /// A device that nobody has set up. Kicks of the control and event queues arrive at `epoll`, with the queue's index as data.
+    pub fn new(nic: Arc<Nic>, engine: Arc<Engine>, vrings: Vec<Arc<Mutex<Vring>>>, epoll: Arc<Epoll>) -> Self {
+        let control = Control::new(nic.clone(), engine.clone());
+        Self { nic, engine, control, vrings, map: Arc::default(), features: 0, epoll }
+    }
+
+    /// Number of protection domains, regions and CQs.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        self.control.counts()
+    }
+
+    /// A control or event queue was kicked. True if there is more to do.
+    pub fn kicked(&mut self, index: usize) -> bool {
+        self.vrings[index].lock().drain_kick();
+        if !self.nic.is_running() {
+            return false;
+        }
+        match index.checked_sub(NUM_CTRL_QUEUES) {
+            None => self.run_control_queue(),
+            Some(vector) => {
+                let sent = self.nic.events[vector].flush();
+                self.nic.counters.events.add(sent);
+                false
+            }
+        }
+    }
+
+    fn run_control_queue(&mut self) -> bool {
+        let vring = self.vrings[0].clone();
+        for _ in 0..REQUESTS_PER_TURN {
+            let Some(request) = vring.lock().next_request() else {
+                return false;
+            };
+            let answer = self.control.execute(&request.bytes, request.room());
+            let mut vring = vring.lock();
+            vring.answer(&request, &answer);
+            vring.signal();
+        }
+        true
+    }
+
+    /// Ends everything: when it returns nothing touches the guest's memory.
+    pub fn stop(&mut self) {
+        self.nic.set_running(false);
+        self.engine.quiesce().wait();
+        for index in 0..self.vrings.len() {
+            self.stop_vring(index);
+        }
+        self.control.reset();
+        self.set_map(Map::default());
+        for vring in &self.vrings {
+            *vring.lock() = Vring::new();
+        }
+        self.features = 0;
+    }
+
+    fn stop_vring(&mut self, index: usize) -> u16 {
+        self.set_kick(index, None);
+        let base = self.vrings[index].lock().stop();
+        self.update_running();
+        base
+    }
+
+    /// Workers serve the NIC while all of its virtqueues are active.
+    fn update_running(&mut self) {
+        let all = self.vrings.iter().all(|v| v.lock().is_active());
+        if all == self.nic.is_running() {
+            return;
+        }
+        self.nic.set_running(all);
+        self.engine.ports_changed();
+        self.engine.quiesce().wait();
+        if all {
+            for index in 0..NUM_CTRL_QUEUES + self.nic.events.len() {
+                while self.kicked(index) {}
+            }
+        }
+    }
+
+    fn set_map(&mut self, map: Map) {
+        self.map = Arc::new(map);
+        for vring in &self.vrings {
+            vring.lock().map = self.map.clone();
+        }
+        self.control.set_map(self.map.clone());
+    }
+
+    fn set_kick(&mut self, index: usize, kick: Option<File>) {
+        let doorbells = NUM_CTRL_QUEUES + self.nic.events.len();
+        let result = match index.checked_sub(doorbells) {
+            Some(queue) => kick.as_ref().map(File::try_clone).transpose().and_then(|kick| {
+                self.engine.set_kick(&self.nic, queue, kick)
+            }),
+            None => self.watch(index, kick.as_ref()),
+        };
+        if let Err(error) = result {
+            self.nic.warn(format_args!("cannot wait for kicks of virtqueue {index}: {error}"));
+        }
+        self.vrings[index].lock().kick = kick;
+    }
+
+    fn watch(&self, index: usize, kick: Option<&File>) -> std::io::Result<()> {
+        if let Some(old) = &self.vrings[index].lock().kick {
+            self.epoll.ctl(ControlOperation::Delete, old.as_raw_fd(), EpollEvent::default())?;
+        }
+        let Some(kick) = kick else {
+            return Ok(());
+        };
+        set_nonblocking(kick)?;
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index as u64);
+        self.epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), event)
+    }
+
+    fn vring(&self, index: u32) -> Result<&Arc<Mutex<Vring>>> {
+        self.vrings.get(index as usize).ok_or(invalid("vring index"))
+    }
+
+    fn negotiated(&self, feature: VhostUserVirtioFeatures) -> bool {
+        self.features & feature.bits() != 0
+    }
+
+    fn config(&self) -> Config {
+        let config = &self.nic.config;
+        Config {
+            magic: MAGIC.into(),
+            version: ABI_VERSION.into(),
+            status: if self.nic.link_up() { STATUS_LINK_UP } else { 0 }.into(),
+            num_event_queues: (self.nic.events.len() as u16).into(),
+            num_doorbell_queues: (self.nic.doorbells.len() as u16).into(),
+            mac: config.mac,
+            max_mtu: 5,
+            active_mtu: 5,
+            node_guid: eui64(config.mac),
+            speed_mbps: config.profile.speed_mbps.into(),
+            ..Config::default()
+        }
+    }
+
+    fn refuse(&self, what: &str, error: &crate::mem::MapError) -> Error {
+        self.nic.warn(format_args!("{what}: {error}"));
+        Error::ReqHandlerError(std::io::Error::other(error.to_string()))
+    }
+}
+
+/// A message that makes no sense; the connection goes on.
+fn invalid(what: &'static str) -> Error {
+    Error::ReqHandlerError(std::io::Error::new(std::io::ErrorKind::InvalidInput, what))
+}
+
+fn set_nonblocking(file: &File) -> std::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags | rustix::fs::OFlags::NONBLOCK)?)
+}
+
+fn region_id(region: &VhostUserMemoryRegion) -> RegionId {
+    RegionId {
+        gpa: region.guest_phys_addr,
+        size: region.memory_size,
+        vmm_addr: region.user_addr,
+        offset: region.mmap_offset,
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.stop();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.nic.set_running(false);
+        self.engine.quiesce().wait();
+        for index in 0..self.vrings.len() {
+            self.stop_vring(index);
+            self.vrings[index].lock().enabled = false;
+        }
+        self.control.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.get_features()? != 0 {
+            return Err(invalid("features that were not offered"));
+        }
+        self.features = features;
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let table = regions.iter().map(region_id).zip(files).collect();
+        let map = self.map.replaced(table).map_err(|e| self.refuse("memory table refused", &e))?;
+        self.set_map(map);
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let mut vring = self.vring(index)?.lock();
+        let size = u16::try_from(num).map_err(|_| invalid("vring size"))?;
+        vring.queue.try_set_size(size).map_err(|_| invalid("vring size"))
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let gpa = |addr| self.map.gpa_of_vmm_addr(addr).map(GuestAddress).ok_or(invalid("vring address"));
+        let (descriptor, used, available) = (gpa(descriptor)?, gpa(used)?, gpa(available)?);
+        let queue = &mut self.vring(index)?.lock().queue;
+        let bad = |_| invalid("vring address");
+        queue.try_set_desc_table_address(descriptor).map_err(bad)?;
+        queue.try_set_avail_ring_address(available).map_err(bad)?;
+        queue.try_set_used_ring_address(used).map_err(bad)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let mut vring = self.vring(index)?.lock();
+        let base = base as u16;
+        vring.queue.set_next_avail(base);
+        let map = vring.map.clone();
+        let used = vring.queue.used_idx(map.memory(), std::sync::atomic::Ordering::Relaxed);
+        vring.queue.set_next_used(used.map_or(base, |u| u.0));
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.vring(index)?;
+        let base = self.stop_vring(index as usize);
+        Ok(VhostUserVringState::new(index, base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.vring(index.into())?;
+        let fd = fd.ok_or(invalid("a virtqueue without a kick descriptor"))?;
+        self.set_kick(index.into(), Some(fd));
+        let enable = !self.negotiated(VhostUserVirtioFeatures::PROTOCOL_FEATURES);
+        let mut vring = self.vrings[usize::from(index)].lock();
+        vring.queue.set_ready(true);
+        vring.enabled |= enable;
+        drop(vring);
+        self.update_running();
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let vring = self.vring(index.into())?;
+        // A VMM that gives something that can block must not block a worker.
+        if let Some(fd) = &fd {
+            set_nonblocking(fd).map_err(Error::ReqHandlerError)?;
+        }
+        vring.lock().call = fd;
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> Result<()> {
+        self.vring(index.into()).map(drop)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.vring(index)?.lock().enabled = enable;
+        self.update_running();
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let mut space = [0; CONFIG_SPACE];
+        let config = self.config();
+        space[..size_of::<Config>()].copy_from_slice(config.as_bytes());
+        let end = offset.checked_add(size).ok_or(invalid("configuration offset"))?;
+        space.get(offset as usize..end as usize).map(<[u8]>::to_vec).ok_or(invalid("configuration offset"))
+    }
+
+    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        Err(Error::InvalidOperation("the configuration space is read-only"))
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_MEM_SLOTS)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let map = self.map.with(region_id(region), fd).map_err(|e| self.refuse("memory region refused", &e))?;
+        self.set_map(map);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let RegionId { gpa, size, vmm_addr, .. } = region_id(region);
+        let map = self.map.without(gpa, size, vmm_addr).map_err(|e| self.refuse("memory region not removed", &e))?;
+        self.set_map(map);
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("not a GPU"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("no shared objects"))
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation("no inflight buffers"))
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("no inflight buffers"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("no migration"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("no migration"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("no shared memory regions"))
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Error::InvalidOperation("no migration"))
+    }
+}
