@@ -15,12 +15,14 @@ use clap::ValueEnum;
 use crate::cache::{Cache, Recipe};
 use crate::cpio;
 use crate::guest::boot::skeleton;
-use crate::progress::{say, tail};
+use crate::progress::say;
 use crate::vmm::binary::Binary;
 
 /// What the guest of the probe says when it runs.
 const SIGN_OF_LIFE: &str = "freeflow: the probe runs";
-/// How long that may take; a second is usual.
+/// What QEMU says when KVM cannot go on.
+const KVM_ERROR: &str = "KVM internal error";
+/// How long the probe may take; a second is usual.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the user asked for.
@@ -115,12 +117,12 @@ fn run(argv: &[OsString], log: &Path) -> Result<bool> {
     command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
     let mut child = command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).spawn().context("cannot start QEMU")?;
     let started = Instant::now();
-    // A guest whose CPU failed stays paused: only what it says counts.
-    let alive = || tail(log).contains(SIGN_OF_LIFE);
-    while started.elapsed() < PATIENCE && !alive() && child.try_wait()?.is_none() {
+    let said = |words: &str| fs::read(log).is_ok_and(|text| String::from_utf8_lossy(&text).contains(words));
+    // After an internal error QEMU stays, with the guest paused.
+    while started.elapsed() < PATIENCE && !said(SIGN_OF_LIFE) && !said(KVM_ERROR) && child.try_wait()?.is_none() {
         std::thread::sleep(Duration::from_millis(50));
     }
-    let works = alive();
+    let works = said(SIGN_OF_LIFE);
     drop(child.kill());
     child.wait()?;
     Ok(works)

@@ -80,6 +80,7 @@ fn make(steps: &Steps, machine: &Machine, sources: &Path, dir: &Path) -> Result<
     steps.step(&format!("building the driver for {}", machine.kernel_id()));
     steps.run(&mut machine.module_build(&work)?)?;
     fs::rename(work.join(MODULE), dir.join(MODULE)).with_context(|| format!("the build made no {MODULE}"))?;
+    steps.run(Command::new("strip").arg("--strip-debug").arg(dir.join(MODULE)))?;
     Ok(fs::remove_dir_all(&work)?)
 }
 

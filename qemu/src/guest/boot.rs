@@ -16,7 +16,7 @@ use crate::vmm::Machine;
 const INIT: &str = include_str!("../../assets/init");
 const STAGE2: &str = include_str!("../../assets/stage2");
 /// The commands that `init` uses.
-const APPLETS: [&str; 8] = ["chroot", "cp", "insmod", "mkdir", "mount", "poweroff", "sh", "uname"];
+const APPLETS: [&str; 9] = ["chroot", "cp", "insmod", "ln", "mkdir", "mount", "poweroff", "sh", "uname"];
 /// The folders that `init` mounts things on.
 const FOLDERS: [&str; 8] = ["bin", "dev", "guest", "lower", "proc", "root", "rw", "sys"];
 /// Clock rate to report where not even the host knows one.
