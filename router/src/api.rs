@@ -1,0 +1,174 @@
+//! The daemon's Unix socket: one request, one answer, each a line of JSON. Who may open the socket may ask.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use freeflow_backend::{NicStatus, QpStatus};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::router::{Router, make_parent};
+
+/// What can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// Virtual NICs; answered with a list of [`NicStatus`].
+    Nics,
+    /// Queue pairs; answered with a list of [`QpStatus`].
+    Qps,
+    /// Counters; answered with [`Stats`].
+    Stats,
+}
+
+/// Answer to [`Request::Stats`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Stats {
+    /// Objects and counters of each virtual NIC.
+    pub nics: Vec<NicStatus>,
+    /// How many times each data-path worker has slept.
+    pub worker_sleeps: Vec<u64>,
+}
+
+/// An answer, or why there is none.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Reply<T> {
+    Ok(T),
+    Error(String),
+}
+
+/// Most bytes of a request.
+const MAX_REQUEST: u64 = 64 * 1024;
+/// How long a client may take.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The thread that answers.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens on `path` for whoever the file's permissions (owner and group) admit.
+    ///
+    /// # Errors
+    /// When another daemon listens there, or the socket cannot be made.
+    pub fn start(path: &Path, router: Arc<Router>) -> Result<Self> {
+        make_parent(path)?;
+        let listener = bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::Builder::new().name("control".to_owned()).spawn(move || {
+            for stream in listener.incoming() {
+                if stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                if let Err(error) = stream.and_then(|stream| answer(stream, &router)) {
+                    log::debug!("control socket: {error}");
+                }
+            }
+        })?;
+        Ok(Self { path: path.to_owned(), stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        // Wakes the thread from `accept`; if that fails there is no listener to wake.
+        let _ = UnixStream::connect(&self.path);
+        if let Some(thread) = self.thread.take() {
+            // A panic there was reported when it happened.
+            let _ = thread.join();
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            log::debug!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        result => result,
+    }
+}
+
+fn answer(mut stream: UnixStream, router: &Router) -> io::Result<()> {
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    let mut line = String::new();
+    BufReader::new((&stream).take(MAX_REQUEST)).read_line(&mut line)?;
+    if line.is_empty() {
+        return Ok(());
+    }
+    let mut reply = match serde_json::from_str(&line) {
+        Ok(Request::Nics) => serde_json::to_string(&Reply::Ok(router.nics())),
+        Ok(Request::Qps) => serde_json::to_string(&Reply::Ok(router.qps())),
+        Ok(Request::Stats) => {
+            let stats = Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() };
+            serde_json::to_string(&Reply::Ok(stats))
+        }
+        Err(error) => serde_json::to_string(&Reply::<()>::Error(format!("not a request: {error}"))),
+    }?;
+    reply.push('\n');
+    stream.write_all(reply.as_bytes())
+}
+
+/// Asks the daemon behind `socket`.
+///
+/// # Errors
+/// When there is no daemon, it does not answer in time, or it refuses.
+pub fn ask<T: DeserializeOwned>(socket: &Path, request: Request) -> Result<T> {
+    let mut stream = UnixStream::connect(socket).with_context(|| {
+        format!("cannot reach freeflow-router at {} (is it running? another socket: --control)", socket.display())
+    })?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut line = serde_json::to_string(&request)?;
+    line.push('\n');
+    stream.write_all(line.as_bytes())?;
+    let mut reply = String::new();
+    BufReader::new(stream).read_line(&mut reply).context("the router did not answer")?;
+    match serde_json::from_str(&reply).context("the router's answer is of another version")? {
+        Reply::Ok(value) => Ok(value),
+        Reply::Error(why) => bail!("the router refused: {why}"),
+    }
+}
+
+/// Virtual NICs of the daemon behind `socket`.
+///
+/// # Errors
+/// As [`ask`].
+pub fn nics(socket: &Path) -> Result<Vec<NicStatus>> {
+    ask(socket, Request::Nics)
+}
+
+/// Queue pairs of the daemon behind `socket`.
+///
+/// # Errors
+/// As [`ask`].
+pub fn qps(socket: &Path) -> Result<Vec<QpStatus>> {
+    ask(socket, Request::Qps)
+}
+
+/// Counters of the daemon behind `socket`.
+///
+/// # Errors
+/// As [`ask`].
+pub fn stats(socket: &Path) -> Result<Stats> {
+    ask(socket, Request::Stats)
+}

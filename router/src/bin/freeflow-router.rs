@@ -1,0 +1,131 @@
+//! `freeflow-router`: the daemon.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use freeflow_backend::Profile;
+use freeflow_router::config::{Mac, NicSettings};
+use freeflow_router::{Config, Router, api};
+
+/// Serve virtual RDMA NICs to the virtual machines of this host.
+///
+/// Each virtual NIC is a vhost-user socket that a VMM connects to (QEMU: `-chardev socket,path=SOCKET`). They come from
+/// a configuration file, from --nic, or both.
+#[derive(Debug, Parser)]
+#[command(name = "freeflow-router", version, after_help = EXAMPLES)]
+struct Args {
+    /// Configuration file (TOML).
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A virtual NIC: name=NAME,ip=ADDRESS[,ip=ADDRESS...],socket=PATH[,tenant=NAME][,mac=MAC].
+    #[arg(long, value_name = "NIC", value_parser = parse_nic)]
+    nic: Vec<NicSettings>,
+    /// Unix socket for the freeflow command [default: /run/freeflow/control.sock].
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Data-path worker threads.
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// Cores to pin the workers to, in order.
+    #[arg(long, value_name = "CORE", value_delimiter = ',')]
+    cores: Vec<usize>,
+    /// Microseconds that a worker polls after the last work before it sleeps.
+    #[arg(long, value_name = "US")]
+    poll_us: Option<u64>,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check: bool,
+}
+
+const EXAMPLES: &str = "Examples:
+  freeflow-router --config /etc/freeflow/router.toml
+  freeflow-router --nic name=a,ip=10.0.0.1,socket=/run/freeflow/a.sock \\
+                  --nic name=b,ip=10.0.0.2,socket=/run/freeflow/b.sock
+
+A configuration file:
+  [[nic]]
+  name = \"a\"
+  tenant = \"blue\"
+  ip = [\"10.0.0.1\", \"fd00::1\"]
+  socket = \"/run/freeflow/a.sock\"
+
+The log goes to standard error; RUST_LOG=debug shows more.";
+
+fn parse_nic(text: &str) -> Result<NicSettings, String> {
+    let (mut name, mut socket, mut tenant, mut mac, mut ip) = (None, None, None, None, Vec::new());
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
+        match key {
+            "name" => name = Some(value.to_owned()),
+            "socket" => socket = Some(PathBuf::from(value)),
+            "tenant" => tenant = Some(value.to_owned()),
+            "mac" => mac = Some(value.parse::<Mac>()?),
+            "ip" => ip.push(value.parse::<IpAddr>().map_err(|e| format!("{value:?}: {e}"))?),
+            _ => return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac")),
+        }
+    }
+    Ok(NicSettings {
+        name: name.ok_or("name=NAME is missing")?,
+        tenant: tenant.unwrap_or_else(|| "default".to_owned()),
+        ip,
+        mac,
+        socket: socket.ok_or("socket=PATH is missing")?,
+        vectors: 1,
+        workers: 1,
+        limits: Profile::default(),
+    })
+}
+
+impl Args {
+    fn config(self) -> Result<Config> {
+        let mut config = match &self.config {
+            Some(path) => Config::load(path)?,
+            None => Config::default(),
+        };
+        config.nic.extend(self.nic);
+        config.control = self.control.or(config.control);
+        config.engine.workers = self.workers.unwrap_or(config.engine.workers);
+        config.engine.poll_us = self.poll_us.unwrap_or(config.engine.poll_us);
+        if !self.cores.is_empty() {
+            config.engine.cores = self.cores;
+        }
+        if config.nic.is_empty() {
+            bail!("no virtual NICs: name them in --config FILE or with --nic (see --help)");
+        }
+        config.check()?;
+        Ok(config)
+    }
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("freeflow-router: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    let check = args.check;
+    let config = args.config()?;
+    if check {
+        println!("the configuration is valid: {} virtual NICs", config.nic.len());
+        return Ok(());
+    }
+    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
+        .context("cannot wait for signals")?;
+    let router = Arc::new(Router::start(&config)?);
+    let _api = api::Server::start(config.control(), router.clone())?;
+    log::info!("serving {} virtual NICs; look with: freeflow --control {} nics", config.nic.len(), config.control().display());
+    signals.forever().next();
+    log::info!("stopping");
+    router.stop();
+    Ok(())
+}

@@ -1,0 +1,339 @@
+//! The router's configuration: a TOML file, checked as a whole before anything starts.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use freeflow_backend::{EngineConfig, NicConfig, Profile};
+use serde::{Deserialize, Serialize};
+
+/// Default of [`Config::control`].
+pub const DEFAULT_CONTROL: &str = "/run/freeflow/control.sock";
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what we expect.
+    #[error("{path} is not a valid configuration")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// Two virtual NICs want the same.
+    #[error("virtual NICs {first:?} and {second:?} both have {what}")]
+    Duplicate {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+        /// What they share.
+        what: String,
+    },
+    /// A virtual NIC is not possible.
+    #[error("virtual NIC {name:?}: {why}")]
+    Nic {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The router's own settings are not possible.
+    #[error("{0}")]
+    Setting(&'static str),
+}
+
+/// A router's configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Unix socket for the `freeflow` command.
+    pub control: Option<PathBuf>,
+    /// Data-path workers.
+    pub engine: EngineSettings,
+    /// Virtual NICs.
+    pub nic: Vec<NicSettings>,
+}
+
+/// Settings of the data path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct EngineSettings {
+    /// Worker threads.
+    pub workers: usize,
+    /// Microseconds that a worker polls after the last work before it sleeps.
+    pub poll_us: u64,
+    /// Milliseconds that a datagram waits for a receive.
+    pub datagram_patience_ms: u64,
+    /// Cores that workers are pinned to, in order; others run anywhere.
+    pub cores: Vec<usize>,
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        let engine = EngineConfig::default();
+        Self {
+            workers: engine.workers,
+            poll_us: engine.poll.as_micros() as u64,
+            datagram_patience_ms: engine.datagram_patience.as_millis() as u64,
+            cores: engine.cores,
+        }
+    }
+}
+
+impl EngineSettings {
+    /// For the engine.
+    pub fn to_engine(&self) -> EngineConfig {
+        EngineConfig {
+            workers: self.workers,
+            poll: Duration::from_micros(self.poll_us),
+            datagram_patience: Duration::from_millis(self.datagram_patience_ms),
+            cores: self.cores.clone(),
+        }
+    }
+}
+
+/// One virtual NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NicSettings {
+    /// Name, for people and commands.
+    pub name: String,
+    /// Tenant: NICs of different tenants do not see each other.
+    #[serde(default = "default_tenant")]
+    pub tenant: String,
+    /// IPv4 and IPv6 addresses that its guest may use.
+    pub ip: Vec<IpAddr>,
+    /// MAC of the guest's ordinary interface that it rides beside; made from the first address if left out.
+    #[serde(default)]
+    pub mac: Option<Mac>,
+    /// Unix socket for the VMM.
+    pub socket: PathBuf,
+    /// Completion vectors.
+    #[serde(default = "one")]
+    pub vectors: u16,
+    /// Data-path workers that serve it.
+    #[serde(default = "one")]
+    pub workers: u16,
+    /// Limits, which are quotas at the same time.
+    #[serde(default)]
+    pub limits: Profile,
+}
+
+fn default_tenant() -> String {
+    "default".to_owned()
+}
+
+fn one() -> u16 {
+    1
+}
+
+impl NicSettings {
+    /// Its MAC: the one given, or a locally administered one made from its first address.
+    pub fn mac(&self) -> [u8; 6] {
+        self.mac.map_or_else(|| default_mac(self.ip.first().copied()), |mac| mac.0)
+    }
+
+    /// For the device.
+    pub fn to_nic(&self) -> NicConfig {
+        NicConfig {
+            name: self.name.clone(),
+            tenant: self.tenant.clone(),
+            addresses: self.ip.clone(),
+            mac: self.mac(),
+            num_vectors: self.vectors,
+            num_workers: self.workers,
+            profile: self.limits.clone(),
+        }
+    }
+
+    fn check(&self, workers: usize) -> Result<(), ConfigError> {
+        let wrong = |why: &str| Err(ConfigError::Nic { name: self.name.clone(), why: why.to_owned() });
+        if self.name.is_empty() || self.name.contains(char::is_whitespace) {
+            return wrong("a name has at least one character and no white space");
+        }
+        if self.ip.is_empty() {
+            return wrong("it needs at least one address (ip = [\"10.0.0.1\"])");
+        }
+        if self.mac()[0] & 1 != 0 {
+            return wrong("its MAC is a multicast address");
+        }
+        if !(1..=workers).contains(&usize::from(self.workers)) {
+            return wrong("it uses at least one worker and no more than engine.workers");
+        }
+        self.limits.check().or_else(|bad| wrong(&bad.to_string()))
+    }
+}
+
+/// A MAC that is unlikely to meet another: 02:ff and the last four bytes of the address.
+fn default_mac(ip: Option<IpAddr>) -> [u8; 6] {
+    let [a, b, c, d] = match ip {
+        Some(IpAddr::V4(v4)) => v4.octets(),
+        Some(IpAddr::V6(v6)) => *v6.octets().last_chunk().expect("16 bytes have a last 4"),
+        None => [0; 4],
+    };
+    [0x02, 0xff, a, b, c, d]
+}
+
+/// A MAC address, written `02:00:00:00:00:01`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is not a MAC address such as 02:00:00:00:00:01");
+        let bytes: Option<Vec<u8>> =
+            text.split(':').map(|p| (p.len() == 2).then(|| u8::from_str_radix(p, 16).ok()).flatten()).collect();
+        bytes.and_then(|b| b.try_into().ok()).map(Mac).ok_or_else(bad)
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+impl Config {
+    /// Reads a file and checks it.
+    ///
+    /// # Errors
+    /// When it cannot be read, is not TOML of the right shape, or contradicts itself.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The control socket, given or default.
+    pub fn control(&self) -> &Path {
+        self.control.as_deref().unwrap_or(Path::new(DEFAULT_CONTROL))
+    }
+
+    /// Checks everything that can be checked without starting anything.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.engine.workers == 0 {
+            return Err(ConfigError::Setting("engine.workers must be at least 1"));
+        }
+        for nic in &self.nic {
+            nic.check(self.engine.workers)?;
+        }
+        self.check_unique()
+    }
+
+    fn check_unique(&self) -> Result<(), ConfigError> {
+        let mut seen: HashMap<(String, String), &str> = HashMap::new();
+        for nic in &self.nic {
+            let own = [
+                (String::new(), format!("name {:?}", nic.name)),
+                (String::new(), format!("socket {}", nic.socket.display())),
+                (nic.tenant.clone(), format!("MAC {}", Mac(nic.mac()))),
+            ];
+            let addresses: HashSet<_> = nic.ip.iter().collect();
+            let addresses = addresses.into_iter().map(|ip| (nic.tenant.clone(), format!("address {ip}")));
+            for key in own.into_iter().chain(addresses) {
+                if let Some(first) = seen.insert(key.clone(), &nic.name) {
+                    let (first, second) = (first.to_owned(), nic.name.clone());
+                    return Err(ConfigError::Duplicate { first, second, what: key.1 });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO: &str = r#"
+        [engine]
+        workers = 2
+
+        [[nic]]
+        name = "a"
+        ip = ["10.0.0.1", "fd00::1"]
+        socket = "/run/freeflow/a.sock"
+
+        [[nic]]
+        name = "b"
+        tenant = "blue"
+        ip = ["10.0.0.1"]
+        mac = "02:00:00:00:00:0b"
+        socket = "/run/freeflow/b.sock"
+        limits = { max_qp = 10 }
+    "#;
+
+    fn parse(text: &str) -> Result<(), String> {
+        let config: Config = toml::from_str(text).map_err(|e| e.to_string())?;
+        config.check().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn tenants_may_use_the_same_addresses() {
+        parse(TWO).unwrap();
+        let config: Config = toml::from_str(TWO).unwrap();
+        assert_eq!(config.nic[0].mac(), [2, 0xff, 10, 0, 0, 1]);
+        assert_eq!(config.nic[1].mac(), [2, 0, 0, 0, 0, 0xb]);
+        assert_eq!(config.nic[1].limits, Profile { max_qp: 10, ..Profile::default() });
+    }
+
+    #[test]
+    fn a_duplicate_address_names_both_owners() {
+        let error = parse(&TWO.replace("tenant = \"blue\"", "")).unwrap_err();
+        assert!(error.contains("\"a\" and \"b\"") && error.contains("10.0.0.1"), "{error}");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (from, to, expected) in [
+            ("workers = 2", "workers = 0", "workers"),
+            ("workers = 2", "worker = 2", "unknown field"),
+            ("max_qp = 10", "max_qp = 0", "max_qp"),
+            ("[\"10.0.0.1\"]", "[]", "address"),
+            ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),
+            ("02:00:00:00:00:0b", "2:0:0:0:0:b", "not a MAC"),
+            ("name = \"b\"", "name = \"a\"", "both have name"),
+            ("/run/freeflow/b.sock", "/run/freeflow/a.sock", "both have socket"),
+        ] {
+            let error = parse(&TWO.replace(from, to)).expect_err(to);
+            assert!(error.contains(expected), "{to}: {error}");
+        }
+    }
+}
