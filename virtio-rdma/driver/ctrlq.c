@@ -25,6 +25,7 @@ enum vrdma_cmd_state {
 
 struct vrdma_cmd {
 	struct completion done;
+	struct list_head drained;
 	enum vrdma_cmd_state state;
 	u32 body_len;
 	u32 req_len;
@@ -377,11 +378,24 @@ void vrdma_dev_fail(struct vrdma_dev *dev, const char *why)
 	ib_device_put(&dev->ibdev);
 }
 
-/* After the reset: frees what the device never gave back */
+/* After the reset: takes back what the device never gave back */
 void vrdma_ctrl_drain(struct vrdma_dev *dev)
 {
+	struct vrdma_ctrl *ctrl = &dev->ctrl;
 	struct vrdma_cmd *cmd;
 
-	while ((cmd = virtqueue_detach_unused_buf(dev->ctrl.vq)))
+	spin_lock_irq(&ctrl->lock);
+	while ((cmd = virtqueue_detach_unused_buf(ctrl->vq)))
+		list_add(&cmd->drained, &ctrl->drained);
+	spin_unlock_irq(&ctrl->lock);
+}
+
+/* After the virtqueues have gone: some transports stop the device only then */
+void vrdma_ctrl_free(struct vrdma_dev *dev)
+{
+	struct vrdma_cmd *cmd, *next;
+
+	list_for_each_entry_safe(cmd, next, &dev->ctrl.drained, drained)
 		vrdma_cmd_destroy(cmd);
+	INIT_LIST_HEAD(&dev->ctrl.drained);
 }

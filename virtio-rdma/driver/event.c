@@ -131,7 +131,8 @@ static bool vrdma_event_take(struct vrdma_eventq *eq, struct virtio_rdma_event *
 /* Virtqueue callback, in interrupt context */
 void vrdma_event_arrived(struct virtqueue *vq)
 {
-	struct vrdma_eventq *eq = vq->priv;
+	struct vrdma_dev *dev = vq->vdev->priv;
+	struct vrdma_eventq *eq = &dev->eventqs[vq->index - 1];
 	struct virtio_rdma_event event;
 	unsigned long flags;
 
@@ -140,7 +141,7 @@ void vrdma_event_arrived(struct virtqueue *vq)
 		virtqueue_disable_cb(vq);
 		while (vrdma_event_take(eq, &event)) {
 			spin_unlock_irqrestore(&eq->lock, flags);
-			vrdma_handle_event(eq->dev, &event);
+			vrdma_handle_event(dev, &event);
 			spin_lock_irqsave(&eq->lock, flags);
 		}
 	} while (!virtqueue_enable_cb(vq));
@@ -184,16 +185,25 @@ int vrdma_events_fill(struct vrdma_dev *dev)
 }
 
 /* After the reset */
-void vrdma_events_free(struct vrdma_dev *dev)
+void vrdma_events_drain(struct vrdma_dev *dev)
 {
 	unsigned int i;
 
 	for (i = 0; i < dev->num_eventqs; i++) {
 		struct vrdma_eventq *eq = &dev->eventqs[i];
 
-		while (eq->vq && virtqueue_detach_unused_buf(eq->vq))
+		spin_lock_irq(&eq->lock);
+		while (virtqueue_detach_unused_buf(eq->vq))
 			;
-		kfree(eq->bufs);
-		eq->bufs = NULL;
+		spin_unlock_irq(&eq->lock);
 	}
+}
+
+/* After the virtqueues have gone */
+void vrdma_events_free(struct vrdma_dev *dev)
+{
+	unsigned int i;
+
+	for (i = 0; i < dev->num_eventqs; i++)
+		kfree(dev->eventqs[i].bufs);
 }

@@ -158,15 +158,15 @@ static int vrdma_init_queues(struct vrdma_dev *dev)
 	for (i = 0; i < dev->num_eventqs; i++) {
 		struct vrdma_eventq *eq = &dev->eventqs[i];
 
-		eq->dev = dev;
 		eq->vq = dev->vqs[1 + i];
-		eq->vq->priv = eq;
 		spin_lock_init(&eq->lock);
 	}
 	for (i = 0; i < dev->num_doorbellqs; i++)
 		dev->doorbellqs[i].vq = dev->vqs[1 + dev->num_eventqs + i];
-	ret = vrdma_ctrl_init(dev, dev->vqs[0]);
-	return ret ?: vrdma_events_init(dev);
+	ret = vrdma_ctrl_init(dev, dev->vqs[0]) ?: vrdma_events_init(dev);
+	if (ret)
+		dev->vdev->config->del_vqs(dev->vdev);
+	return ret;
 }
 
 static int vrdma_create_areas(struct vrdma_dev *dev)
@@ -214,14 +214,13 @@ static void vrdma_stop(struct vrdma_dev *dev)
 {
 	struct virtio_device *vdev = dev->vdev;
 
-	if (dev->ctrl.vq && !vrdma_is_dead(dev) && !virtqueue_is_broken(dev->ctrl.vq))
+	if (!vrdma_is_dead(dev) && !virtqueue_is_broken(dev->ctrl.vq))
 		vrdma_ctrl_call(dev, VIRTIO_RDMA_CMD_RESET, NULL, 0, NULL, 0);
 	virtio_reset_device(vdev);
-	if (dev->ctrl.vq)
-		vrdma_ctrl_drain(dev);
-	if (dev->eventqs)
-		vrdma_events_free(dev);
+	vrdma_ctrl_drain(dev);
+	vrdma_events_drain(dev);
 	vdev->config->del_vqs(vdev);
+	vrdma_ctrl_free(dev);
 }
 
 static void vrdma_free(struct vrdma_dev *dev)
@@ -229,6 +228,8 @@ static void vrdma_free(struct vrdma_dev *dev)
 	unsigned int i;
 
 	vrdma_unpark(dev);
+	if (dev->eventqs)
+		vrdma_events_free(dev);
 	for (i = 0; dev->doorbellqs && i < dev->num_doorbellqs; i++)
 		vrdma_area_free(&dev->doorbellqs[i].area);
 	vrdma_area_free(&dev->arm);
@@ -251,6 +252,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	dev->ibdev.dev.parent = &vdev->dev;
 	spin_lock_init(&dev->ctrl.lock);
 	init_waitqueue_head(&dev->ctrl.room);
+	INIT_LIST_HEAD(&dev->ctrl.drained);
 	spin_lock_init(&dev->netdev_lock);
 	mutex_init(&dev->parked_lock);
 	INIT_LIST_HEAD(&dev->parked_rings);
@@ -275,7 +277,7 @@ static int vrdma_probe(struct virtio_device *vdev)
 		goto err_free;
 	ret = vrdma_init_queues(dev);
 	if (ret)
-		goto err_stop;
+		goto err_free;
 	virtio_device_ready(vdev);
 	ret = vrdma_start(dev);
 	if (ret)

@@ -61,11 +61,11 @@ struct vrdma_ctrl {
 	struct virtqueue *vq;
 	spinlock_t lock;		/* the virtqueue, and the state of commands in it */
 	wait_queue_head_t room;
+	struct list_head drained;
 	u32 max_request;
 };
 
 struct vrdma_eventq {
-	struct vrdma_dev *dev;
 	struct virtqueue *vq;
 	spinlock_t lock;		/* the virtqueue */
 	struct virtio_rdma_event *bufs;
@@ -232,6 +232,7 @@ static inline bool vrdma_is_dead(const struct vrdma_dev *dev)
 struct vrdma_cmd;
 int vrdma_ctrl_init(struct vrdma_dev *dev, struct virtqueue *vq);
 void vrdma_ctrl_drain(struct vrdma_dev *dev);
+void vrdma_ctrl_free(struct vrdma_dev *dev);
 void vrdma_ctrl_done(struct virtqueue *vq);
 struct vrdma_cmd *vrdma_cmd_alloc(u16 opcode, size_t body_len, u32 num_extents,
 				  size_t result_len);
@@ -269,6 +270,7 @@ void vrdma_unpark(struct vrdma_dev *dev);
 /* event.c */
 int vrdma_events_init(struct vrdma_dev *dev);
 int vrdma_events_fill(struct vrdma_dev *dev);
+void vrdma_events_drain(struct vrdma_dev *dev);
 void vrdma_events_free(struct vrdma_dev *dev);
 void vrdma_event_arrived(struct virtqueue *vq);
 
