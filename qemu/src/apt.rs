@@ -128,8 +128,8 @@ pub fn write_sources(path: &Path, suites: &[&str]) -> Result<()> {
         bail!("{KEYRING} is missing: install debian-archive-keyring (qemu/setup does it)");
     }
     let mirror = mirror()?;
-    let lines: String = suites.iter().map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n")).collect();
-    fs::write(path, lines).with_context(|| format!("cannot write {}", path.display()))
+    let lines: Vec<String> = suites.iter().map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n")).collect();
+    fs::write(path, lines.concat()).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// `key "value"` settings of the machine's apt that reach its mirror (proxies and the like), as `Key=value`.

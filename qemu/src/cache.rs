@@ -47,8 +47,8 @@ impl Recipe {
     /// The entry's name in the cache.
     pub fn entry(&self) -> String {
         let digest = self.hash.clone().finalize();
-        let hex: String = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-        format!("{}-{hex}", self.name)
+        let hex: Vec<String> = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        format!("{}-{}", self.name, hex.concat())
     }
 }
 

@@ -10,6 +10,8 @@
 //!
 //! It knows nothing of the router beyond the vhost-user sockets on which it listens.
 
+#![allow(clippy::missing_errors_doc, reason = "errors here are messages for a person, made where the cause is known")]
+
 pub mod accel;
 pub mod apt;
 pub mod cache;

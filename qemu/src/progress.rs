@@ -62,7 +62,7 @@ impl Steps {
             .stdout(self.log_end()?)
             .stderr(self.log_end()?)
             .status()
-            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+            .with_context(|| format!("cannot start {}", command.get_program().display()))?;
         if status.success() {
             return Ok(());
         }
@@ -75,11 +75,11 @@ impl Steps {
             .stdin(Stdio::null())
             .stderr(self.log_end()?)
             .output()
-            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+            .with_context(|| format!("cannot start {}", command.get_program().display()))?;
         if !output.status.success() {
             return Err(self.failure(command, &output.status.to_string()));
         }
-        String::from_utf8(output.stdout).with_context(|| format!("{:?} wrote something that is no text", command.get_program()))
+        String::from_utf8(output.stdout).with_context(|| format!("{} wrote something that is no text", command.get_program().display()))
     }
 
     fn log_end(&self) -> Result<File> {

@@ -83,7 +83,7 @@ fn command(plan: &Plan) -> Result<Command> {
 fn reap(main: Pid) -> Result<u8> {
     loop {
         match wait().context("cannot wait for the guest")? {
-            WaitStatus::Exited(pid, status) if pid == main => return Ok(status.clamp(0, 255) as u8),
+            WaitStatus::Exited(pid, status) if pid == main => return Ok(u8::try_from(status).unwrap_or(u8::MAX)),
             WaitStatus::Signaled(pid, signal, _) if pid == main => return Ok(128 + signal as u8),
             _ => {}
         }

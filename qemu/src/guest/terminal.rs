@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
@@ -17,7 +17,9 @@ pub struct Terminal {
 impl Terminal {
     /// Opens the terminal of this process.
     pub fn open() -> Result<Self> {
-        let file = File::options().read(true).write(true).open("/dev/tty").context("a shell needs a terminal (`run` does not)")?;
+        // By its own name: `/dev/tty` means nothing to the guest's processes, which are of another session.
+        let path = nix::unistd::ttyname(std::io::stdin()).context("a shell needs a terminal (`run` does not)")?;
+        let file = File::options().read(true).write(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
         let settings = tcgetattr(&file).context("cannot read the terminal's settings")?;
         Ok(Self { file, settings })
     }
@@ -38,8 +40,7 @@ impl Drop for Terminal {
 /// The terminal's size as arguments for the guest's `stty`; something usual where there is none.
 pub fn size_settings() -> String {
     let measured = || -> Option<String> {
-        let tty = File::open("/dev/tty").ok()?;
-        let output = Command::new("stty").arg("size").stdin(tty).output().ok()?;
+        let output = Command::new("stty").arg("size").stdin(Stdio::inherit()).stderr(Stdio::null()).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
         let (rows, columns) = text.trim().split_once(' ')?;
         let (rows, columns): (u16, u16) = (rows.parse().ok()?, columns.parse().ok()?);
