@@ -30,11 +30,15 @@ impl Bed {
         Self::with(RouterSpec::of(nics), Placement::Fragmented)
     }
 
-    /// With everything chosen.
+    /// With limits and the like, and rings placed as asked.
     pub fn with(spec: RouterSpec, rings: Placement) -> Self {
+        Self::guests(spec, &GuestConfig { rings, ..GuestConfig::default() })
+    }
+
+    /// With everything chosen.
+    pub fn guests(spec: RouterSpec, config: &GuestConfig) -> Self {
         let nics = spec.nics;
         let router = TestRouter::start(spec);
-        let config = GuestConfig { rings, ..GuestConfig::default() };
         let guests = (0..nics).map(|nic| router.guest(nic, config.clone())).collect();
         Self { guests, router }
     }

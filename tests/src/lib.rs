@@ -9,8 +9,10 @@
     reason = "a test bench: errors say themselves what failed, and panics are failed tests"
 )]
 
+pub mod attack;
 pub mod bed;
 pub mod guest;
+pub mod logs;
 pub mod rng;
 pub mod router;
 pub mod sys;

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use freeflow_tests::bed::Bed;
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect};
+use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::rng::Rng;
+use freeflow_tests::router::RouterSpec;
 use virtio_rdma::ib::{QpState, SendFlags, WcOpcode, WcStatus};
 
 #[test]
@@ -270,7 +272,8 @@ fn rings_and_regions_in_single_pages() {
 
 #[test]
 fn more_extents_than_one_request_holds() {
-    let bed = Bed::new(2);
+    let config = GuestConfig { memory_size: 160 << 20, ..GuestConfig::default() };
+    let bed = Bed::guests(RouterSpec::of(2), &config);
     let (a, b) = bed.pair(4096);
     let buf = b.pd.guest().alloc_placed(20 << 20, Placement::Fragmented).unwrap();
     let mr = b.pd.reg(&buf).unwrap();
