@@ -72,7 +72,7 @@ impl Host {
         let vrings: Vec<_> = (0..count).map(|_| Arc::new(Mutex::new(Vring::new()))).collect();
         let first = id.0 as usize;
         let served_by: Vec<_> = (0..workers).map(|w| (first + w) % self.engine.num_workers()).collect();
-        let events = vrings[NUM_CTRL_QUEUES..NUM_CTRL_QUEUES + vectors].to_vec();
+        let events = vrings.iter().skip(NUM_CTRL_QUEUES).take(vectors).cloned().collect();
         let nic = Arc::new(Nic::new(id, config, &served_by, events));
         let server = Server::start(socket, nic.clone(), self.engine.clone(), vrings)
             .map_err(|source| AddNicError::Socket { path: socket.display().to_string(), source })?;

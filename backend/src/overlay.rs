@@ -14,7 +14,7 @@ impl fmt::Display for NicId {
     }
 }
 
-/// A GID: an IPv6 address, or an IPv4 address mapped into one (RoCEv2, IBA annex A17).
+/// A GID: an IPv6 address, or an IPv4 address mapped into one (`RoCEv2`, IBA annex A17).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gid(pub [u8; 16]);
 
@@ -56,8 +56,7 @@ impl fmt::Debug for Gid {
 
 /// The EUI-64 of a MAC with the universal/local bit inverted.
 pub fn eui64(mac: [u8; 6]) -> [u8; 8] {
-    let [a, b, c, d, e, f] = mac;
-    [a ^ 2, b, c, 0xff, 0xfe, d, e, f]
+    [mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]]
 }
 
 /// Where a GID lives.

@@ -49,7 +49,7 @@ impl Control {
         self.set_gid(args.index.get(), Some(gid))
     }
 
-    pub(super) fn del_gid(&mut self, args: &DelGid) -> Answer {
+    pub(super) fn del_gid(&mut self, args: DelGid) -> Answer {
         if args.reserved == [0; 6] { self.set_gid(args.index.get(), None) } else { Err(Refusal::Reserved) }
     }
 

@@ -131,11 +131,7 @@ impl Control {
     }
 
     /// Changes a region; if that succeeds, what the data path sees follows.
-    fn change(
-        &mut self,
-        key: u32,
-        change: impl FnOnce(&mut Self, &mut Region) -> Result<(), Refusal>,
-    ) -> Answer {
+    fn change(&mut self, key: u32, change: impl FnOnce(&mut Self, &mut Region) -> Result<(), Refusal>) -> Answer {
         let mut region = self.regions.by_key.remove(&key).ok_or(Refusal::NotFound("memory region"))?;
         let result = change(self, &mut region);
         if result.is_ok() {
@@ -160,7 +156,9 @@ impl Control {
         if layout.length().saturating_add(added) > region.length {
             return Err(Refusal::Value("extents: more than the region's length"));
         }
-        found.into_iter().for_each(|extent| layout.push(extent));
+        for extent in found {
+            layout.push(extent);
+        }
         region.extents += count;
         self.regions.extents += count;
         Ok(())

@@ -146,7 +146,7 @@ impl Control {
             Command::QueryDevice => Ok(answer(&self.nic.config.profile.to_wire())),
             Command::SetArea(kind, index, extents) => self.set_area(kind, index, &extents),
             Command::AddGid(args) => self.add_gid(&args),
-            Command::DelGid(args) => self.del_gid(&args),
+            Command::DelGid(args) => self.del_gid(args),
             Command::AllocPd => self.alloc_pd(),
             Command::DeallocPd(pdn) => self.dealloc_pd(pdn),
             Command::RegMr(args, extents) => self.reg_mr(&args, &extents),

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use virtio_rdma::ctrl::{
-    CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QpAttr, RingDesc,
-};
+use virtio_rdma::ctrl::{CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QpAttr, RingDesc};
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
 use virtio_rdma::ring::RXE_CQE_STRIDE;
@@ -56,7 +54,8 @@ impl Control {
 
     pub(super) fn create_qp(&mut self, args: &CreateQp, sq: &[RawExtent], rq: &[RawExtent]) -> Answer {
         let kind = self.check_create(args)?;
-        let caps = |max_sge: u16, max_inline| Caps { max_sge: max_sge.into(), max_inline, datagram: kind != QpType::Rc };
+        let caps =
+            |max_sge: u16, max_inline| Caps { max_sge: max_sge.into(), max_inline, datagram: kind != QpType::Rc };
         let send_caps = caps(args.max_send_sge.get(), args.max_inline_data.get());
         let recv_caps = caps(args.max_recv_sge.get(), 0);
         let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;

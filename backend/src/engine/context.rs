@@ -56,6 +56,7 @@ pub struct Context {
     /// Destination of the present copy.
     pub dst: Vec<Seg>,
     keys: KeyCache,
+    #[expect(clippy::vec_box, reason = "jobs move between here and queues, and are large")]
     spare: Vec<Box<Job>>,
     touched: Vec<Touched>,
 }
@@ -96,6 +97,9 @@ impl Context {
     }
 
     /// The region of a key, remembered until the quantum ends.
+    ///
+    /// # Errors
+    /// When there is none.
     pub fn key(&mut self, nic: &Nic, key: u32) -> Result<&Arc<Mr>, KeyError> {
         self.keys.get(nic, key)
     }

@@ -49,7 +49,11 @@ impl Quiesce {
             let mut spins = 0u32;
             while ticks.0.load(Ordering::Acquire) == seen {
                 spins += 1;
-                if spins < 64 { std::hint::spin_loop() } else { std::thread::sleep(Duration::from_micros(20)) }
+                if spins < 64 {
+                    std::hint::spin_loop();
+                } else {
+                    std::thread::sleep(Duration::from_micros(20));
+                }
             }
         }
         fence(Ordering::SeqCst);

@@ -42,7 +42,9 @@ pub(super) fn step(
                 let code = peer.qp.attrs.lock().attr.min_rnr_timer;
                 return Step::Wait(WaitKind::Rnr, rnr_timer(code));
             }
-            Admission::Refused(fault) => return Step::Failed(fail_responder(ctx, &peer, job, fault)),
+            Admission::Refused(fault) => {
+                return Step::Failed(fail_responder(ctx, &peer, job, &fault));
+            }
         }
     }
     send.wait = None;
@@ -97,7 +99,8 @@ fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     let incarnation = peer.incarnation();
     let mut theirs = peer.attrs.lock();
     let names_us = theirs.attr.dest_qpn.get() == qp.id.qpn && Gid(theirs.attr.av.dgid) == source;
-    let in_step = (theirs.attr.rq_psn.get() ^ attr.sq_psn.get()) & 0xff_ffff == 0;
+    let psn = |raw: u32| raw & 0xff_ffff;
+    let in_step = psn(theirs.attr.rq_psn.get()) == psn(attr.sq_psn.get());
     let accepts_us = theirs.accepts.is_none_or(|only| only == qp.incarnation());
     if !(names_us && in_step && accepts_us) {
         return None;
@@ -124,17 +127,11 @@ struct Fault {
 }
 
 impl Fault {
-    const INVALID: Self = Self {
-        requester: WcStatus::RemInvReqErr,
-        responder: WcStatus::RemInvReqErr,
-        event: EventType::QpRequestError,
-    };
+    const INVALID: Self =
+        Self { requester: WcStatus::RemInvReqErr, responder: WcStatus::RemInvReqErr, event: EventType::QpRequestError };
     const TOO_LONG: Self = Self { responder: WcStatus::LocLenErr, ..Self::INVALID };
-    const ACCESS: Self = Self {
-        requester: WcStatus::RemAccessErr,
-        responder: WcStatus::LocProtErr,
-        event: EventType::QpAccessError,
-    };
+    const ACCESS: Self =
+        Self { requester: WcStatus::RemAccessErr, responder: WcStatus::LocProtErr, event: EventType::QpAccessError };
     const OPERATION: Self =
         Self { requester: WcStatus::RemOpErr, responder: WcStatus::LocProtErr, event: EventType::QpFatal };
     const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
@@ -193,7 +190,7 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Admission {
 }
 
 /// The responder fails: its receive completes in error or it gets an event, and its QP goes to ERR. Returns what the requester is told.
-fn fail_responder(ctx: &mut Context, peer: &Binding, job: &mut Job, fault: Fault) -> WcStatus {
+fn fail_responder(ctx: &mut Context, peer: &Binding, job: &mut Job, fault: &Fault) -> WcStatus {
     peer.nic.warn(format_args!("QP {:#x} refused a message: {:?}", peer.qp.id.qpn, fault.requester));
     if job.recv_of.take().is_some() {
         complete_recv(ctx, &peer.nic, &peer.qp, &RecvDone::error(job.recv.wr_id, fault.responder));
@@ -221,9 +218,15 @@ fn move_piece(
         match map_piece(ctx, nic, qp, peer, job, len) {
             Ok(()) => {}
             Err(PieceError::Local) => return Step::Failed(WcStatus::LocProtErr),
-            Err(PieceError::Remote(fault)) => return Step::Failed(fail_responder(ctx, peer, job, fault)),
+            Err(PieceError::Remote(fault)) => {
+                return Step::Failed(fail_responder(ctx, peer, job, &fault));
+            }
         }
-        if last { mem::copy_ordered(&ctx.src, &ctx.dst) } else { mem::copy(&ctx.src, &ctx.dst) }
+        if last {
+            mem::copy_ordered(&ctx.src, &ctx.dst);
+        } else {
+            mem::copy(&ctx.src, &ctx.dst);
+        }
         job.done += len;
         budget.bytes -= len;
     }
@@ -242,14 +245,7 @@ enum PieceError {
 }
 
 /// Finds where the next `len` bytes come from and go to.
-fn map_piece(
-    ctx: &mut Context,
-    nic: &Nic,
-    qp: &Qp,
-    peer: &Binding,
-    job: &Job,
-    len: u64,
-) -> Result<(), PieceError> {
+fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, len: u64) -> Result<(), PieceError> {
     ctx.src.clear();
     ctx.dst.clear();
     let local = |need| Gather { nic, pdn: qp.id.pdn, need, sges: job.wqe.sges.as_slice(), from: job.done, len };

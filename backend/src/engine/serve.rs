@@ -215,14 +215,7 @@ fn count_wait(
 }
 
 /// Completes the request at the head of the ring. False if the completion could not be written.
-fn complete(
-    ctx: &mut Context,
-    nic: &Arc<Nic>,
-    qp: &Qp,
-    send: &mut SendQueue,
-    job: &Job,
-    status: WcStatus,
-) -> bool {
+fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, job: &Job, status: WcStatus) -> bool {
     let wanted = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED) || status != WcStatus::Success;
     let cqe = Cqe {
         wr_id: job.wqe.wr_id.into(),

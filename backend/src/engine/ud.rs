@@ -49,7 +49,9 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     };
     let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
     match taken {
-        Taken::Empty => return Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience),
+        Taken::Empty => {
+            return Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience);
+        }
         Taken::TooShort => return drop_it(nic),
         Taken::Broken(reason) => {
             fatal(&peer_nic, &peer, reason);

@@ -170,7 +170,11 @@ impl Worker {
         // Pairs with the driver's barrier between ringing and looking whether we sleep.
         fence(Ordering::SeqCst);
         let stop = self.engine.stop.load(Ordering::SeqCst);
-        if stop || self.engine.version.load(Ordering::SeqCst) != self.version || self.mailbox().has_posts() || self.quantum(Self::rung) {
+        if stop
+            || self.engine.version.load(Ordering::SeqCst) != self.version
+            || self.mailbox().has_posts()
+            || self.quantum(Self::rung)
+        {
             self.mailbox().stay_awake();
         } else {
             let limit = self.timers.next().map(|at| at.saturating_duration_since(Instant::now()));
@@ -190,8 +194,8 @@ impl Worker {
 
     /// Whether any doorbell is waiting.
     fn rung(&mut self) -> bool {
-        let ports = self.ports.iter_mut().filter(|p| p.nic.is_running());
-        ports.fold(false, |any, port| port.take_doorbells() || !port.run.is_empty() || any)
+        let mut ports = self.ports.iter_mut().filter(|p| p.nic.is_running());
+        ports.any(|port| port.take_doorbells() || !port.run.is_empty())
     }
 
     fn mailbox(&self) -> &Mailbox {
@@ -263,4 +267,3 @@ fn pin(core: usize) {
         log::warn!("cannot pin a worker to core {core}: {error}");
     }
 }
-

@@ -35,14 +35,20 @@ pub fn copy_ordered(src: &[Seg], dst: &[Seg]) {
     store_word(last, word);
 }
 
-/// Copies guest bytes at `seg` into `buf`, which is no longer than the segment.
+/// Copies guest bytes at `seg` into `buf`.
+///
+/// # Panics
+/// When `buf` is longer than the segment.
 pub fn read(seg: Seg, buf: &mut [u8]) {
     assert!(buf.len() <= seg.len, "read beyond a segment");
     // SAFETY: the segment has at least `buf.len()` bytes in a live mapping, and `buf` is ours alone.
     unsafe { std::ptr::copy_nonoverlapping(seg.ptr, buf.as_mut_ptr(), buf.len()) };
 }
 
-/// Copies `bytes` to the guest at `seg`, which is no shorter.
+/// Copies `bytes` to the guest at `seg`.
+///
+/// # Panics
+/// When `bytes` are longer than the segment.
 pub fn write(bytes: &[u8], seg: Seg) {
     assert!(bytes.len() <= seg.len, "write beyond a segment");
     // SAFETY: the segment has at least `bytes.len()` bytes in a live mapping that `bytes` (ours) is not part of.
@@ -81,19 +87,19 @@ fn read_at(segs: &[Seg], mut offset: usize, mut buf: &mut [u8]) {
     }
 }
 
+#[expect(clippy::cast_ptr_alignment, reason = "`last_word` aligned it")]
 fn store_word(seg: Seg, bytes: &[u8]) {
     // SAFETY: `last_word` made `seg` naturally aligned for its size, inside a live mapping; an atomic store is
     // the access for memory that others read at the same time.
     unsafe {
-        match *bytes {
-            [a] => (*seg.ptr.cast::<AtomicU8>()).store(a, Ordering::Release),
-            [a, b] => (*seg.ptr.cast::<AtomicU16>()).store(u16::from_ne_bytes([a, b]), Ordering::Release),
-            [a, b, c, d] => (*seg.ptr.cast::<AtomicU32>()).store(u32::from_ne_bytes([a, b, c, d]), Ordering::Release),
-            [a, b, c, d, e, f, g, h] => {
-                let value = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
-                (*seg.ptr.cast::<AtomicU64>()).store(value, Ordering::Release);
-            }
-            _ => {}
+        if let Ok(word) = <[u8; 8]>::try_from(bytes) {
+            (*seg.ptr.cast::<AtomicU64>()).store(u64::from_ne_bytes(word), Ordering::Release);
+        } else if let Ok(word) = <[u8; 4]>::try_from(bytes) {
+            (*seg.ptr.cast::<AtomicU32>()).store(u32::from_ne_bytes(word), Ordering::Release);
+        } else if let Ok(word) = <[u8; 2]>::try_from(bytes) {
+            (*seg.ptr.cast::<AtomicU16>()).store(u16::from_ne_bytes(word), Ordering::Release);
+        } else if let [byte] = *bytes {
+            (*seg.ptr.cast::<AtomicU8>()).store(byte, Ordering::Release);
         }
     }
 }
@@ -141,7 +147,11 @@ mod tests {
                     let src = [seg(a), seg(b)];
                     let (c, d) = to[skew..].split_at_mut(256 - cut);
                     let dst = [seg(c), seg(d)];
-                    if ordered { copy_ordered(&src, &dst) } else { copy(&src, &dst) }
+                    if ordered {
+                        copy_ordered(&src, &dst)
+                    } else {
+                        copy(&src, &dst)
+                    }
                     assert_eq!(to[skew..], from[..], "cut {cut} skew {skew} ordered {ordered}");
                 }
             }

@@ -73,7 +73,10 @@ impl Pages {
         }
     }
 
-    /// The 32-bit word at `offset`, a multiple of 4.
+    /// The 32-bit word at `offset`.
+    ///
+    /// # Panics
+    /// When `offset` is not a multiple of 4, or outside.
     pub fn u32(&self, offset: usize) -> &AtomicU32 {
         let seg = self.at(offset, 4);
         assert!(offset.is_multiple_of(4) && seg.len() == 4, "misplaced word");
@@ -82,7 +85,10 @@ impl Pages {
         unsafe { AtomicU32::from_ptr(seg.ptr.cast()) }
     }
 
-    /// The 64-bit word at `offset`, a multiple of 8.
+    /// The 64-bit word at `offset`.
+    ///
+    /// # Panics
+    /// When `offset` is not a multiple of 8, or outside.
     pub fn u64(&self, offset: usize) -> &AtomicU64 {
         let seg = self.at(offset, 8);
         assert!(offset.is_multiple_of(8) && seg.len() == 8, "misplaced word");

@@ -82,4 +82,3 @@ impl Pending {
 fn wire(notice: Notice) -> Event {
     Event { kind: notice.kind.to_wire().into(), number: notice.number.into(), ..Event::default() }
 }
-

@@ -148,5 +148,4 @@ impl Nic {
     pub fn warn(&self, line: std::fmt::Arguments<'_>) {
         self.log.warn(&self.counters.log_suppressed, line);
     }
-
 }

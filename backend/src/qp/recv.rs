@@ -44,7 +44,9 @@ impl RecvQueue {
         let producer = match ring.producer() {
             Ok(index) if index == self.consumer => return Taken::Empty,
             Ok(index) => index,
-            Err(_) => return Taken::Broken("producer index of the receive ring is outside the ring"),
+            Err(_) => {
+                return Taken::Broken("producer index of the receive ring is outside the ring");
+            }
         };
         debug_assert_ne!(producer, self.consumer);
         let parsed = parse_recv(ring, self.consumer, self.caps, out);

@@ -1,4 +1,4 @@
-//! The state machine of queue pairs: which MODIFY_QP is allowed (IBA 10.3.1, 11.2.5.2; the masks are
+//! The state machine of queue pairs: which `MODIFY_QP` is allowed (IBA 10.3.1, 11.2.5.2; the masks are
 //! those of Linux `ib_modify_qp_is_ok`).
 
 use virtio_rdma::ib::{QpMask, QpState, QpType};
@@ -33,7 +33,9 @@ fn masks(kind: QpType, from: QpState, to: QpState) -> Option<Masks> {
     use QpState::{Err, Init, Reset, Rtr, Rts, Sqd, Sqe};
     let connected = matches!(kind, QpType::Rc | QpType::Uc);
     let reliable = kind == QpType::Rc;
-    let pick = |when_connected: QpMask, otherwise: QpMask| if connected { when_connected } else { otherwise };
+    let pick = |when_connected: QpMask, otherwise: QpMask| {
+        if connected { when_connected } else { otherwise }
+    };
     let if_rc = |mask: QpMask| if reliable { mask } else { NONE };
     let (required, optional) = match (from, to) {
         (_, Reset | Err) => (NONE, NONE),
@@ -45,7 +47,7 @@ fn masks(kind: QpType, from: QpState, to: QpState) -> Option<Masks> {
             QpMask::PKEY_INDEX | pick(QpMask::ALT_PATH | QpMask::ACCESS_FLAGS, QpMask::QKEY),
         ),
         (Rtr, Rts) => (QpMask::SQ_PSN | if_rc(REQUESTER), running(connected, reliable)),
-        (Rts, Rts) | (Sqd, Rts) => (NONE, running(connected, reliable)),
+        (Rts | Sqd, Rts) => (NONE, running(connected, reliable)),
         (Rts, Sqd) => (NONE, QpMask::EN_SQD_ASYNC_NOTIFY),
         (Sqe, Rts) if !reliable => (NONE, QpMask::CUR_STATE | pick(QpMask::ACCESS_FLAGS, QpMask::QKEY)),
         (Sqd, Sqd) => (

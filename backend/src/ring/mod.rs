@@ -70,11 +70,17 @@ impl Ring {
     }
 
     /// The guest's producer index; what it published with it is visible.
+    ///
+    /// # Errors
+    /// When it is outside the ring.
     pub fn producer(&self) -> Result<u32, BadIndex> {
         self.checked(self.word(std::mem::offset_of!(RingHeader, producer_index)))
     }
 
     /// The guest's consumer index.
+    ///
+    /// # Errors
+    /// When it is outside the ring.
     pub fn consumer(&self) -> Result<u32, BadIndex> {
         self.checked(self.word(std::mem::offset_of!(RingHeader, consumer_index)))
     }

@@ -188,10 +188,10 @@ impl Thread {
                 match event.data() {
                     STOP => return Ok(End::Stopped),
                     CONNECTION => {
-                        if let Err(error) = handler.handle_request() {
-                            if self.is_end(&error) {
-                                return Ok(End::Disconnected);
-                            }
+                        if let Err(error) = handler.handle_request()
+                            && self.is_end(&error)
+                        {
+                            return Ok(End::Disconnected);
                         }
                     }
                     LISTENER => {}
@@ -209,7 +209,11 @@ impl Thread {
     /// Whether the connection is over; a refused message alone is the VMM's to handle.
     fn is_end(&self, error: &Error) -> bool {
         match error {
-            Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage | Error::SocketError(_) | Error::SocketConnect(_) => true,
+            Error::Disconnected
+            | Error::SocketBroken(_)
+            | Error::PartialMessage
+            | Error::SocketError(_)
+            | Error::SocketConnect(_) => true,
             other => {
                 self.nic.warn(format_args!("vhost-user: {other}"));
                 !matches!(other, Error::InvalidParam | Error::InvalidOperation(_) | Error::ReqHandlerError(_))

@@ -8,9 +8,8 @@ use parking_lot::Mutex;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserSharedMsg,
-    VhostUserShMemConfig, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
-    VhostUserVringState,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -119,7 +118,7 @@ impl Session {
         self.engine.ports_changed();
         self.engine.quiesce().wait();
         if all {
-            for index in 0..NUM_CTRL_QUEUES + self.nic.events.len() {
+            for index in 0..=self.nic.events.len() {
                 while self.kicked(index) {}
             }
         }
@@ -136,9 +135,11 @@ impl Session {
     fn set_kick(&mut self, index: usize, kick: Option<File>) {
         let doorbells = NUM_CTRL_QUEUES + self.nic.events.len();
         let result = match index.checked_sub(doorbells) {
-            Some(queue) => kick.as_ref().map(File::try_clone).transpose().and_then(|kick| {
-                self.engine.set_kick(&self.nic, queue, kick)
-            }),
+            Some(queue) => kick
+                .as_ref()
+                .map(File::try_clone)
+                .transpose()
+                .and_then(|kick| self.engine.set_kick(&self.nic, queue, kick)),
             None => self.watch(index, kick.as_ref()),
         };
         if let Err(error) = result {

@@ -5,8 +5,8 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use virtio_rdma::ctrl::MAX_REQUEST;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::mem::Map;
 

@@ -65,7 +65,9 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
             "tenant" => tenant = Some(value.to_owned()),
             "mac" => mac = Some(value.parse::<Mac>()?),
             "ip" => ip.push(value.parse::<IpAddr>().map_err(|e| format!("{value:?}: {e}"))?),
-            _ => return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac")),
+            _ => {
+                return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac"));
+            }
         }
     }
     Ok(NicSettings {
@@ -123,7 +125,11 @@ fn run(args: Args) -> Result<()> {
         .context("cannot wait for signals")?;
     let router = Arc::new(Router::start(&config)?);
     let _api = api::Server::start(config.control(), router.clone())?;
-    log::info!("serving {} virtual NICs; look with: freeflow --control {} nics", config.nic.len(), config.control().display());
+    log::info!(
+        "serving {} virtual NICs; look with: freeflow --control {} nics",
+        config.nic.len(),
+        config.control().display()
+    );
     signals.forever().next();
     log::info!("stopping");
     router.stop();
