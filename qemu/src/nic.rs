@@ -5,8 +5,11 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -64,8 +67,24 @@ pub fn probe(socket: &Path) -> Result<Nic> {
 
 fn read_config(socket: &Path) -> Result<Vec<u8>> {
     let stream = UnixStream::connect(socket).context("nobody listens there (is the router running, with this virtual NIC?)")?;
-    stream.set_read_timeout(Some(PATIENCE)).and_then(|()| stream.set_write_timeout(Some(PATIENCE)))?;
-    let mut frontend = Frontend::from_stream(stream, 1);
+    let line = stream.try_clone()?;
+    let (done, ended) = mpsc::channel::<()>();
+    let frontend = Frontend::from_stream(stream, 1);
+    // The frontend waits for ever on a silent device: hang up when it takes too long.
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                // Hung up already if that fails.
+                let _ = line.shutdown(Shutdown::Both);
+            }
+        });
+        let config = ask(frontend);
+        drop(done);
+        config
+    })
+}
+
+fn ask(mut frontend: Frontend) -> Result<Vec<u8>> {
     let busy = "no answer: does another guest have this virtual NIC?";
     frontend.set_owner().context(busy)?;
     let offered = frontend.get_features().context(busy)?;
@@ -78,11 +97,11 @@ fn read_config(socket: &Path) -> Result<Vec<u8>> {
     if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
         bail!("the vhost-user device there has no configuration space");
     }
-    frontend.set_protocol_features(protocol & VhostUserProtocolFeatures::CONFIG)?;
+    frontend.set_protocol_features(VhostUserProtocolFeatures::CONFIG)?;
     let buffer = [0; size_of::<Config>()];
     let size = buffer.len() as u32;
-    let (_, payload) = frontend.get_config(0, size, VhostUserConfigFlags::empty(), &buffer).context("cannot read its configuration space")?;
-    Ok(payload)
+    let config = frontend.get_config(0, size, VhostUserConfigFlags::empty(), &buffer);
+    config.map(|(_, payload)| payload).context("cannot read its configuration space")
 }
 
 #[cfg(test)]
