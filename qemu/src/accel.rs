@@ -74,7 +74,11 @@ pub fn choose(cache: &Cache, choice: Choice, qemu: &Binary, kernel: &Path, busyb
 
 fn kvm_works(cache: &Cache, qemu: &Binary, kernel: &Path, busybox: &Path) -> Result<bool> {
     let host = |file: &str| fs::read_to_string(file).unwrap_or_default();
-    let cpu = host("/proc/cpuinfo").lines().take_while(|line| !line.is_empty()).filter(|line| line.starts_with("model")).collect::<String>();
+    let cpu = host("/proc/cpuinfo")
+        .lines()
+        .take_while(|line| !line.is_empty())
+        .filter(|line| line.starts_with("model"))
+        .collect::<String>();
     let recipe = Recipe::new("kvm-probe").with("1").with(host("/proc/version")).with(cpu).with(qemu.identity());
     let entry = cache.get(&recipe, |steps, dir| {
         steps.step("starting a guest with KVM, to see whether that works");
@@ -115,7 +119,8 @@ fn run(argv: &[OsString], log: &Path) -> Result<bool> {
     let Some((program, args)) = argv.split_first() else { bail!("no command") };
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
-    let mut child = command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).spawn().context("cannot start QEMU")?;
+    let mut child =
+        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).spawn().context("cannot start QEMU")?;
     let started = Instant::now();
     let said = |words: &str| fs::read(log).is_ok_and(|text| String::from_utf8_lossy(&text).contains(words));
     // After an internal error QEMU stays, with the guest paused.

@@ -14,7 +14,17 @@ use crate::progress::{Steps, quiet};
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Suites by which a Debian mirror is recognised among other package sources.
 const DEBIAN_SUITES: [&str; 12] = [
-    "bullseye", "bookworm", "trixie", "forky", "duke", "sid", "oldoldstable", "oldstable", "stable", "testing", "unstable",
+    "bullseye",
+    "bookworm",
+    "trixie",
+    "forky",
+    "duke",
+    "sid",
+    "oldoldstable",
+    "oldstable",
+    "stable",
+    "testing",
+    "unstable",
     "experimental",
 ];
 /// Settings of the machine's apt that a private apt has to share to reach the same mirror.
@@ -57,7 +67,8 @@ fn parse_line(line: &str) -> Option<Source> {
 
 /// Reads sources in the deb822 format (`*.sources`).
 pub fn parse_deb822(text: &str) -> Vec<Source> {
-    let text: String = text.lines().filter(|line| !line.starts_with('#')).flat_map(|line| [line.trim_end(), "\n"]).collect();
+    let text: String =
+        text.lines().filter(|line| !line.starts_with('#')).flat_map(|line| [line.trim_end(), "\n"]).collect();
     text.split("\n\n").flat_map(parse_stanza).collect()
 }
 
@@ -75,7 +86,11 @@ fn parse_stanza(stanza: &str) -> Vec<Source> {
         return Vec::new();
     }
     let (suites, components) = (field("Suites"), field("Components"));
-    let source = |uri: &String, suite: &String| Source { uri: uri.clone(), suite: suite.clone(), components: components.clone() };
+    let source = |uri: &String, suite: &String| Source {
+        uri: uri.clone(),
+        suite: suite.clone(),
+        components: components.clone(),
+    };
     field("URIs").iter().flat_map(|uri| suites.iter().map(|suite| source(uri, suite)).collect::<Vec<_>>()).collect()
 }
 
@@ -93,8 +108,11 @@ pub fn debian_mirror(sources: &[Source]) -> Option<String> {
 /// All sources that are configured under `dir` (`/etc/apt`).
 fn machine_sources(dir: &Path) -> Vec<Source> {
     let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
-    let mut parts: Vec<PathBuf> =
-        fs::read_dir(dir.join("sources.list.d")).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let mut parts: Vec<PathBuf> = fs::read_dir(dir.join("sources.list.d"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
     parts.sort();
     let mut sources = parse_one_line(&read(&dir.join("sources.list")));
     for part in parts {
@@ -117,7 +135,8 @@ pub fn mirror() -> Result<String> {
     })?;
     // Cloud images name a file that lists mirrors.
     let Some(list) = found.strip_prefix("mirror+file:") else { return Ok(found) };
-    let text = fs::read_to_string(list.trim_start_matches("//")).with_context(|| format!("cannot read the mirror list {list}"))?;
+    let text = fs::read_to_string(list.trim_start_matches("//"))
+        .with_context(|| format!("cannot read the mirror list {list}"))?;
     let first = text.lines().filter_map(|line| line.split_whitespace().next()).find(|word| !word.starts_with('#'));
     first.map(str::to_owned).ok_or_else(|| anyhow!("no mirror in {list}"))
 }
@@ -128,14 +147,17 @@ pub fn write_sources(path: &Path, suites: &[&str]) -> Result<()> {
         bail!("{KEYRING} is missing: install debian-archive-keyring (qemu/setup does it)");
     }
     let mirror = mirror()?;
-    let lines: Vec<String> = suites.iter().map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n")).collect();
+    let lines: Vec<String> =
+        suites.iter().map(|suite| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n")).collect();
     fs::write(path, lines.concat()).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// `key "value"` settings of the machine's apt that reach its mirror (proxies and the like), as `Key=value`.
 pub fn shared_settings() -> Result<Vec<String>> {
     let dump = quiet(Command::new("apt-config").args(["dump", "--format", "%f=%v%n"]).args(SHARED_SETTINGS))?;
-    let wanted = |line: &&str| line.split_once('=').is_some_and(|(key, value)| SHARED_SETTINGS.contains(&key) && !value.is_empty());
+    let wanted = |line: &&str| {
+        line.split_once('=').is_some_and(|(key, value)| SHARED_SETTINGS.contains(&key) && !value.is_empty())
+    };
     Ok(dump.lines().filter(wanted).map(str::to_owned).collect())
 }
 

@@ -167,7 +167,8 @@ mod tests {
     fn every_ingredient_changes_the_name() {
         let base = Recipe::new("thing").with("a").with("b");
         assert_eq!(base.entry(), Recipe::new("thing").with("a").with("b").entry());
-        for other in [Recipe::new("thing").with("ab"), Recipe::new("thing").with("").with("ab"), base.clone().with("")] {
+        for other in [Recipe::new("thing").with("ab"), Recipe::new("thing").with("").with("ab"), base.clone().with("")]
+        {
             assert_ne!(base.entry(), other.entry());
         }
     }
@@ -197,11 +198,12 @@ mod tests {
     fn a_failed_build_leaves_no_entry_and_can_be_repeated() {
         let (_dir, cache) = cache();
         let recipe = Recipe::new("fails");
-        cache.get(&recipe, |_, dir| {
-            fs::write(dir.join("half"), "")?;
-            Err(anyhow!("on purpose"))
-        })
-        .unwrap_err();
+        cache
+            .get(&recipe, |_, dir| {
+                fs::write(dir.join("half"), "")?;
+                Err(anyhow!("on purpose"))
+            })
+            .unwrap_err();
         assert!(cache.find(&recipe).is_none());
         let path = cache.get(&recipe, |_, _| Ok(())).unwrap();
         assert!(!path.join("half").exists());

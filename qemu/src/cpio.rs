@@ -80,7 +80,8 @@ mod tests {
         std::os::unix::fs::symlink("d/file", from.path().join("link")).unwrap();
         let mut archive = Vec::new();
         pack(from.path(), &mut archive).unwrap();
-        let Ok(mut cpio) = Command::new("cpio").args(["--extract", "--quiet"]).current_dir(to.path()).stdin(Stdio::piped()).spawn()
+        let Ok(mut cpio) =
+            Command::new("cpio").args(["--extract", "--quiet"]).current_dir(to.path()).stdin(Stdio::piped()).spawn()
         else {
             eprintln!("skipped: no cpio on this machine");
             return;

@@ -30,7 +30,9 @@ impl Mac {
     /// A random address from the range that is free for local use.
     pub fn random() -> Result<Self> {
         let mut bytes = [0; 6];
-        File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).context("cannot read /dev/urandom")?;
+        File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut bytes))
+            .context("cannot read /dev/urandom")?;
         bytes[0] = (bytes[0] & 0xfc) | 0x02;
         Ok(Self(bytes))
     }
@@ -57,7 +59,8 @@ pub struct Nic {
 /// Asks the device behind `socket` what it is.
 pub fn probe(socket: &Path) -> Result<Nic> {
     let bytes = read_config(socket).with_context(|| format!("--nic {}", socket.display()))?;
-    let (config, _) = Config::read_from_prefix(&bytes).map_err(|_| anyhow!("--nic {}: a short configuration space", socket.display()))?;
+    let (config, _) = Config::read_from_prefix(&bytes)
+        .map_err(|_| anyhow!("--nic {}: a short configuration space", socket.display()))?;
     if !config.is_ours() {
         bail!("--nic {}: the device there is no virtual RDMA NIC of this version of Freeflow", socket.display());
     }
@@ -66,7 +69,8 @@ pub fn probe(socket: &Path) -> Result<Nic> {
 }
 
 fn read_config(socket: &Path) -> Result<Vec<u8>> {
-    let stream = UnixStream::connect(socket).context("nobody listens there (is the router running, with this virtual NIC?)")?;
+    let stream =
+        UnixStream::connect(socket).context("nobody listens there (is the router running, with this virtual NIC?)")?;
     let line = stream.try_clone()?;
     let (done, ended) = mpsc::channel::<()>();
     let frontend = Frontend::from_stream(stream, 1);

@@ -79,11 +79,15 @@ impl Steps {
         if !output.status.success() {
             return Err(self.failure(command, &output.status.to_string()));
         }
-        String::from_utf8(output.stdout).with_context(|| format!("{} wrote something that is no text", command.get_program().display()))
+        String::from_utf8(output.stdout)
+            .with_context(|| format!("{} wrote something that is no text", command.get_program().display()))
     }
 
     fn log_end(&self) -> Result<File> {
-        File::options().append(true).open(&self.log).with_context(|| format!("cannot write the log {}", self.log.display()))
+        File::options()
+            .append(true)
+            .open(&self.log)
+            .with_context(|| format!("cannot write the log {}", self.log.display()))
     }
 
     fn failure(&self, command: &Command, status: &str) -> anyhow::Error {

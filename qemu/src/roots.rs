@@ -60,7 +60,10 @@ pub fn busybox(cache: &Cache) -> Result<PathBuf> {
     let dir = cache.get(&recipe, |steps, dir| {
         let apt = Apt::new(steps, dir.join("apt"), &[Distro::Trixie.codename()])?;
         apt.unpack(steps, "busybox-static", &dir.join("deb"))?;
-        let binary = ["bin/busybox", "usr/bin/busybox"].map(|path| dir.join("deb").join(path)).into_iter().find(|path| path.exists());
+        let binary = ["bin/busybox", "usr/bin/busybox"]
+            .map(|path| dir.join("deb").join(path))
+            .into_iter()
+            .find(|path| path.exists());
         fs::rename(binary.context("no busybox in its package")?, dir.join("busybox"))?;
         fs::remove_dir_all(dir.join("deb"))?;
         Ok(fs::remove_dir_all(dir.join("apt"))?)

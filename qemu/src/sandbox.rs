@@ -29,14 +29,17 @@ pub fn enter(root: &Path, mnt: &Path, command: &[OsString]) -> Result<()> {
     mount(none, root, none, read_only, none).context("cannot make the root file system read-only")?;
     for dir in ["dev", "proc", "sys"] {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-        mount(Some(&Path::new("/").join(dir)), &root.join(dir), none, flags, none).with_context(|| format!("cannot mount {dir}"))?;
+        mount(Some(&Path::new("/").join(dir)), &root.join(dir), none, flags, none)
+            .with_context(|| format!("cannot mount {dir}"))?;
     }
     mount(Some("tmpfs"), &root.join("tmp"), Some("tmpfs"), MsFlags::empty(), none).context("cannot mount /tmp")?;
     let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-    mount(Some(mnt), &root.join("mnt"), none, flags, none).with_context(|| format!("cannot mount {}", mnt.display()))?;
+    mount(Some(mnt), &root.join("mnt"), none, flags, none)
+        .with_context(|| format!("cannot mount {}", mnt.display()))?;
     nix::unistd::chroot(root).context("cannot change the root")?;
     std::env::set_current_dir("/").context("cannot change the folder")?;
     let (program, args) = command.split_first().ok_or_else(|| anyhow!("no command"))?;
-    let error = Command::new(program).args(args).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C.UTF-8").exec();
+    let error =
+        Command::new(program).args(args).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C.UTF-8").exec();
     Err(error).with_context(|| format!("cannot run {}", program.display()))
 }

@@ -52,13 +52,17 @@ pub struct BootFiles<'a> {
 impl BootFiles<'_> {
     /// Writes them into the folder `dir`, which becomes `/guest`.
     pub fn write(&self, workspace: &Workspace, dir: &Path) -> Result<()> {
-        let put = |name: &str, content: &[u8]| fs::write(dir.join(name), content).with_context(|| format!("cannot write {name}"));
+        let put = |name: &str, content: &[u8]| {
+            fs::write(dir.join(name), content).with_context(|| format!("cannot write {name}"))
+        };
         put("stage2", STAGE2.as_bytes())?;
         put("env", &self.environment(workspace))?;
         put("nics", self.interfaces().as_bytes())?;
         put("command", &self.command())?;
         match self.module {
-            Some(module) => fs::copy(module, dir.join(crate::driver::MODULE)).map(drop).with_context(|| format!("cannot copy {}", module.display())),
+            Some(module) => fs::copy(module, dir.join(crate::driver::MODULE))
+                .map(drop)
+                .with_context(|| format!("cannot copy {}", module.display())),
             None => Ok(()),
         }
     }
@@ -142,7 +146,8 @@ mod tests {
         let words = ["plain", "two  spaces", "it's", "$HOME `x` \\ \"", "", "a\nb", "--"];
         let mut odd: Vec<OsString> = words.iter().map(OsString::from).collect();
         odd.push(OsString::from_vec(vec![0xff, b'\'', 0xfe]));
-        let script = [b"printf '%s\\0' ".to_vec(), odd.iter().map(|word| quote(word)).collect::<Vec<_>>().join(&b' ')].concat();
+        let script =
+            [b"printf '%s\\0' ".to_vec(), odd.iter().map(|word| quote(word)).collect::<Vec<_>>().join(&b' ')].concat();
         let output = std::process::Command::new("sh").arg("-c").arg(OsString::from_vec(script)).output().unwrap();
         let expected: Vec<u8> = odd.iter().flat_map(|word| [word.as_bytes(), b"\0"].concat()).collect();
         assert_eq!(output.stdout, expected);

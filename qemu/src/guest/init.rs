@@ -65,7 +65,8 @@ fn isolate(plan: &Plan) -> Result<()> {
     }
     let mut set = CpuSet::new();
     plan.cpus.iter().try_for_each(|cpu| set.set(*cpu))?;
-    sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("this machine has not all of the CPUs {:?}", plan.cpus))
+    sched_setaffinity(Pid::from_raw(0), &set)
+        .with_context(|| format!("this machine has not all of the CPUs {:?}", plan.cpus))
 }
 
 fn command(plan: &Plan) -> Result<Command> {

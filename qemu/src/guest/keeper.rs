@@ -23,7 +23,8 @@ impl Keeper {
         let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
         let kind = kind.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
         command.args(["internal-keep", "--net", &net.to_string(), "--kind", &kind]).args(ports);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start the keeper")?;
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start the keeper")?;
         let mut answer = String::new();
         if let Some(stdout) = child.stdout.take() {
             BufReader::new(stdout).read_line(&mut answer)?;

@@ -164,7 +164,9 @@ fn start(plan: &Plan, workspace: &Workspace, terminal: Option<&Terminal>) -> Res
     let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
     command.arg("internal-init").arg(file).stderr(Stdio::inherit());
     // The lifeline and, for a shell, the terminal.
-    command.stdin(read).stdout(terminal.map_or_else(|| Ok(Stdio::null()), |terminal| terminal.handle().map(Stdio::from))?);
+    command
+        .stdin(read)
+        .stdout(terminal.map_or_else(|| Ok(Stdio::null()), |terminal| terminal.handle().map(Stdio::from))?);
     Ok((command.spawn().context("cannot start the guest's first process")?, write))
 }
 

@@ -66,7 +66,8 @@ impl Supervisor {
         let mut set: SigSet = ENDING_SIGNALS.into_iter().collect();
         set.add(Signal::SIGCHLD);
         set.thread_block().context("cannot block signals")?;
-        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("cannot watch signals")?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .context("cannot watch signals")?;
         let files = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context("cannot watch files")?;
         files.add_watch(&workspace.ctl(), AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE)?;
         let ctl = workspace.ctl();
@@ -122,7 +123,10 @@ impl Supervisor {
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(Some(Ending::Timeout));
         }
-        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN), PollFd::new(self.files.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.files.as_fd(), PollFlags::POLLIN),
+        ];
         let blocked = self.tails.iter().zip(progress).filter(|(_, progress)| **progress == Progress::Blocked);
         fds.extend(blocked.map(|(tail, _)| PollFd::new(tail.output(), PollFlags::POLLOUT)));
         let millis = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));

@@ -19,7 +19,11 @@ impl Terminal {
     pub fn open() -> Result<Self> {
         // By its own name: `/dev/tty` means nothing to the guest's processes, which are of another session.
         let path = nix::unistd::ttyname(std::io::stdin()).context("a shell needs a terminal (`run` does not)")?;
-        let file = File::options().read(true).write(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
         let settings = tcgetattr(&file).context("cannot read the terminal's settings")?;
         Ok(Self { file, settings })
     }

@@ -26,7 +26,8 @@ impl Workspace {
         mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).context("cannot detach the mounts")?;
         let flags = MsFlags::MS_NOSUID;
         // No limit: it also holds the memory of a User-mode Linux guest.
-        mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some("mode=700,size=0")).context("cannot mount a memory file system")?;
+        mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some("mode=700,size=0"))
+            .context("cannot mount a memory file system")?;
         let workspace = Self { dir: dir.to_owned() };
         for sub in ["boot", "ctl"] {
             fs::create_dir(dir.join(sub))?;
@@ -86,5 +87,6 @@ fn bind_file(from: &Path, to: &Path) -> Result<()> {
 /// Makes `from` appear at `to`.
 pub fn bind(from: &Path, to: &Path) -> Result<()> {
     let none: Option<&str> = None;
-    mount(Some(from), to, none, MsFlags::MS_BIND, none).with_context(|| format!("cannot mount {} at {}", from.display(), to.display()))
+    mount(Some(from), to, none, MsFlags::MS_BIND, none)
+        .with_context(|| format!("cannot mount {} at {}", from.display(), to.display()))
 }

@@ -182,7 +182,8 @@ fn collect_early(steps: &Steps, dir: &Path, release: &str) -> Result<()> {
     listing.extend(EARLY_IF_THERE.into_iter().filter_map(|module| steps.output(&mut show(module)).ok()));
     let mut order: Vec<String> = Vec::new();
     for path in listing.lines().filter_map(|line| line.strip_prefix("insmod ")).map(|path| Path::new(path.trim())) {
-        let name = path.file_name().ok_or_else(|| anyhow!("odd path {}", path.display()))?.to_string_lossy().into_owned();
+        let name =
+            path.file_name().ok_or_else(|| anyhow!("odd path {}", path.display()))?.to_string_lossy().into_owned();
         if !order.contains(&name) {
             fs::copy(path, early.join(&name)).with_context(|| format!("cannot copy {}", path.display()))?;
             order.push(name);

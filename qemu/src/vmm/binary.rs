@@ -37,7 +37,8 @@ impl Binary {
         let dir = cache.get(&recipe, |steps, dir| {
             steps.step(&format!("installing Debian's QEMU (this machine has none with {DEVICE})"));
             // Named with its suite, so that what it shares with other packages comes from there too.
-            let hook = format!("chroot \"$1\" apt-get install --yes --no-install-recommends -t {} qemu-system-x86", SUITES[1]);
+            let hook =
+                format!("chroot \"$1\" apt-get install --yes --no-install-recommends -t {} qemu-system-x86", SUITES[1]);
             bootstrap(steps, &SUITES, "ca-certificates", &dir.join("root"), &["--customize-hook", &hook])
         })?;
         Ok(Self::Root(dir.join("root")))

@@ -57,7 +57,8 @@ impl Qemu {
 
     /// The command that builds the module whose sources are in `dir`.
     pub fn module_build(&self, dir: &Path) -> Result<Command> {
-        let make: [OsString; 5] = ["make".into(), "-C".into(), self.kernel.headers().into(), "M=/mnt".into(), "modules".into()];
+        let make: [OsString; 5] =
+            ["make".into(), "-C".into(), self.kernel.headers().into(), "M=/mnt".into(), "modules".into()];
         let argv = sandbox::wrap(&self.kernel.build_root(), dir, make)?;
         let mut command = Command::new(&argv[0]);
         command.args(&argv[1..]);
@@ -82,7 +83,9 @@ impl Qemu {
         std::fs::rename(boot.join("modules/insmod"), boot.join("guest/insmod"))?;
         files.write(workspace, &boot.join("guest"))?;
         let mut initrd = BufWriter::new(File::create(workspace.path().join("initrd"))?);
-        cpio::pack(&boot, &mut initrd).and_then(|()| Ok(initrd.flush()?)).context("cannot write the initial RAM disk")?;
+        cpio::pack(&boot, &mut initrd)
+            .and_then(|()| Ok(initrd.flush()?))
+            .context("cannot write the initial RAM disk")?;
         workspace.bring(&self.image, "root.ext4")?;
         workspace.bring(&self.kernel.image(), "vmlinuz")
     }
@@ -94,7 +97,10 @@ impl Qemu {
         line.machine(spec);
         line.disks(spec);
         for (index, interface) in spec.interfaces.iter().enumerate() {
-            line.add("-netdev", format!("tap,id=net{index},ifname={},script=no,downscript=no,vhost=off", interface.port));
+            line.add(
+                "-netdev",
+                format!("tap,id=net{index},ifname={},script=no,downscript=no,vhost=off", interface.port),
+            );
             line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile=", interface.mac));
         }
         for (index, nic) in spec.nics.iter().enumerate() {

@@ -25,8 +25,10 @@ pub fn texts(output: &Output) -> (String, String, Option<i32>) {
 /// Starts a guest that stays, and waits until its command runs.
 pub fn start(net: &str, options: &[&str]) -> Child {
     use std::io::{BufRead, BufReader};
-    let mut child =
-        launcher(net, options, &["sh", "-c", "echo up; sleep 100"]).stdout(Stdio::piped()).spawn().expect("the launcher starts");
+    let mut child = launcher(net, options, &["sh", "-c", "echo up; sleep 100"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the launcher starts");
     let mut line = String::new();
     let stdout = child.stdout.as_mut().expect("its output is piped");
     BufReader::new(stdout).read_line(&mut line).expect("its output can be read");
