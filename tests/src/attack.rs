@@ -84,6 +84,13 @@ impl Attack {
         self.finish_without();
     }
 
+    /// As [`finish`](Self::finish), when the attacker has lost its device: it connects again.
+    #[track_caller]
+    pub fn reconnect_and_finish(mut self) {
+        self.bed.guests[0] = self.bed.router.guest_after_end(0, &self.bed.guests[0]);
+        self.finish();
+    }
+
     /// As [`finish`](Self::finish), when the attacker has made itself unusable.
     #[track_caller]
     pub fn finish_without(self) {

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::guest::mem::Placement;
-use crate::guest::verbs::{Op, Rc, SendWr};
+use crate::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr};
 use crate::guest::{Guest, GuestConfig};
 use crate::router::{RouterSpec, TestRouter};
 
@@ -76,7 +76,8 @@ pub struct Witness {
 impl Witness {
     /// Starts to write from one guest to the other and back, comparing every byte.
     pub fn start(a: &Guest, b: &Guest) -> Self {
-        let (a, b) = Rc::pair(a, b, 4096).expect("the witness connects");
+        let spec = QpSpec { send_depth: 7, recv_depth: 7, ..QpSpec::rc() };
+        let (a, b) = Rc::pair_with(a, b, &spec, 4096, &RcOptions::default()).expect("the witness connects");
         let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, counter) = (Arc::clone(&stop), Arc::clone(&rounds));
         let thread = std::thread::spawn(move || {

@@ -126,6 +126,16 @@ impl TestRouter {
         self.status(nic).objects
     }
 
+    /// Waits until a virtual NIC has exactly these objects: what is reported follows what is so by a moment.
+    #[track_caller]
+    pub fn wait_objects(&self, nic: usize, expected: Objects) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while self.objects(nic) != expected && std::time::Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(self.objects(nic), expected);
+    }
+
     /// Whether a guest is connected to a virtual NIC.
     pub fn is_connected(&self, nic: usize) -> bool {
         self.status(nic).connected

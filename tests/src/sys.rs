@@ -10,10 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// Waits until a descriptor is readable; false when the time is over first.
 pub fn wait_readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let time = libc::timespec {
-        tv_sec: timeout.as_secs().cast_signed(),
-        tv_nsec: i64::from(timeout.subsec_nanos()),
-    };
+    let time = libc::timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: i64::from(timeout.subsec_nanos()) };
     // SAFETY: both pointers are to live locals, the count of one matches, and a null mask is allowed by ppoll(2).
     let n = unsafe { libc::ppoll(&raw mut poll, 1, &raw const time, std::ptr::null()) };
     match n {
@@ -24,6 +21,14 @@ pub fn wait_readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> 
             e => Err(e),
         },
     }
+}
+
+/// Whether the other end of a socket is closed.
+pub fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: the pointer is to one live local, as the count says.
+    let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    n > 0 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Waits for an eventfd that was made non-blocking, and clears it; false when the time is over first.

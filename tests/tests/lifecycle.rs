@@ -111,7 +111,7 @@ fn reset_in_the_middle_of_traffic() {
         canary.unchanged();
     });
     assert_eq!(status, WcStatus::RetryExcErr);
-    assert_eq!(bed.router.objects(0), Objects::default());
+    bed.router.wait_objects(0, Objects::default());
     bed.guests[0].reload().unwrap();
     works_again(&bed);
 }
@@ -126,7 +126,7 @@ fn virtio_reset_in_the_middle_of_traffic() {
         canary.unchanged();
     });
     assert_eq!(status, WcStatus::RetryExcErr);
-    assert_eq!(bed.router.objects(0), Objects::default());
+    bed.router.wait_objects(0, Objects::default());
     bed.guests[0].restart().unwrap();
     works_again(&bed);
 }
@@ -175,7 +175,7 @@ fn disconnect_in_the_middle_of_traffic() {
         canary.unchanged();
     });
     assert_eq!(status, WcStatus::RetryExcErr);
-    assert_eq!(bed.router.objects(0), Objects::default());
+    bed.router.wait_objects(0, Objects::default());
     let back = bed.router.guest(0, GuestConfig { memory: Some(memory), ..GuestConfig::default() });
     let (a, b) = Rc::pair(&back, &bed.guests[1], 64).unwrap();
     a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"back")).unwrap();
@@ -191,10 +191,10 @@ fn guests_come_and_go() {
         a.qp.post(SendWr::inline(round, Op::Write(b.mr.remote(0)), b"x")).unwrap();
         a.cq.next().ok();
         guest.disconnect();
+        eventually("end of the session", SOON, || !bed.router.is_connected(1));
         a.qp.post(SendWr::inline(round, Op::Write(b.mr.remote(0)), b"x")).unwrap();
         assert_eq!(a.cq.next().status(), WcStatus::RetryExcErr);
-        eventually("end of the session", SOON, || !bed.router.is_connected(1));
-        assert_eq!(bed.router.objects(1), Objects::default());
+        bed.router.wait_objects(1, Objects::default());
     }
 }
 
@@ -205,8 +205,7 @@ fn driver_reload() {
         let (a, _b) = bed.pair(4096);
         a.qp.post_recv(1, &[a.mr.sge(0, 8)]).unwrap();
         bed.guests[0].reload().unwrap();
-        let now = bed.router.objects(0);
-        assert_eq!((now.pds, now.mrs, now.cqs, now.qps), (0, 0, 0, 0));
+        bed.router.wait_objects(0, Objects { gids: 3, ..Objects::default() });
         drop(a);
         works_again(&bed);
     }

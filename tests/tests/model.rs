@@ -41,15 +41,15 @@ impl End {
         let pd = guest.alloc_pd().unwrap();
         let mrs = regions(&pd, &buf, rng);
         let (send_cq, recv_cq) = (guest.create_cq(256).unwrap(), guest.create_cq(256).unwrap());
-        let spec = QpSpec { inline: INLINE as u32, placement: Some(placement), ..QpSpec::rc().depth(63).sges(SGES as u16) };
+        let spec =
+            QpSpec { inline: INLINE as u32, placement: Some(placement), ..QpSpec::rc().depth(63).sges(SGES as u16) };
         let qp = pd.create_qp_on(spec, &send_cq, &recv_cq).unwrap();
         Self { buf, model, mrs, qp, send_cq, recv_cq, _pd: pd }
     }
 
     /// A region that contains a range, and the range's place in it.
     fn region_of(&self, range: &Range<usize>, rng: &mut Rng) -> (&Mr, usize) {
-        let fitting: Vec<_> =
-            self.mrs.iter().filter(|(_, r)| r.start <= range.start && range.end <= r.end).collect();
+        let fitting: Vec<_> = self.mrs.iter().filter(|(_, r)| r.start <= range.start && range.end <= r.end).collect();
         let (mr, r) = fitting[rng.below(fitting.len())];
         (mr, range.start - r.start)
     }
@@ -105,8 +105,7 @@ fn cut(len: usize, rng: &mut Rng) -> Vec<Range<usize>> {
     marks.sort_unstable();
     let mut gaps: Vec<usize> = (0..pieces).map(|_| rng.below(SIZE - len + 1)).collect();
     gaps.sort_unstable();
-    let mut ranges: Vec<Range<usize>> =
-        marks.windows(2).zip(gaps).map(|(m, gap)| m[0] + gap..m[1] + gap).collect();
+    let mut ranges: Vec<Range<usize>> = marks.windows(2).zip(gaps).map(|(m, gap)| m[0] + gap..m[1] + gap).collect();
     rng.shuffle(&mut ranges);
     ranges
 }

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering::Acquire;
 use std::time::{Duration, Instant};
 
 use freeflow_tests::bed::Bed;
+use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect};
-use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::rng::Rng;
 use freeflow_tests::router::RouterSpec;
 use virtio_rdma::ib::{QpState, SendFlags, WcOpcode, WcStatus};
@@ -191,9 +191,8 @@ fn lists_ring_once() {
     let bytes = Rng::new(4).bytes(1 << 16);
     a.mr.write(0, &bytes);
     let sges: Vec<[Sge; 1]> = (0..100).map(|i| [a.mr.sge(i * 600, 600)]).collect();
-    let wrs: Vec<SendWr<'_>> = (0..100)
-        .map(|i| SendWr::new(i as u64, Op::Write(b.mr.remote(i * 600)), &sges[i]))
-        .collect();
+    let wrs: Vec<SendWr<'_>> =
+        (0..100).map(|i| SendWr::new(i as u64, Op::Write(b.mr.remote(i * 600)), &sges[i])).collect();
     a.qp.post_send(&wrs).unwrap();
     for i in 0..100 {
         assert_eq!(a.cq.next().ok().wr_id(), i);

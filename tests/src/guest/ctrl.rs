@@ -6,6 +6,7 @@ use virtio_rdma::ctrl::{Extent, Header, MAX_REQUEST, MAX_RESPONSE, Opcode, Respo
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::mem::{Buf, GuestMemory, Placement};
+use super::vhost::Pulse;
 use super::virtq::{Desc, Part, Virtq};
 use super::{Error, Result};
 
@@ -29,7 +30,12 @@ pub struct Request {
 
 impl Request {
     /// A command with its structure, extents, and room for a response of `response` bytes after the header.
-    pub fn new<T: IntoBytes + Immutable + ?Sized>(opcode: Opcode, body: &T, extents: &[Extent], response: usize) -> Self {
+    pub fn new<T: IntoBytes + Immutable + ?Sized>(
+        opcode: Opcode,
+        body: &T,
+        extents: &[Extent],
+        response: usize,
+    ) -> Self {
         let length = size_of::<Header>() + body.as_bytes().len() + extents.as_bytes().len();
         let header = Header { opcode: opcode.to_wire().into(), flags: 0.into(), length: (length as u32).into() };
         let bytes = [header.as_bytes(), body.as_bytes(), extents.as_bytes()].concat();
@@ -84,14 +90,16 @@ pub struct Ctrl {
     /// The virtqueue.
     pub virtq: Virtq,
     slots: Buf,
+    pulse: Pulse,
 }
 
 impl Ctrl {
     /// A control queue that the device does not know yet.
-    pub fn new(memory: &GuestMemory) -> Result<Self> {
+    pub fn new(memory: &GuestMemory, pulse: Pulse) -> Result<Self> {
         Ok(Self {
             virtq: Virtq::new(memory, 2 * SLOTS as u16)?,
             slots: memory.alloc(SLOTS * SLOT, Placement::Contiguous)?,
+            pulse,
         })
     }
 
@@ -114,7 +122,7 @@ impl Ctrl {
         let deadline = Instant::now() + ANSWER;
         let mut responses = Vec::new();
         for (slot, head) in heads.into_iter().enumerate() {
-            let (used, written) = self.virtq.pop_wait(deadline)?.ok_or(Error::Timeout("a command"))?;
+            let (used, written) = self.virtq.pop_wait(deadline, &self.pulse)?.ok_or(Error::Timeout("a command"))?;
             if used != head {
                 return Err(Error::BadResponse("commands answered out of order"));
             }
@@ -170,14 +178,14 @@ impl Ctrl {
     pub fn send_parts(&mut self, parts: &[Part]) -> Result<Option<u32>> {
         self.virtq.push(parts)?;
         self.virtq.notify();
-        Ok(self.virtq.pop_wait(Instant::now() + ANSWER)?.map(|(_, written)| written))
+        Ok(self.virtq.pop_wait(Instant::now() + ANSWER, &self.pulse)?.map(|(_, written)| written))
     }
 
     /// Makes descriptors available exactly as given, and waits a while for the device to return them.
     pub fn send_raw(&mut self, descs: &[Desc], wait: Duration) -> Result<Option<u32>> {
         self.virtq.push_raw(descs)?;
         self.virtq.notify();
-        Ok(self.virtq.pop_wait(Instant::now() + wait)?.map(|(_, written)| written))
+        Ok(self.virtq.pop_wait(Instant::now() + wait, &self.pulse)?.map(|(_, written)| written))
     }
 
     /// Memory that raw descriptors may point into.

@@ -30,7 +30,7 @@ pub(super) fn connect(socket: &Path, config: GuestConfig) -> Result<Inner> {
     let space = connection.config()?;
     check(&space, connection.num_queues()?)?;
     connection.set_memory(&memory.regions())?;
-    let mut ctrl = Ctrl::new(&memory)?;
+    let mut ctrl = Ctrl::new(&memory, connection.pulse())?;
     let events = Events::new(&memory, space.num_event_queues.get().into())?;
     let doorbell_queues: Vec<Virtq> = (0..space.num_doorbell_queues.get())
         .map(|_| Virtq::new(&memory, DOORBELL_QUEUE_SIZE))

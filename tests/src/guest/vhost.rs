@@ -1,7 +1,9 @@
 //! The vhost-user frontend: what a VMM does for the guest.
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use ::vhost::vhost_user::message::{
@@ -15,6 +17,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::mem::Region;
 use super::virtq::Virtq;
 use super::{Error, Result};
+use crate::sys;
 
 /// `VIRTIO_F_VERSION_1`.
 pub const VERSION_1: u64 = 1 << 32;
@@ -26,6 +29,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// A vhost-user connection.
 pub struct Connection {
     frontend: Frontend,
+    stream: Arc<UnixStream>,
     protocol: VhostUserProtocolFeatures,
     features: u64,
 }
@@ -41,7 +45,7 @@ impl Connection {
     pub fn open(socket: &Path) -> Result<Self> {
         let stream = connect(socket)?;
         stream.set_read_timeout(Some(ANSWER))?;
-        let mut frontend = Frontend::from_stream(stream, 256);
+        let mut frontend = Frontend::from_stream(stream.try_clone()?, 256);
         frontend.set_owner()?;
         let offered = frontend.get_features()?;
         if offered & VERSION_1 == 0 {
@@ -59,7 +63,7 @@ impl Connection {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         frontend.set_features(features)?;
-        Ok(Self { frontend, protocol, features })
+        Ok(Self { frontend, stream: Arc::new(stream), protocol, features })
     }
 
     /// Reads the configuration space.
@@ -125,9 +129,25 @@ impl Connection {
         Ok(self.frontend.set_features(self.features)?)
     }
 
+    /// Tells whether the connection still is.
+    pub fn pulse(&self) -> Pulse {
+        Pulse(Arc::downgrade(&self.stream))
+    }
+
     /// The raw frontend, to misbehave with.
     pub fn frontend(&mut self) -> &mut Frontend {
         &mut self.frontend
+    }
+}
+
+/// Tells whether a connection still is, without keeping it open.
+#[derive(Debug, Clone)]
+pub struct Pulse(Weak<UnixStream>);
+
+impl Pulse {
+    /// Whether neither side has closed the connection.
+    pub fn beats(&self) -> bool {
+        self.0.upgrade().is_some_and(|stream| !sys::is_hung_up(stream.as_fd()))
     }
 }
 

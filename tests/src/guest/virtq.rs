@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::mem::{Buf, GuestMemory, Placement};
+use super::vhost::Pulse;
 use super::{Error, Result};
 use crate::sys;
 
@@ -192,7 +193,7 @@ impl Virtq {
     }
 
     /// As [`pop`](Self::pop), and waits for it.
-    pub fn pop_wait(&mut self, deadline: Instant) -> Result<Option<(u16, u32)>> {
+    pub fn pop_wait(&mut self, deadline: Instant, pulse: &Pulse) -> Result<Option<(u16, u32)>> {
         loop {
             if let Some(used) = self.pop() {
                 return Ok(Some(used));
@@ -201,13 +202,20 @@ impl Virtq {
             if left.is_zero() {
                 return Ok(None);
             }
-            sys::wait_event(&self.call, left.min(SLICE))?;
+            if !sys::wait_event(&self.call, left.min(SLICE))? && !pulse.beats() {
+                return Err(Error::Disconnected);
+            }
         }
     }
 
     /// Index of the next chain that will be made available.
     pub fn avail_index(&self) -> u16 {
         self.avail
+    }
+
+    /// Descriptors that are in no chain.
+    pub fn free_descriptors(&self) -> usize {
+        self.free.len()
     }
 
     /// Starts over with an empty ring, after the device was stopped.

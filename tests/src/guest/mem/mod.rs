@@ -14,8 +14,8 @@ use vhost::VhostUserMemoryRegionInfo;
 use virtio_rdma::PAGE_SIZE;
 
 pub use alloc::Placement;
-pub use buf::{Buf, Slot, Word32, Word64, copy_between};
 use alloc::{Allocator, Range};
+pub use buf::{Buf, Slot, Word32, Word64, copy_between};
 pub use map::Mapping;
 
 use super::{Error, Result};

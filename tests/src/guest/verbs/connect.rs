@@ -50,8 +50,7 @@ impl Default for RcOptions {
 }
 
 /// RESET to INIT of an RC QP.
-pub const RC_INIT: QpMask =
-    QpMask::STATE.union(QpMask::PKEY_INDEX).union(QpMask::PORT).union(QpMask::ACCESS_FLAGS);
+pub const RC_INIT: QpMask = QpMask::STATE.union(QpMask::PKEY_INDEX).union(QpMask::PORT).union(QpMask::ACCESS_FLAGS);
 /// INIT to RTR of an RC QP.
 pub const RC_RTR: QpMask = QpMask::STATE
     .union(QpMask::AV)

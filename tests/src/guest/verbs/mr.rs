@@ -8,8 +8,8 @@ use virtio_rdma::ctrl::{
 };
 use virtio_rdma::ib::Access;
 
-use super::wr::{Remote, Sge};
 use super::Pd;
+use super::wr::{Remote, Sge};
 use crate::guest::mem::Buf;
 use crate::guest::{Guest, Result};
 

@@ -101,9 +101,8 @@ impl Pd {
     pub fn create_qp_on(&self, spec: QpSpec, send_cq: &Cq, recv_cq: &Cq) -> Result<Qp> {
         let guest = self.guest().clone();
         let placement = spec.placement.unwrap_or(guest.placement());
-        let ring = |depth: u32, stride| {
-            Ring::new(guest.memory(), (depth + 1).next_power_of_two().max(2), stride, placement)
-        };
+        let ring =
+            |depth: u32, stride| Ring::new(guest.memory(), (depth + 1).next_power_of_two().max(2), stride, placement);
         let (sq, rq) = (ring(spec.send_depth, spec.send_stride())?, ring(spec.recv_depth, spec.recv_stride())?);
         let ((sq_desc, mut extents), (rq_desc, rq_extents)) = (sq.desc(), rq.desc());
         extents.extend(rq_extents);

@@ -1,15 +1,15 @@
 //! Rings of work requests and completions in guest memory (docs/device.md, 6).
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use virtio_rdma::PAGE_SIZE;
 use virtio_rdma::ctrl::{Extent, RingDesc};
 use virtio_rdma::ring::{Format, RingHeader, ring_size};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::guest::mem::{Buf, GuestMemory, Placement, Slot, Word32};
 use crate::guest::Result;
+use crate::guest::mem::{Buf, GuestMemory, Placement, Slot, Word32};
 
 /// Largest element.
 pub(super) const MAX_STRIDE: usize = 4096;
