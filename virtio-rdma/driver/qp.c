@@ -250,8 +250,9 @@ static int vrdma_qp_attr_to_wire(struct vrdma_dev *dev, const struct ib_qp_attr 
 		wire->cur_qp_state = attr->cur_qp_state;
 	if (mask & IB_QP_EN_SQD_ASYNC_NOTIFY)
 		wire->en_sqd_async_notify = !!attr->en_sqd_async_notify;
+	/* Programs allow here what they never use: what is not offered is left out */
 	if (mask & IB_QP_ACCESS_FLAGS)
-		wire->access_flags = cpu_to_le32(attr->qp_access_flags);
+		wire->access_flags = cpu_to_le32(attr->qp_access_flags & dev->attr.access_flags);
 	if (mask & IB_QP_PKEY_INDEX)
 		wire->pkey_index = cpu_to_le16(attr->pkey_index);
 	if (mask & IB_QP_PORT)

@@ -15,6 +15,9 @@
 #include "compat.h"
 #include "vrdma.h"
 
+/* What software devices say; zero is taken for an error */
+#define VRDMA_NO_VENDOR	0xffffff
+
 static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_device_attr *wire)
 {
 	struct vrdma_attr *attr = &dev->attr;
@@ -79,7 +82,7 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	memset(out, 0, sizeof(*out));
 	out->fw_ver = (u64)VIRTIO_RDMA_ABI_VERSION << 32;
 	out->sys_image_guid = ibdev->node_guid;
-	out->vendor_id = attr->vendor_id;
+	out->vendor_id = attr->vendor_id ?: VRDMA_NO_VENDOR;
 	out->vendor_part_id = dev->vdev->id.device;
 	out->max_mr_size = attr->max_mr_size;
 	out->page_size_cap = PAGE_MASK & U32_MAX;
