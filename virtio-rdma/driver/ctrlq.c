@@ -110,12 +110,15 @@ u32 vrdma_cmd_max_extents(struct vrdma_dev *dev, size_t body_len)
 	       sizeof(struct virtio_rdma_extent);
 }
 
-static void vrdma_cmd_free_abandoned(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
+/* A command that the device still has is freed when it comes back, or after the reset */
+void vrdma_cmd_free(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
 	struct vrdma_ctrl *ctrl = &dev->ctrl;
 	unsigned long flags;
 	bool queued;
 
+	if (!cmd)
+		return;
 	spin_lock_irqsave(&ctrl->lock, flags);
 	queued = cmd->state == VRDMA_CMD_QUEUED;
 	if (queued)
@@ -123,13 +126,6 @@ static void vrdma_cmd_free_abandoned(struct vrdma_dev *dev, struct vrdma_cmd *cm
 	spin_unlock_irqrestore(&ctrl->lock, flags);
 	if (!queued)
 		vrdma_cmd_destroy(cmd);
-}
-
-/* A command that the device still has is freed when it comes back, or after the reset */
-void vrdma_cmd_free(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
-{
-	if (cmd)
-		vrdma_cmd_free_abandoned(dev, cmd);
 }
 
 /* Virtqueue callback, in interrupt context */

@@ -333,16 +333,11 @@ static void vrdma_config_changed(struct virtio_device *vdev)
 }
 
 #ifdef CONFIG_PM_SLEEP
-/* Objects do not survive suspend: processes see the device go, and a new one come */
+/* Objects do not survive it, and processes should not lose theirs unasked */
 static int vrdma_freeze(struct virtio_device *vdev)
 {
-	vrdma_remove(vdev);
-	return 0;
-}
-
-static int vrdma_restore(struct virtio_device *vdev)
-{
-	return vrdma_probe(vdev);
+	dev_err(&vdev->dev, "suspend is not supported: unbind the device first\n");
+	return -EBUSY;
 }
 #endif
 
@@ -363,7 +358,6 @@ static struct virtio_driver vrdma_driver = {
 	.config_changed = vrdma_config_changed,
 #ifdef CONFIG_PM_SLEEP
 	.freeze = vrdma_freeze,
-	.restore = vrdma_restore,
 #endif
 };
 
