@@ -2,6 +2,7 @@
 //!
 //! [`guest`] is a whole guest in this process: a vhost-user frontend and a driver over memfd memory, written from
 //! `docs/device.md` and sharing nothing but the `virtio-rdma` ABI crate with the device. [`router`] starts the daemon under test.
+//! [`e2e`] is the program `freeflow-e2e`: real guests.
 //! End-to-end tests are in `tests/`, the benchmark is the program `bench`.
 #![allow(
     clippy::missing_errors_doc,
@@ -11,6 +12,7 @@
 
 pub mod attack;
 pub mod bed;
+pub mod e2e;
 pub mod guest;
 pub mod logs;
 pub mod rng;

@@ -1,0 +1,100 @@
+//! A router and real guests on its virtual NICs.
+
+use std::fs;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use anyhow::{Context, Result};
+use freeflow_backend::Objects;
+use tempfile::TempDir;
+
+use super::guest::{AGENT, Guest, Kind, Site};
+use super::router::RouterProcess;
+
+/// Makes network names unique in this process.
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// Everything one series of checks runs on. Dropping it ends the guests, then the router, then removes the files.
+#[derive(Debug)]
+pub struct Bed {
+    guests: Vec<Option<Guest>>,
+    /// The router.
+    pub router: RouterProcess,
+    kinds: Vec<Kind>,
+    idle: Vec<Objects>,
+    net: String,
+    dir: TempDir,
+}
+
+impl Bed {
+    /// Starts a router and one guest of each kind given, and waits until they are ready.
+    pub fn start(kinds: &[Kind]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("freeflow-e2e-").tempdir().context("cannot make a folder")?;
+        fs::create_dir(dir.path().join("share"))?;
+        fs::write(dir.path().join("share/agent"), AGENT).context("cannot write the agent")?;
+        let router = RouterProcess::start(dir.path(), kinds.len())?;
+        let net = format!("e2e-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let idle = vec![Objects::default(); kinds.len()];
+        let mut bed = Self { guests: Vec::new(), router, kinds: kinds.to_vec(), idle, net, dir };
+        bed.guests = (0..kinds.len()).map(|nic| bed.boot(nic).map(Some)).collect::<Result<_>>()?;
+        for nic in 0..kinds.len() {
+            bed.wait_ready(nic)?;
+        }
+        Ok(bed)
+    }
+
+    fn boot(&self, nic: usize) -> Result<Guest> {
+        let share = self.dir.path().join("share");
+        Guest::start(self.kinds[nic], &Site { share: &share, net: &self.net, socket: self.router.socket(nic), nic })
+    }
+
+    fn wait_ready(&mut self, nic: usize) -> Result<()> {
+        self.guests[nic].as_mut().context("the guest is gone")?.wait_ready()?;
+        self.idle[nic] = self.router.objects(nic)?;
+        Ok(())
+    }
+
+    /// A guest that is there.
+    pub fn guest(&self, nic: usize) -> Result<&Guest> {
+        self.guests[nic].as_ref().with_context(|| format!("guest {nic} is not running"))
+    }
+
+    /// Takes a guest out, to end it.
+    pub fn take(&mut self, nic: usize) -> Result<Guest> {
+        self.guests[nic].take().with_context(|| format!("guest {nic} is not running"))
+    }
+
+    /// Boots the guest of a virtual NIC again.
+    pub fn reboot(&mut self, nic: usize) -> Result<()> {
+        self.guests[nic] = Some(self.boot(nic)?);
+        self.wait_ready(nic)
+    }
+
+    /// Numbers of the virtual NICs.
+    pub fn nics(&self) -> std::ops::Range<usize> {
+        0..self.kinds.len()
+    }
+
+    /// The kind of the guest on a virtual NIC.
+    pub fn kind(&self, nic: usize) -> Kind {
+        self.kinds[nic]
+    }
+
+    /// Waits until every guest has the objects of an idle one, and nothing of any other is left.
+    pub fn settle(&self) -> Result<()> {
+        self.nics().try_for_each(|nic| match self.guests[nic] {
+            // The guest's kernel itself may have objects. Its GIDs follow its addresses.
+            Some(_) => self.router.settle(nic, Objects { gids: self.router.objects(nic)?.gids, ..self.idle[nic] }),
+            None => self.router.settle(nic, Objects::default()),
+        })
+    }
+
+    /// Shuts all guests down and sees that nothing of them is left.
+    pub fn shut_down(&mut self) -> Result<()> {
+        for nic in self.nics() {
+            if let Some(guest) = self.guests[nic].take() {
+                guest.shut_down()?;
+            }
+        }
+        self.settle()
+    }
+}

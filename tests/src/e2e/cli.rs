@@ -1,0 +1,77 @@
+//! Arguments of `freeflow-e2e`, and its exit status.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use super::demo;
+use super::guest::{Distro, Kind, Vmm};
+use super::interrupt::{self, Interrupted};
+use super::report::Reporter;
+
+const EXAMPLES: &str = "Examples:
+  freeflow-e2e demo                       the main job: perftest between two QEMU guests, and a table
+  freeflow-e2e demo --vmm uml --json      the same in User-mode Linux, as JSON
+
+The router (freeflow-router) and the guest launcher (freeflow-guest, by way of qemu/guest) are found beside this program
+and in the source tree; $FREEFLOW_ROUTER_BIN and $FREEFLOW_GUEST_BIN name others. Needs root, as guests do.
+
+Exit status: 0 if every check passed, 1 if one failed, 130 after Ctrl-C or SIGTERM. Nothing is left behind in any case.";
+
+/// Runs unmodified RDMA programs in real guests, over virtual NICs of a router of their own.
+///
+/// Guests have nothing of ours in them but the kernel module: perftest, rdma-core and the rest are Debian's.
+#[derive(Debug, Parser)]
+#[command(name = "freeflow-e2e", version, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Two guests run perftest against each other; prints one table.
+    Demo(DemoArgs),
+}
+
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// What runs the guests.
+    #[arg(long, value_enum, default_value = "qemu")]
+    vmm: Vmm,
+    /// The guests' user space, and with QEMU their kernel.
+    #[arg(long, value_enum, default_value = "trixie")]
+    distro: Distro,
+    /// Print JSON instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match interrupt::install().and_then(|()| run(&cli)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("freeflow-e2e: interrupted; guests and router are stopped");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("freeflow-e2e: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<bool> {
+    match &cli.command {
+        Command::Demo(args) => {
+            let mut reporter = Reporter::default();
+            let kind = Kind { vmm: args.vmm, distro: args.distro };
+            println!("{}", demo::run(kind, args.json, &mut reporter)?);
+            Ok(reporter.is_success())
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! The main job: two guests run perftest against each other over their virtual RDMA NICs, and one table tells how it went.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::bed::Bed;
+use super::guest::Kind;
+use super::pair;
+use super::perf::{Perf, Pingpong, Program, TOOLS};
+use super::report::{Figure, Outcome, Reporter};
+
+/// How long one program may take.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What it runs: small numbers, so that emulation shows it too.
+fn programs() -> Vec<Program> {
+    let pingpong = |datagram, size| Pingpong { datagram, size, iterations: 100, events: false };
+    let perf = TOOLS.map(|tool| match (tool.is_bandwidth(), tool.datagram) {
+        (true, false) => Perf::new(tool, 65_536, 200),
+        (true, true) => Perf::new(tool, 1024, 200),
+        (false, _) => Perf::new(tool, 64, 100),
+    });
+    let mut programs: Vec<Program> = perf.map(Program::from).to_vec();
+    programs.extend([pingpong(false, 4096), pingpong(true, 1024)].map(Program::from));
+    programs
+}
+
+/// Runs the demonstration; what to print on standard output.
+pub fn run(kind: Kind, json: bool, reporter: &mut Reporter) -> Result<String> {
+    kind.prepare()?;
+    eprintln!("starting a router and two guests ({kind})");
+    let start = Instant::now();
+    let bed = Bed::start(&[kind, kind])?;
+    eprintln!("the guests are up after {:.0} s", start.elapsed().as_secs_f64());
+    let place = format!("{kind}, two guests");
+    for program in programs() {
+        reporter.check(&place, &program.label(), || {
+            let row = pair::run(bed.guest(0)?, bed.guest(1)?, &program, PATIENCE)?;
+            Ok(Some(Figure::of(&program, row)))
+        })?;
+    }
+    drop(bed);
+    eprintln!("done after {:.0} s", start.elapsed().as_secs_f64());
+    Ok(if json { serde_json::to_string_pretty(reporter.outcomes())? } else { table(reporter.outcomes()) })
+}
+
+fn table(outcomes: &[Outcome]) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_BORDERS_ONLY).set_header(["test", "size", "latency or bandwidth", ""]);
+    for outcome in outcomes {
+        let size = outcome.size.map(|size| format!("{size} B")).unwrap_or_default();
+        table.add_row([outcome.test.clone(), size, outcome.figure(), outcome.verdict().to_owned()]);
+    }
+    for column in table.column_iter_mut().skip(1).take(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}

@@ -1,0 +1,16 @@
+//! Unmodified programs between real guests: `freeflow-e2e`.
+//!
+//! * [`bed`] is a [`router`] daemon with [`guest`]s on it; the script `agent` is the guests' end.
+//! * [`perf`] knows the programs, [`pair`] runs one between two guests, [`report`] shows how it went.
+//! * [`demo`] is a product of these.
+
+pub mod bed;
+pub mod child;
+pub mod cli;
+pub mod demo;
+pub mod guest;
+pub mod interrupt;
+pub mod pair;
+pub mod perf;
+pub mod report;
+pub mod router;
