@@ -54,8 +54,7 @@ impl Control {
     }
 
     fn set_gid(&mut self, index: u16, gid: Option<Gid>) -> Answer {
-        let there = self.nic.gids.write().set(index.into(), gid);
-        if there { Ok(nothing()) } else { Err(Refusal::Value("GID index")) }
+        if self.nic.set_gid(index.into(), gid) { Ok(nothing()) } else { Err(Refusal::Value("GID index")) }
     }
 
     pub(super) fn alloc_pd(&mut self) -> Answer {

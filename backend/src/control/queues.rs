@@ -159,6 +159,9 @@ impl Control {
         let qp = self.qp(args.qpn.get())?;
         let mask = QpMask::from_bits(args.attr_mask.get()).ok_or(Refusal::Value("attribute mask"))?;
         let attr = &args.attr;
+        if attr.reserved != [0; 6] || attr.av.reserved != [0; 7] {
+            return Err(Refusal::Reserved);
+        }
         check_attributes(mask, attr, self.nic.config.profile.max_rd_atomic, self.nic.config.profile.max_gids)?;
         // The worker must not see a state with another state's attributes: it is kept out meanwhile.
         let mut send = qp.send.lock();

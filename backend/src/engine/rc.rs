@@ -35,20 +35,34 @@ pub(super) fn step(
     let Some(peer) = bind(ctx, nic, qp, send) else {
         return Step::Wait(WaitKind::Lost, ack_timeout(qp.attrs.lock().attr.timeout));
     };
+    let step = exchange(ctx, nic, qp, &peer, job, budget);
+    send.binding = Some(peer);
+    if !matches!(step, Step::Wait(..)) {
+        send.wait = None;
+    }
+    step
+}
+
+/// Goes on with a peer that is there.
+fn exchange(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    peer: &Binding,
+    job: &mut Job,
+    budget: &mut Budget,
+) -> Step {
     if !job.started {
-        match admit(ctx, &peer, job) {
+        match admit(ctx, peer, job) {
             Admission::Accepted => job.started = true,
             Admission::NotReady => {
                 let code = peer.qp.attrs.lock().attr.min_rnr_timer;
                 return Step::Wait(WaitKind::Rnr, rnr_timer(code));
             }
-            Admission::Refused(fault) => {
-                return Step::Failed(fail_responder(ctx, &peer, job, &fault));
-            }
+            Admission::Refused(fault) => return Step::Failed(fail_responder(ctx, peer, job, &fault)),
         }
     }
-    send.wait = None;
-    move_piece(ctx, nic, qp, &peer, job, budget)
+    move_piece(ctx, nic, qp, peer, job, budget)
 }
 
 /// Checks what is the requester's own.
@@ -63,32 +77,36 @@ fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), W
     })
 }
 
-/// The peer, if there is one that accepts our messages now.
+/// The peer, if there is one that accepts our messages now. It is taken out of the queue, for the caller to put back.
 fn bind(ctx: &Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> Option<Binding> {
-    if let Some(known) = &send.binding {
-        let same = known.qp.incarnation() == known.incarnation;
-        if same && known.nic.is_running() && known.qp.responds() {
-            return Some(known.clone());
+    if let Some(known) = send.binding.take() {
+        if known.qp.incarnation() != known.incarnation {
+            return None;
         }
-        if !same {
-            send.binding = None;
+        let same_gids = known.gid_epochs == (nic.gid_epoch(), known.nic.gid_epoch());
+        if same_gids && known.nic.is_running() && known.qp.responds() {
+            return Some(known);
         }
-        return None;
+        if same_gids {
+            send.binding = Some(known);
+            return None;
+        }
     }
     let found = find_peer(ctx, nic, qp)?;
     if send.bound_to.is_some_and(|only| only != found.incarnation) {
         return None;
     }
     send.bound_to = Some(found.incarnation);
-    send.binding = Some(found.clone());
     Some(found)
 }
 
 fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     let attr = qp.attrs.lock().attr;
+    let own_epoch = nic.gid_epoch();
     let source = nic.gids.read().get(attr.av.sgid_index.get().into())?;
     let destination = Gid(attr.av.dgid);
     let peer_nic = ctx.engine.find(nic.id, destination)?;
+    let gid_epochs = (own_epoch, peer_nic.gid_epoch());
     if !peer_nic.is_running() || !peer_nic.gids.read().iter().any(|(_, gid)| gid == destination) {
         return None;
     }
@@ -107,7 +125,7 @@ fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     }
     theirs.accepts = Some(qp.incarnation());
     drop(theirs);
-    Some(Binding { nic: peer_nic, qp: peer, incarnation })
+    Some(Binding { nic: peer_nic, qp: peer, incarnation, gid_epochs })
 }
 
 /// What the responder says to a new message.

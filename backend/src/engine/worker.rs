@@ -20,6 +20,8 @@ use crate::qp::Qp;
 
 /// Bitmap words (of 64 doorbells) that one round takes from one virtual NIC, so that a guest that rings everything does not hold up others.
 const WORDS_PER_ROUND: usize = 2;
+/// Rounds without work between two looks at the clock; a round is some tens of nanoseconds.
+const ROUNDS_PER_CLOCK: u32 = 16;
 /// Posts from other threads that one round takes.
 const POSTS_PER_ROUND: usize = 64;
 
@@ -63,37 +65,54 @@ impl Worker {
     }
 
     fn run(&mut self) {
+        let mut idle_rounds = 0u32;
         while !self.engine.stop.load(Ordering::Relaxed) {
-            self.ctx.now = Instant::now();
+            if idle_rounds.is_multiple_of(ROUNDS_PER_CLOCK) {
+                self.ctx.now = Instant::now();
+            }
             if self.round() {
                 self.last_work = self.ctx.now;
-            } else if self.ctx.now - self.last_work >= self.engine.config.poll {
-                self.sleep();
+                idle_rounds = 0;
             } else {
+                idle_rounds += 1;
                 std::hint::spin_loop();
+            }
+            if self.ctx.now - self.last_work >= self.engine.config.poll {
+                self.sleep();
+                idle_rounds = 0;
             }
         }
     }
 
     /// Looks everywhere once. True if there was something to do.
     fn round(&mut self) -> bool {
-        let mut worked = self.quantum(Self::refresh);
+        let mut worked = self.enter();
         worked |= self.take_posts();
         worked |= self.take_timers();
-        for port in 0..self.ports.len() {
-            worked |= self.quantum(|worker| worker.visit(port));
+        let mut port = 0;
+        while port < self.ports.len() {
+            if self.visit(port) {
+                worked = true;
+                self.leave();
+                self.enter();
+            }
+            port += 1;
         }
+        self.leave();
         worked
     }
 
-    /// Does something during which what it looks up stays valid.
-    fn quantum<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        let engine = self.engine.clone();
-        engine.quiesce.enter(self.index);
-        let result = work(self);
+    /// A quantum begins: what is looked up from here on stays valid until it ends. What the worker remembers from earlier is
+    /// brought up to date; true if that was needed.
+    fn enter(&mut self) -> bool {
+        self.engine.quiesce.enter(self.index);
+        self.refresh()
+    }
+
+    /// The quantum ends.
+    fn leave(&mut self) {
         self.ctx.settle();
-        engine.quiesce.leave(self.index);
-        result
+        self.engine.quiesce.leave(self.index);
     }
 
     /// Takes over a changed list of virtual NICs or areas.
@@ -155,33 +174,39 @@ impl Worker {
             return rang;
         };
         qp.scheduled.store(false, Ordering::Relaxed);
-        let nic = port.nic.clone();
-        match serve(&mut self.ctx, &nic, &qp) {
+        match serve(&mut self.ctx, &port.nic, &qp) {
             Next::Idle => {}
-            Next::Again => self.ports[index].schedule(qp),
-            Next::At(at) => self.timers.push(at, nic, qp),
+            Next::Again => port.schedule(qp),
+            Next::At(at) => self.timers.push(at, port.nic.clone(), qp),
         }
         true
     }
 
     fn sleep(&mut self) {
         self.mailbox().prepare_sleep();
-        self.quantum(|worker| worker.tell_guests(true));
+        self.enter();
+        self.tell_guests(true);
         // Pairs with the driver's barrier between ringing and looking whether we sleep.
         fence(Ordering::SeqCst);
-        let stop = self.engine.stop.load(Ordering::SeqCst);
-        if stop
-            || self.engine.version.load(Ordering::SeqCst) != self.version
-            || self.mailbox().has_posts()
-            || self.quantum(Self::rung)
-        {
+        let wanted = self.is_wanted();
+        self.leave();
+        if wanted {
             self.mailbox().stay_awake();
         } else {
             let limit = self.timers.next().map(|at| at.saturating_duration_since(Instant::now()));
             self.mailbox().sleep(limit);
         }
-        self.quantum(|worker| worker.tell_guests(false));
-        self.last_work = Instant::now();
+        self.enter();
+        self.tell_guests(false);
+        self.leave();
+        self.ctx.now = Instant::now();
+        self.last_work = self.ctx.now;
+    }
+
+    /// Whether something came while the worker was about to sleep.
+    fn is_wanted(&mut self) -> bool {
+        let changed = self.engine.version.load(Ordering::SeqCst) != self.version;
+        changed || self.engine.stop.load(Ordering::SeqCst) || self.mailbox().has_posts() || self.rung()
     }
 
     fn tell_guests(&mut self, sleeping: bool) {
@@ -226,9 +251,16 @@ impl Port {
 
     /// Follows doorbells to their QPs. True if there were any.
     fn take_doorbells(&mut self) -> bool {
-        let Some(area) = self.area.clone() else {
+        // Taken out while it is used, so that nothing is counted on this hot path.
+        let Some(area) = self.area.take() else {
             return false;
         };
+        let any = self.take_from(&area);
+        self.area = Some(area);
+        any
+    }
+
+    fn take_from(&mut self, area: &DoorbellArea) -> bool {
         let mut words = WORDS_PER_ROUND;
         let mut any = false;
         for index in 0..self.pending.len() {
@@ -249,13 +281,14 @@ impl Port {
         if doorbells == 0 {
             return;
         }
-        let nic = self.nic.clone();
-        let slots = nic.doorbells[self.queue].slots.read();
+        let slots = self.nic.doorbells[self.queue].slots.read();
         while doorbells != 0 {
             let slot = word * 64 + doorbells.trailing_zeros() as usize;
             doorbells &= doorbells - 1;
-            if let Some(Some(qp)) = slots.get(slot) {
-                self.schedule(qp.clone());
+            if let Some(Some(qp)) = slots.get(slot)
+                && !qp.scheduled.swap(true, Ordering::Relaxed)
+            {
+                self.run.push_back(qp.clone());
             }
         }
     }

@@ -11,7 +11,7 @@ pub mod stats;
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
@@ -88,6 +88,8 @@ pub struct Nic {
     /// Counters.
     pub counters: Counters,
     log: LimitedLog,
+    /// Changes with every change of the GID table.
+    gid_epoch: AtomicU64,
     running: AtomicBool,
     link_up: AtomicBool,
 }
@@ -106,6 +108,7 @@ impl Nic {
             events: event_vrings.into_iter().map(EventQueue::new).collect(),
             counters: Counters::default(),
             log: LimitedLog::new(&config.name),
+            gid_epoch: AtomicU64::new(0),
             running: AtomicBool::new(false),
             link_up: AtomicBool::new(true),
             config,
@@ -120,6 +123,18 @@ impl Nic {
     /// Allows or forbids it. Forbidding is complete only after [`Quiesce::wait`](crate::engine::quiesce::Quiesce::wait).
     pub fn set_running(&self, running: bool) {
         self.running.store(running, Ordering::SeqCst);
+    }
+
+    /// Fills or clears an entry of the GID table; false if there is no such entry.
+    pub fn set_gid(&self, index: usize, gid: Option<Gid>) -> bool {
+        let there = self.gids.write().set(index, gid);
+        self.gid_epoch.fetch_add(1, Ordering::AcqRel);
+        there
+    }
+
+    /// A number that changes when the GID table does: peers that were found by GID are looked for again.
+    pub fn gid_epoch(&self) -> u64 {
+        self.gid_epoch.load(Ordering::Acquire)
     }
 
     /// Whether the port is up.

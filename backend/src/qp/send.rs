@@ -59,6 +59,8 @@ pub struct Binding {
     pub qp: Arc<Qp>,
     /// Which life of it.
     pub incarnation: u64,
+    /// [`Nic::gid_epoch`] of both sides when it was found.
+    pub gid_epochs: (u64, u64),
 }
 
 /// Send ring, our side of it, and what is under way.

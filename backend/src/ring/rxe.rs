@@ -1,5 +1,7 @@
 //! Elements of format 0, the one of Linux's stock rxe provider, parsed into the engine's own work requests.
 
+use std::mem::offset_of;
+
 use virtio_rdma::ib::{SendFlags, WrOpcode};
 use virtio_rdma::ring::{RdmaPart, RecvWqe as RawRecv, SendWqe as RawSend, Sge as RawSge, UdPart};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -8,6 +10,10 @@ use super::Ring;
 use crate::wqe::{Op, ParseError, Recv, Send, Sge, SgeList};
 
 const SEND_SIZE: usize = size_of::<RawSend>();
+/// End of what is used of the request: the largest of the parts that [`operation`] reads.
+const REQUEST_END: usize = offset_of!(RawSend, wr) + size_of::<UdPart>();
+/// Start of the payload's description.
+const DMA_START: usize = offset_of!(RawSend, dma);
 const RECV_SIZE: usize = size_of::<RawRecv>();
 
 /// What a queue promised at creation; elements are held to it.
@@ -39,7 +45,10 @@ impl Caps {
 /// What is wrong with it; `wqe.wr_id` and `wqe.flags` are set all the same, for the completion that says so.
 pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result<(), ParseError> {
     let mut raw = RawSend::new_zeroed();
-    ring.read(index, 0, raw.as_mut_bytes());
+    let bytes = raw.as_mut_bytes();
+    // Only what is used is copied: every cache line of the ring was last written by another core.
+    ring.read(index, 0, &mut bytes[..REQUEST_END]);
+    ring.read(index, DMA_START, &mut bytes[DMA_START..]);
     wqe.wr_id = raw.wr_id.get();
     wqe.flags = SendFlags::from_bits_truncate(raw.send_flags.get());
     wqe.imm = raw.imm_data.get();
@@ -109,10 +118,9 @@ fn read_sges(ring: &Ring, index: u32, at: usize, num: u32, max: u32, out: &mut S
     if num > max {
         return Err(ParseError::SgeCount(num));
     }
-    let mut raw = [RawSge::new_zeroed(); SgeList::CAPACITY];
-    let raw = raw.get_mut(..num as usize).ok_or(ParseError::SgeCount(num))?;
-    ring.read(index, at, raw.as_mut_bytes());
-    for sge in raw {
+    for i in 0..num as usize {
+        let mut sge = RawSge::new_zeroed();
+        ring.read(index, at + i * size_of::<RawSge>(), sge.as_mut_bytes());
         out.push(Sge { addr: sge.addr.get(), length: sge.length.get(), lkey: sge.lkey.get() });
     }
     Ok(())
