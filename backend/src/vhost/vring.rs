@@ -47,6 +47,9 @@ impl Request {
 
 impl Vring {
     /// A virtqueue that is not set up.
+    ///
+    /// # Panics
+    /// Never: the size is a constant that the library takes.
     pub fn new() -> Self {
         let queue = Queue::new(MAX_SIZE).expect("MAX_SIZE is a valid size");
         Self { queue, map: Arc::default(), call: None, kick: None, enabled: false }
