@@ -11,7 +11,7 @@ mod queues;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use virtio_rdma::ctrl::{MAX_RESPONSE, ResponseHeader, Status};
+use virtio_rdma::ctrl::{ResponseHeader, Status};
 use zerocopy::{Immutable, IntoBytes};
 
 use self::memory::Regions;
@@ -27,6 +27,9 @@ pub enum Refusal {
     /// Request and stated lengths disagree.
     #[error("the request's length is wrong")]
     Length,
+    /// The guest left no room for the response.
+    #[error("no room for the response")]
+    NoRoom,
     /// A reserved field is not zero.
     #[error("a reserved field is not zero")]
     Reserved,
@@ -63,7 +66,7 @@ impl Refusal {
     /// What the guest is told.
     pub fn status(self) -> Status {
         match self {
-            Self::Length | Self::Reserved | Self::Value(_) => Status::Invalid,
+            Self::Length | Self::NoRoom | Self::Reserved | Self::Value(_) => Status::Invalid,
             Self::UnknownCommand(_) | Self::NotOffered(_) => Status::Unsupported,
             Self::Quota(_) => Status::NoResources,
             Self::NotFound(_) => Status::NotFound,
@@ -118,23 +121,40 @@ impl Control {
         }
     }
 
-    /// Executes one request and returns the bytes of the response, of which there is room for `room`.
+    /// Executes one request and returns the bytes of the response, of which there is room for `room`; without room for as much
+    /// as a header nothing is executed and nothing answered.
     pub fn execute(&mut self, request: &[u8], room: usize) -> Vec<u8> {
-        let result = Command::parse(request).and_then(|command| self.run(command));
         self.nic.counters.commands.add(1);
-        let (status, payload) = match result {
-            Ok(payload) if room >= size_of::<ResponseHeader>() + payload.len() => (Status::Ok, payload),
-            Ok(_) => (Status::Invalid, nothing()),
+        let Some(room) = room.checked_sub(size_of::<ResponseHeader>()) else {
+            self.refused(Refusal::NoRoom);
+            return nothing();
+        };
+        let (status, payload) = match self.parse_and_run(request, room) {
+            Ok(payload) => (Status::Ok, payload),
             Err(refusal) => {
-                self.nic.counters.commands_refused.add(1);
-                self.nic.warn(format_args!("command refused: {refusal}"));
+                self.refused(refusal);
                 (refusal.status(), nothing())
             }
         };
-        debug_assert!(payload.len() < MAX_RESPONSE);
         let length = (size_of::<ResponseHeader>() + payload.len()) as u32;
         let header = ResponseHeader { status: status.to_wire().into(), length: length.into() };
         [header.as_bytes(), &payload].concat()
+    }
+
+    fn parse_and_run(&mut self, request: &[u8], room: usize) -> Answer {
+        let command = Command::parse(request)?;
+        let size = command.response_size();
+        if size > room {
+            return Err(Refusal::NoRoom);
+        }
+        let payload = self.run(command)?;
+        debug_assert_eq!(payload.len(), size);
+        Ok(payload)
+    }
+
+    fn refused(&self, refusal: Refusal) {
+        self.nic.counters.commands_refused.add(1);
+        self.nic.warn(format_args!("command refused: {refusal}"));
     }
 
     fn run(&mut self, command: Command) -> Answer {

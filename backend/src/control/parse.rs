@@ -2,8 +2,8 @@
 
 use virtio_rdma::area::AreaKind;
 use virtio_rdma::ctrl::{
-    AddGid, CreateCq, CreateQp, DelGid, ExtendMr, Extent, Header, MAX_REQUEST, ModifyQp, ObjectRequest, Opcode, RegMr,
-    ReregMr, SetArea,
+    AddGid, CreateCq, CreateQp, CreateQpResponse, DelGid, DeviceAttr, ExtendMr, Extent, Header, MAX_REQUEST, ModifyQp,
+    ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr, SetArea,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -71,6 +71,19 @@ impl Command {
         let mut body = Body(body);
         let command = body.command(opcode)?;
         if body.0.is_empty() { Ok(command) } else { Err(Refusal::Length) }
+    }
+}
+
+impl Command {
+    /// Bytes of the response after its header.
+    pub fn response_size(&self) -> usize {
+        match self {
+            Self::QueryDevice => size_of::<DeviceAttr>(),
+            Self::AllocPd | Self::RegMr(..) | Self::CreateCq(..) => size_of::<ObjectResponse>(),
+            Self::CreateQp(..) => size_of::<CreateQpResponse>(),
+            Self::QueryQp(_) => size_of::<QpAttr>(),
+            _ => 0,
+        }
     }
 }
 
