@@ -268,9 +268,9 @@ static int vrdma_qp_attr_to_wire(struct vrdma_dev *dev, const struct ib_qp_attr 
 	if (mask & IB_QP_RNR_RETRY)
 		wire->rnr_retry = attr->rnr_retry;
 	if (mask & IB_QP_RQ_PSN)
-		wire->rq_psn = cpu_to_le32(attr->rq_psn);
+		wire->rq_psn = cpu_to_le32(attr->rq_psn & 0xffffff);
 	if (mask & IB_QP_SQ_PSN)
-		wire->sq_psn = cpu_to_le32(attr->sq_psn);
+		wire->sq_psn = cpu_to_le32(attr->sq_psn & 0xffffff);
 	if (mask & IB_QP_MAX_QP_RD_ATOMIC)
 		wire->max_rd_atomic = attr->max_rd_atomic;
 	if (mask & IB_QP_MAX_DEST_RD_ATOMIC)

@@ -262,6 +262,8 @@ fn check_attributes(mask: QpMask, attr: &QpAttr, max_rd_atomic: u32, max_gids: u
             "max_dest_rd_atomic"
         }
         () if wrong(QpMask::DEST_QPN, attr.dest_qpn.get() >> 24 != 0) => "destination QP number",
+        () if wrong(QpMask::RQ_PSN, attr.rq_psn.get() >> 24 != 0) => "receive PSN",
+        () if wrong(QpMask::SQ_PSN, attr.sq_psn.get() >> 24 != 0) => "send PSN",
         () if wrong(QpMask::AV, u32::from(attr.av.sgid_index.get()) >= max_gids) => "source GID index",
         () if wrong(QpMask::ACCESS_FLAGS, Access::from_bits(attr.access_flags.get()).is_none()) => "access flags",
         () => return Ok(()),

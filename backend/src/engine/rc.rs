@@ -117,8 +117,7 @@ fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     let incarnation = peer.incarnation();
     let mut theirs = peer.attrs.lock();
     let names_us = theirs.attr.dest_qpn.get() == qp.id.qpn && Gid(theirs.attr.av.dgid) == source;
-    let psn = |raw: u32| raw & 0xff_ffff;
-    let in_step = psn(theirs.attr.rq_psn.get()) == psn(attr.sq_psn.get());
+    let in_step = theirs.attr.rq_psn == attr.sq_psn;
     let accepts_us = theirs.accepts.is_none_or(|only| only == qp.incarnation());
     if !(names_us && in_step && accepts_us) {
         return None;
