@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use freeflow_backend::Objects;
 use tempfile::TempDir;
 
 use super::guest::{AGENT, Guest, Kind, Site};
-use super::router::RouterProcess;
+use super::router::{RouterProcess, name_of};
 
 /// Makes network names unique in this process.
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -69,6 +70,11 @@ impl Bed {
         self.wait_ready(nic)
     }
 
+    /// Whether there is a guest.
+    pub fn has_guests(&self) -> bool {
+        self.guests.iter().any(Option::is_some)
+    }
+
     /// Numbers of the virtual NICs.
     pub fn nics(&self) -> std::ops::Range<usize> {
         0..self.kinds.len()
@@ -88,13 +94,26 @@ impl Bed {
         })
     }
 
-    /// Shuts all guests down and sees that nothing of them is left.
-    pub fn shut_down(&mut self) -> Result<()> {
-        for nic in self.nics() {
-            if let Some(guest) = self.guests[nic].take() {
-                guest.shut_down()?;
-            }
+    /// Whether every guest still answers.
+    pub fn is_healthy(&self) -> bool {
+        let answers =
+            |guest: &Guest| guest.run("echo hello", Duration::from_secs(20)).is_ok_and(|done| done.status == 0);
+        self.guests.iter().all(|guest| guest.as_ref().is_some_and(answers))
+    }
+
+    /// Fails when a kernel or the router has noticed a bug.
+    pub fn complaints(&self) -> Result<()> {
+        for guest in self.guests.iter().flatten() {
+            let found = guest.run("complaints", Duration::from_mins(1))?.output;
+            ensure!(found.is_empty(), "the kernel of guest {} complains:\n{found}", name_of(guest.nic));
         }
-        self.settle()
+        let log = self.router.log();
+        ensure!(!log.contains("panicked") && !log.contains("ERROR"), "the router complains:\n{log}");
+        Ok(())
+    }
+
+    /// Shuts all guests down as their users would.
+    pub fn shut_down(&mut self) -> Result<()> {
+        self.guests.iter_mut().filter_map(Option::take).try_for_each(Guest::shut_down)
     }
 }

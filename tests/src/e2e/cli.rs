@@ -8,11 +8,15 @@ use clap::{Args, Parser, Subcommand};
 use super::demo;
 use super::guest::{Distro, Kind, Vmm};
 use super::interrupt::{self, Interrupted};
+use super::lists;
 use super::report::Reporter;
+use super::suite::Scene;
 
 const EXAMPLES: &str = "Examples:
   freeflow-e2e demo                       the main job: perftest between two QEMU guests, and a table
   freeflow-e2e demo --vmm uml --json      the same in User-mode Linux, as JSON
+  freeflow-e2e test                       what `make test` runs in real guests
+  freeflow-e2e test --filter kill         only the checks that have `kill` in their line
 
 The router (freeflow-router) and the guest launcher (freeflow-guest, by way of qemu/guest) are found beside this program
 and in the source tree; $FREEFLOW_ROUTER_BIN and $FREEFLOW_GUEST_BIN name others. Needs root, as guests do.
@@ -33,6 +37,12 @@ pub struct Cli {
 enum Command {
     /// Two guests run perftest against each other; prints one table.
     Demo(DemoArgs),
+    /// Every program and every flag in small runs, on both distributions and VMMs, and ends at bad moments (15 minutes).
+    ///
+    /// Prints a line for each check as it ends, with the output of what failed. The last line is `N passed, N failed`.
+    Test(TestArgs),
+    /// The full product of programs, flags, sizes, distributions and VMMs (hours).
+    Matrix(FilterArgs),
 }
 
 #[derive(Debug, Args)]
@@ -44,6 +54,25 @@ struct DemoArgs {
     #[arg(long, value_enum, default_value = "trixie")]
     distro: Distro,
     /// Print JSON instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct TestArgs {
+    /// Each program once, between User-mode Linux guests, and ends at bad moments (2 minutes).
+    #[arg(long)]
+    quick: bool,
+    #[command(flatten)]
+    filter: FilterArgs,
+}
+
+#[derive(Debug, Args)]
+struct FilterArgs {
+    /// Only checks whose line contains this text, such as `uml-trixie`, `ib_send_lat` or `kill`.
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// Print all outcomes as JSON on standard output at the end.
     #[arg(long)]
     json: bool,
 }
@@ -73,5 +102,18 @@ fn run(cli: &Cli) -> Result<bool> {
             println!("{}", demo::run(kind, args.json, &mut reporter)?);
             Ok(reporter.is_success())
         }
+        Command::Test(args) => run_scenes(&if args.quick { lists::quick() } else { lists::full() }, &args.filter),
+        Command::Matrix(args) => run_scenes(&lists::matrix(), args),
     }
+}
+
+fn run_scenes(scenes: &[Scene], args: &FilterArgs) -> Result<bool> {
+    let mut reporter = Reporter::new(args.filter.clone());
+    scenes.iter().try_for_each(|scene| scene.run(&mut reporter))?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(reporter.outcomes())?);
+    }
+    let (passed, failed) = reporter.counts();
+    println!("{passed} passed, {failed} failed");
+    Ok(reporter.is_success())
 }

@@ -1,6 +1,6 @@
 //! The main job: two guests run perftest against each other over their virtual RDMA NICs, and one table tells how it went.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
@@ -10,9 +10,6 @@ use super::guest::Kind;
 use super::pair;
 use super::perf::{Perf, Pingpong, Program, TOOLS};
 use super::report::{Figure, Outcome, Reporter};
-
-/// How long one program may take.
-const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What it runs: small numbers, so that emulation shows it too.
 fn programs() -> Vec<Program> {
@@ -37,7 +34,7 @@ pub fn run(kind: Kind, json: bool, reporter: &mut Reporter) -> Result<String> {
     let place = format!("{kind}, two guests");
     for program in programs() {
         reporter.check(&place, &program.label(), || {
-            let row = pair::run(bed.guest(0)?, bed.guest(1)?, &program, PATIENCE)?;
+            let row = pair::run(bed.guest(0)?, bed.guest(1)?, &program)?;
             Ok(Some(Figure::of(&program, row)))
         })?;
     }

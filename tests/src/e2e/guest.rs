@@ -182,9 +182,14 @@ impl Guest {
         Ok(done.output)
     }
 
+    /// kill -9.
+    pub fn signal_kill(&self) {
+        self.launcher.signal(Signal::SIGKILL);
+    }
+
     /// Kills it as a crash of its VMM would.
     pub fn kill(mut self) -> Result<()> {
-        self.launcher.signal(Signal::SIGKILL);
+        self.signal_kill();
         wait_for("the guest's end", Duration::from_secs(10), || self.launcher.ended()).map(drop)
     }
 

@@ -2,7 +2,8 @@
 //!
 //! * [`bed`] is a [`router`] daemon with [`guest`]s on it; the script `agent` is the guests' end.
 //! * [`perf`] knows the programs, [`pair`] runs one between two guests, [`report`] shows how it went.
-//! * [`demo`] is a product of these.
+//! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
+//! * [`demo`] is the main job.
 
 pub mod bed;
 pub mod child;
@@ -10,7 +11,11 @@ pub mod cli;
 pub mod demo;
 pub mod guest;
 pub mod interrupt;
+pub mod life;
+pub mod lists;
 pub mod pair;
 pub mod perf;
 pub mod report;
 pub mod router;
+pub mod solo;
+pub mod suite;

@@ -58,14 +58,24 @@ impl<'a> Pair<'a> {
         let port = next_port();
         server.forget_port(port)?;
         let command = command(port);
-        let server_job = server.start_script(&format!("serve {port} {command}"))?;
+        let server_job = server.start_script(&format!("rescan && serve {port} {command}"))?;
         let address = address_of(server.nic);
-        let client_job = client.start_script(&format!("connect {port} {command} {address}"))?;
+        let client_job = client.start_script(&format!("rescan && connect {port} {command} {address}"))?;
         Ok(Self { ends: [(server, server_job), (client, client_job)], port })
     }
 
     fn end(&self, role: Role) -> &(&'a Guest, Job) {
         &self.ends[role as usize]
+    }
+
+    /// The guest of one end.
+    pub fn guest(&self, role: Role) -> &'a Guest {
+        self.end(role).0
+    }
+
+    /// What one end has printed, as far as its guest has written it out.
+    pub fn output(&self, role: Role) -> String {
+        self.end(role).1.output()
     }
 
     /// kill -9 of one end.
@@ -114,10 +124,24 @@ impl<'a> Pair<'a> {
     }
 }
 
+/// How long a program may take; under emulation `-a` is a minute.
+const PATIENCE: Duration = Duration::from_mins(2);
+
 /// Runs a program between two guests to its end; its figure.
-pub fn run(server: &Guest, client: &Guest, program: &Program, timeout: Duration) -> Result<Row> {
+pub fn run(server: &Guest, client: &Guest, program: &Program) -> Result<Row> {
     let pair = Pair::start(server, client, |port| program.command(port))?;
-    judge(&pair.wait(timeout)?, program)
+    judge(&pair.wait(PATIENCE)?, program)
+}
+
+/// Runs several at once.
+pub fn run_all<'a>(pairs: impl Iterator<Item = (&'a Guest, &'a Guest, Program)>) -> Result<()> {
+    let pairs = pairs
+        .map(|(server, client, program)| Ok((Pair::start(server, client, |port| program.command(port))?, program)));
+    let pairs: Vec<_> = pairs.collect::<Result<_>>()?;
+    let ended = pairs.iter().map(|(pair, program)| judge(&pair.wait(PATIENCE)?, program).map(drop));
+    // All are waited for before the first failure is reported.
+    let ended: Vec<_> = ended.collect();
+    ended.into_iter().collect()
 }
 
 /// Whether both ends are content; the figure.

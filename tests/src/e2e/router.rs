@@ -1,5 +1,6 @@
 //! The router daemon as a child process.
 
+use std::cell::RefCell;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,7 +20,7 @@ const SETTLE: Duration = Duration::from_secs(20);
 /// A running `freeflow-router`.
 #[derive(Debug)]
 pub struct RouterProcess {
-    child: Owned,
+    child: RefCell<Owned>,
     dir: PathBuf,
 }
 
@@ -45,13 +46,13 @@ impl RouterProcess {
         }
         let log = std::fs::File::create(log_in(dir)).context("cannot make the router's log")?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let mut router = Self { child: Owned::spawn(&mut command)?, dir: dir.to_owned() };
+        let mut router = Self { child: RefCell::new(Owned::spawn(&mut command)?), dir: dir.to_owned() };
         wait_for("the router's start", Duration::from_secs(10), || router.is_up())?;
         Ok(router)
     }
 
     fn is_up(&mut self) -> Result<Option<()>> {
-        if let Some(status) = self.child.ended()? {
+        if let Some(status) = self.child.get_mut().ended()? {
             bail!("the router ended at once ({status}):\n{}", self.log());
         }
         Ok(self.nics().is_ok().then_some(()))
@@ -102,10 +103,10 @@ impl RouterProcess {
     }
 
     /// Stops it with SIGTERM; how long that took.
-    pub fn stop(&mut self) -> Result<Duration> {
+    pub fn stop_now(&self) -> Result<Duration> {
         let start = Instant::now();
-        self.child.signal(Signal::SIGTERM);
-        let status = wait_for("the router's end", Duration::from_secs(10), || self.child.ended())?;
+        self.child.borrow().signal(Signal::SIGTERM);
+        let status = wait_for("the router's end", Duration::from_secs(10), || self.child.borrow_mut().ended())?;
         if !status.success() {
             bail!("the router ended with {status}:\n{}", self.log());
         }

@@ -1,0 +1,149 @@
+//! Ends at bad moments: of programs, guests, the driver and the router. None leaks, none hangs.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use freeflow_backend::Objects;
+
+use super::bed::Bed;
+use super::guest::Done;
+use super::interrupt::wait_for;
+use super::pair::{self, Pair, Role};
+use super::perf::{Perf, Program, SEND_BW, WRITE_BW};
+
+/// A scenario on a bed; server in guest 0 and client in guest 1 unless it says otherwise.
+pub type Scenario = fn(&mut Bed) -> Result<()>;
+
+/// All of them, in an order in which each finds what it needs; the last leaves no router.
+pub const SCENARIOS: [(&str, Scenario); 8] = [
+    ("kill -9 of the client in mid traffic", client_killed),
+    ("kill -9 of the server in mid traffic", server_killed),
+    ("driver unload and reload", driver_reloaded),
+    ("device removal in mid traffic", device_removed),
+    ("kill of a guest in mid traffic, then a new one", guest_killed),
+    ("guest reboot", guest_rebooted),
+    ("kill of both guests in mid traffic", both_killed),
+    ("router stop in mid traffic", router_stopped),
+];
+
+/// How long an end may take to notice that the other is gone.
+const NOTICE: Duration = Duration::from_secs(40);
+
+fn endless(port: u16) -> String {
+    format!("ib_write_bw -F -d $DEV -x $GID -p {port} -s 65536 -D 300")
+}
+
+/// Traffic that goes on until something ends it.
+fn traffic(bed: &Bed, server: usize, client: usize) -> Result<Pair<'_>> {
+    let pair = Pair::start(bed.guest(server)?, bed.guest(client)?, endless)?;
+    let started = bed.router.wait_traffic(client);
+    started
+        .with_context(|| format!("server:\n{}\nclient:\n{}", pair.output(Role::Server), pair.output(Role::Client)))?;
+    Ok(pair)
+}
+
+/// New connections work, in both directions.
+fn works(bed: &Bed) -> Result<()> {
+    let (a, b) = (bed.guest(0)?, bed.guest(1)?);
+    let run = |server, client, tool| {
+        pair::run(server, client, &Program::from(Perf::new(tool, 4096, 50)))
+            .context("new connections do not work")
+            .map(drop)
+    };
+    run(a, b, WRITE_BW)?;
+    run(b, a, SEND_BW)
+}
+
+/// What perftest prints for `IBV_WC_RETRY_EXC_ERR`.
+fn must_be_retry_error(done: &Done) -> Result<()> {
+    ensure!(done.status != 0 && done.output.contains("status 12"), "not status 12 (RETRY_EXC_ERR):\n{}", done.output);
+    Ok(())
+}
+
+fn client_killed(bed: &mut Bed) -> Result<()> {
+    let pair = traffic(bed, 0, 1)?;
+    pair.kill(Role::Client)?;
+    pair.wait_one(Role::Client, NOTICE)?;
+    pair.wait_one(Role::Server, NOTICE)?;
+    bed.settle()?;
+    works(bed)
+}
+
+fn server_killed(bed: &mut Bed) -> Result<()> {
+    let pair = traffic(bed, 0, 1)?;
+    pair.kill(Role::Server)?;
+    must_be_retry_error(&pair.wait_one(Role::Client, NOTICE)?)?;
+    pair.wait_one(Role::Server, NOTICE)?;
+    bed.settle()?;
+    works(bed)
+}
+
+fn driver_reloaded(bed: &mut Bed) -> Result<()> {
+    let guest = bed.guest(1)?;
+    for _ in 0..3 {
+        guest.must("rmmod virtio_rdma")?;
+        bed.router.settle(1, Objects::default())?;
+        guest.must("insmod $MODULE && rescan")?;
+    }
+    works(bed)
+}
+
+fn device_removed(bed: &mut Bed) -> Result<()> {
+    let guest = bed.guest(1)?;
+    let device = guest.must("device")?;
+    let device = device.trim();
+    let pair = traffic(bed, 0, 1)?;
+    guest.must(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_rdma/unbind"))?;
+    bed.router.settle(1, Objects::default())?;
+    // perftest need not understand what happened; that it can be killed is what counts.
+    for role in [Role::Client, Role::Server] {
+        pair.kill(role)?;
+        pair.wait_one(role, NOTICE)?;
+    }
+    guest.must(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_rdma/bind && rescan"))?;
+    works(bed)
+}
+
+fn guest_killed(bed: &mut Bed) -> Result<()> {
+    let pair = traffic(bed, 1, 0)?;
+    bed.guest(1)?.signal_kill();
+    bed.router.settle(1, Objects::default()).context("of a guest that was killed")?;
+    wait_for("the end of the connection", NOTICE, || Ok((!bed.router.nics()?[1].connected).then_some(())))?;
+    must_be_retry_error(&pair.wait_one(Role::Client, NOTICE)?)?;
+    drop(bed.take(1)?);
+    bed.settle()?;
+    bed.reboot(1)?;
+    works(bed)
+}
+
+fn guest_rebooted(bed: &mut Bed) -> Result<()> {
+    bed.take(1)?.shut_down()?;
+    bed.settle()?;
+    bed.reboot(1)?;
+    works(bed)
+}
+
+fn both_killed(bed: &mut Bed) -> Result<()> {
+    traffic(bed, 0, 1)?;
+    for nic in bed.nics() {
+        bed.take(nic)?.kill()?;
+    }
+    bed.settle()?;
+    bed.nics().try_for_each(|nic| bed.reboot(nic))?;
+    works(bed)
+}
+
+fn router_stopped(bed: &mut Bed) -> Result<()> {
+    let pair = traffic(bed, 0, 1)?;
+    let took = bed.router.stop_now()?;
+    ensure!(took < Duration::from_secs(5), "the router took {} s to stop", took.as_secs_f64());
+    for nic in bed.nics() {
+        ensure!(!bed.router.socket(nic).exists(), "{} is left", bed.router.socket(nic).display());
+    }
+    for role in [Role::Client, Role::Server] {
+        pair.kill(role)?;
+        pair.wait_one(role, NOTICE).context("a program outlives the router")?;
+    }
+    bed.nics().try_for_each(|nic| bed.guest(nic)?.must("rdma link").map(drop)).context("without the router")?;
+    bed.shut_down().context("guests whose router is gone")
+}

@@ -1,0 +1,147 @@
+//! What is run where: for `make test`, small and complete; for `make matrix`, the full product.
+
+use super::guest::{Distro, Kind, Vmm};
+use super::perf::{Measure, Perf, Pingpong, Program, READ_BW, SEND_BW, SEND_LAT, Sizes, TOOLS, Tool, UD_BW, WRITE_BW};
+use super::suite::{Check, Scene};
+
+const UML_TRIXIE: Kind = Kind { vmm: Vmm::Uml, distro: Distro::Trixie };
+const UML_BOOKWORM: Kind = Kind { vmm: Vmm::Uml, distro: Distro::Bookworm };
+const QEMU_TRIXIE: Kind = Kind { vmm: Vmm::Qemu, distro: Distro::Trixie };
+const QEMU_BOOKWORM: Kind = Kind { vmm: Vmm::Qemu, distro: Distro::Bookworm };
+
+/// For a few minutes: each program once, and the life cycle.
+pub fn quick() -> Vec<Scene> {
+    let checks = Check::solos(0).chain(each_program(0, 1)).chain(Check::life());
+    vec![Scene { kinds: vec![UML_TRIXIE; 2], checks: checks.collect() }]
+}
+
+/// For `make test`.
+pub fn full() -> Vec<Scene> {
+    let everything = || Check::solos(0).chain(each_flag(0, 1)).chain(each_program(0, 0)).chain(crowds());
+    let both_ways = || each_program(0, 1).chain(each_program(1, 0)).chain(crowds());
+    vec![
+        Scene { kinds: vec![UML_TRIXIE; 2], checks: everything().chain(Check::life()).collect() },
+        Scene { kinds: vec![UML_BOOKWORM; 2], checks: everything().chain(Check::life()).collect() },
+        Scene { kinds: vec![UML_BOOKWORM, UML_TRIXIE], checks: each_program(0, 1).collect() },
+        Scene { kinds: vec![UML_TRIXIE, QEMU_TRIXIE], checks: both_ways().collect() },
+        Scene { kinds: vec![QEMU_TRIXIE; 2], checks: everything().chain(Check::life()).collect() },
+        Scene { kinds: vec![QEMU_BOOKWORM; 2], checks: Check::solos(0).chain(each_program(0, 1)).collect() },
+    ]
+}
+
+/// For hours.
+pub fn matrix() -> Vec<Scene> {
+    let kinds = [UML_TRIXIE, UML_BOOKWORM, QEMU_TRIXIE, QEMU_BOOKWORM];
+    let beds = kinds.iter().flat_map(|a| kinds.iter().map(move |b| vec![*a, *b]));
+    let checks = || [(0, 1), (0, 0)].into_iter().flat_map(|(server, client)| product(server, client));
+    beds.map(|kinds| Scene { kinds, checks: Check::solos(0).chain(checks()).chain(Check::life()).collect() }).collect()
+}
+
+/// A size that suits a program.
+fn usual_size(tool: Tool) -> u64 {
+    match (tool.measure, tool.datagram) {
+        (Measure::Bandwidth, true) => 1024,
+        (Measure::Bandwidth, false) => 65_536,
+        (Measure::Latency, _) => 64,
+    }
+}
+
+fn usual(tool: Tool) -> Perf {
+    Perf::new(tool, usual_size(tool), if tool.is_bandwidth() { 200 } else { 50 })
+}
+
+fn pingpongs() -> [Program; 4] {
+    let pingpong = |datagram, size, events| Pingpong { datagram, size, iterations: 100, events }.into();
+    [
+        pingpong(false, 4096, false),
+        pingpong(false, 1_000_003, true),
+        pingpong(true, 1024, false),
+        pingpong(true, 2048, true),
+    ]
+}
+
+/// Each program once.
+fn each_program(server: usize, client: usize) -> impl Iterator<Item = Check> {
+    let programs = TOOLS.into_iter().map(|tool| Program::from(usual(tool)));
+    programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
+}
+
+/// Each program with each flag that it knows.
+fn each_flag(server: usize, client: usize) -> impl Iterator<Item = Check> {
+    let programs = TOOLS.into_iter().flat_map(flagged).map(Program::from);
+    programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
+}
+
+fn flagged(tool: Tool) -> Vec<Perf> {
+    let plain = usual(tool);
+    let iterations = if tool.is_bandwidth() { 50 } else { 20 };
+    let mut runs = vec![Perf { sizes: Sizes::All, iterations, ..plain }];
+    if tool.is_bandwidth() {
+        runs.push(Perf { both_ways: true, ..plain });
+        runs.push(Perf { qps: 64, iterations: 20, sizes: Sizes::One(1024), ..plain });
+    }
+    if tool.has_events() {
+        runs.push(Perf { events: true, ..plain });
+    }
+    if tool.has_inline() {
+        runs.push(Perf { inline: Some(64), sizes: Sizes::One(64), ..plain });
+    }
+    runs
+}
+
+/// Two processes in each guest, and in one.
+fn crowds() -> impl Iterator<Item = Check> {
+    let of = |ends: [(usize, usize, Tool); 2]| {
+        Check::Together(ends.map(|(server, client, tool)| (server, client, usual(tool).into())).to_vec())
+    };
+    [
+        of([(0, 1, WRITE_BW), (0, 1, SEND_LAT)]),
+        of([(0, 1, SEND_BW), (1, 0, READ_BW)]),
+        of([(0, 1, UD_BW), (1, 0, WRITE_BW)]),
+        of([(0, 0, SEND_BW), (0, 1, WRITE_BW)]),
+    ]
+    .into_iter()
+}
+
+/// Every combination of flags and sizes that a program knows.
+fn product(server: usize, client: usize) -> impl Iterator<Item = Check> {
+    let programs = TOOLS.into_iter().flat_map(combinations).map(Program::from);
+    programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
+}
+
+fn combinations(tool: Tool) -> Vec<Perf> {
+    let when = |wanted: bool| if wanted { vec![false, true] } else { vec![false] };
+    let inlines = if tool.has_inline() { vec![None, Some(64)] } else { vec![None] };
+    let mut runs = Vec::new();
+    for (sizes, iterations) in sizes(tool) {
+        for qps in if tool.is_bandwidth() { vec![1, 2, 64] } else { vec![1] } {
+            for both_ways in when(tool.is_bandwidth()) {
+                for events in when(tool.has_events()) {
+                    for &inline in &inlines {
+                        runs.push(Perf { tool, sizes, iterations, qps, both_ways, events, inline });
+                    }
+                }
+            }
+        }
+    }
+    runs.retain(fits);
+    runs
+}
+
+fn sizes(tool: Tool) -> Vec<(Sizes, u32)> {
+    let mut sizes = vec![(Sizes::All, 100), (Sizes::One(2), 1000), (Sizes::One(1000), 1000)];
+    if !tool.datagram {
+        sizes.extend([(Sizes::One(65_537), 1000), (Sizes::One(8 << 20), 100)]);
+    }
+    sizes
+}
+
+/// perftest has a buffer of twice the greatest size for each queue pair: a guest's memory must hold them.
+fn fits(perf: &Perf) -> bool {
+    let greatest = match perf.sizes {
+        Sizes::One(size) => size,
+        Sizes::All if perf.tool.datagram => 4096,
+        Sizes::All => 8 << 20,
+    };
+    greatest * u64::from(perf.qps) <= 64 << 20
+}

@@ -1,0 +1,149 @@
+//! The lists of checks, and how they are run.
+
+use anyhow::{Context, Result};
+
+use super::bed::Bed;
+use super::guest::Kind;
+use super::life::{SCENARIOS, Scenario};
+use super::pair;
+use super::perf::Program;
+use super::report::{Figure, Reporter};
+use super::solo::{self, SOLOS, Solo};
+
+/// One check on a bed.
+#[derive(Debug)]
+pub enum Check {
+    /// A program between two guests or within one.
+    Pair {
+        /// Virtual NIC of the server's guest.
+        server: usize,
+        /// Virtual NIC of the client's guest.
+        client: usize,
+        /// What runs.
+        program: Program,
+    },
+    /// Several programs at once, each with its server's and client's guest.
+    Together(Vec<(usize, usize, Program)>),
+    /// A program in one guest.
+    Solo(usize, &'static Solo),
+    /// `rdma resource` in one guest.
+    Resource(usize),
+    /// A scenario of [`life`](super::life).
+    Life(&'static str, Scenario),
+}
+
+/// A bed and the checks that are made on it.
+#[derive(Debug)]
+pub struct Scene {
+    /// The guests.
+    pub kinds: Vec<Kind>,
+    /// In this order.
+    pub checks: Vec<Check>,
+}
+
+impl Check {
+    /// A program with its server in one guest and its client in the other.
+    pub fn pair(server: usize, client: usize, program: impl Into<Program>) -> Self {
+        Self::Pair { server, client, program: program.into() }
+    }
+
+    /// Everything that needs one guest only.
+    pub fn solos(nic: usize) -> impl Iterator<Item = Self> {
+        SOLOS.iter().map(move |solo| Self::Solo(nic, solo)).chain([Self::Resource(nic)])
+    }
+
+    /// The life cycle.
+    pub fn life() -> impl Iterator<Item = Self> {
+        SCENARIOS.into_iter().map(|(name, scenario)| Self::Life(name, scenario))
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Pair { server, client, program } => format!("{}: {}", way(*server, *client), program.label()),
+            Self::Together(programs) => {
+                let one = |(server, client, program): &(usize, usize, Program)| {
+                    format!("{}: {}", way(*server, *client), program.label())
+                };
+                programs.iter().map(one).collect::<Vec<_>>().join(" | ")
+            }
+            Self::Solo(nic, solo) => format!("guest {nic}: {}", solo.name),
+            Self::Resource(nic) => format!("guest {nic}: rdma resource"),
+            Self::Life(name, _) => (*name).to_owned(),
+        }
+    }
+
+    fn run(&self, bed: &mut Bed) -> Result<Option<Figure>> {
+        match self {
+            Self::Pair { server, client, program } => {
+                let row = pair::run(bed.guest(*server)?, bed.guest(*client)?, program)?;
+                return Ok(Some(Figure::of(program, row))).and_then(|figure| bed.settle().map(|()| figure));
+            }
+            Self::Together(programs) => together(bed, programs)?,
+            Self::Solo(nic, solo) => solo.run(bed.guest(*nic)?)?,
+            Self::Resource(nic) => solo::rdma_resource(bed, *nic)?,
+            // Scenarios see to what they leave: the last leaves no router to ask.
+            Self::Life(_, scenario) => return scenario(bed).map(|()| None),
+        }
+        bed.settle().map(|()| None)
+    }
+}
+
+fn way(server: usize, client: usize) -> String {
+    if server == client { format!("within {server}") } else { format!("{client} to {server}") }
+}
+
+fn together(bed: &Bed, programs: &[(usize, usize, Program)]) -> Result<()> {
+    let ends =
+        programs.iter().map(|(server, client, program)| Ok((bed.guest(*server)?, bed.guest(*client)?, *program)));
+    pair::run_all(ends.collect::<Result<Vec<_>>>()?.into_iter())
+}
+
+impl Scene {
+    /// For people.
+    fn place(&self) -> String {
+        let names: Vec<String> = self.kinds.iter().map(ToString::to_string).collect();
+        if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("+") }
+    }
+
+    /// Makes the checks that are wanted; boots guests again when a failed check has left them unusable.
+    pub fn run(&self, reporter: &mut Reporter) -> Result<()> {
+        let place = self.place();
+        let wanted: Vec<&Check> = self.checks.iter().filter(|check| reporter.wants(&place, &check.name())).collect();
+        let mut bed: Option<Bed> = None;
+        for check in wanted {
+            if bed.is_none() {
+                bed = self.boot(&place, reporter)?;
+            }
+            let Some(running) = &mut bed else { return Ok(()) };
+            let passed = reporter.check(&place, &check.name(), || check.run(running))?;
+            if !passed && !running.is_healthy() {
+                bed = None;
+            }
+        }
+        bed.map_or(Ok(()), |bed| finish(bed, &place, reporter))
+    }
+
+    fn boot(&self, place: &str, reporter: &mut Reporter) -> Result<Option<Bed>> {
+        let mut bed = None;
+        reporter.check(place, "boot", || {
+            self.kinds.iter().try_for_each(|kind| kind.prepare())?;
+            bed = Some(Bed::start(&self.kinds).context("no bed")?);
+            Ok(None)
+        })?;
+        Ok(bed)
+    }
+}
+
+/// The end of a bed is a check, too.
+fn finish(mut bed: Bed, place: &str, reporter: &mut Reporter) -> Result<()> {
+    if !bed.has_guests() {
+        return Ok(());
+    }
+    let end = || {
+        bed.complaints()?;
+        bed.shut_down()?;
+        bed.settle()?;
+        Ok(None)
+    };
+    reporter.check(place, "shutdown: no complaints, nothing left", end).map(drop)
+}
