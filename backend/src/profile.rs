@@ -72,6 +72,8 @@ pub struct BadLimit {
 impl Profile {
     /// Largest message (IBA 9.7.7: 2^31 bytes).
     pub const MAX_MESSAGE: u32 = 1 << 31;
+    /// Vendor id: that of software devices without one, as rxe has it.
+    pub const VENDOR_ID: u32 = 0xff_ffff;
     /// Largest memory region.
     pub const MAX_MR_SIZE: u64 = 1 << 46;
 
@@ -136,6 +138,7 @@ impl Profile {
             qp_types: ((1 << QpType::Rc.to_wire()) | (1 << QpType::Ud.to_wire())).into(),
             ring_formats: (1 << Format::Rxe.to_wire()).into(),
             max_msg_size: Self::MAX_MESSAGE.into(),
+            vendor_id: Self::VENDOR_ID.into(),
             ..DeviceAttr::default()
         }
     }

@@ -272,20 +272,19 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<()> {
         let gpa = |addr| self.map.gpa_of_vmm_addr(addr).map(GuestAddress).ok_or(invalid("vring address"));
         let (descriptor, used, available) = (gpa(descriptor)?, gpa(used)?, gpa(available)?);
-        let queue = &mut self.vring(index)?.lock().queue;
+        let mut vring = self.vring(index)?.lock();
         let bad = |_| invalid("vring address");
-        queue.try_set_desc_table_address(descriptor).map_err(bad)?;
-        queue.try_set_avail_ring_address(available).map_err(bad)?;
-        queue.try_set_used_ring_address(used).map_err(bad)
+        vring.queue.try_set_desc_table_address(descriptor).map_err(bad)?;
+        vring.queue.try_set_avail_ring_address(available).map_err(bad)?;
+        vring.queue.try_set_used_ring_address(used).map_err(bad)?;
+        vring.find_used_index();
+        Ok(())
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let mut vring = self.vring(index)?.lock();
-        let base = base as u16;
-        vring.queue.set_next_avail(base);
-        let map = vring.map.clone();
-        let used = vring.queue.used_idx(map.memory(), std::sync::atomic::Ordering::Relaxed);
-        vring.queue.set_next_used(used.map_or(base, |u| u.0));
+        vring.queue.set_next_avail(base as u16);
+        vring.find_used_index();
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use virtio_rdma::ctrl::MAX_REQUEST;
@@ -122,6 +123,12 @@ impl Vring {
             // The count does not matter, and a kick that somebody else took is no error.
             let _ = kick.read(&mut [0; 8]);
         }
+    }
+
+    /// Goes on where the used ring stands. VMMs tell base and addresses in either order, so this is done after both.
+    pub fn find_used_index(&mut self) {
+        let index = self.queue.used_idx(self.map.memory(), Ordering::Relaxed);
+        self.queue.set_next_used(index.map_or(self.queue.next_avail(), |i| i.0));
     }
 
     /// Stops it and tells where it stood.
