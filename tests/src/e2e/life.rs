@@ -29,6 +29,9 @@ pub const SCENARIOS: [(&str, Scenario); 8] = [
 /// How long an end may take to notice that the other is gone.
 const NOTICE: Duration = Duration::from_secs(40);
 
+/// How long the driver may wait for a device that has gone silent.
+const GIVE_UP: Duration = Duration::from_secs(100);
+
 fn endless(port: u16) -> String {
     format!("ib_write_bw -F -d $DEV -x $GID -p {port} -s 65536 -D 300")
 }
@@ -134,15 +137,16 @@ fn both_killed(bed: &mut Bed) -> Result<()> {
 }
 
 fn router_stopped(bed: &mut Bed) -> Result<()> {
+    bed.complaints()?;
     let pair = traffic(bed, 0, 1)?;
     let took = bed.router.stop_now()?;
     ensure!(took < Duration::from_secs(5), "the router took {} s to stop", took.as_secs_f64());
     for nic in bed.nics() {
         ensure!(!bed.router.socket(nic).exists(), "{} is left", bed.router.socket(nic).display());
     }
+    [Role::Client, Role::Server].into_iter().try_for_each(|role| pair.kill(role))?;
     for role in [Role::Client, Role::Server] {
-        pair.kill(role)?;
-        pair.wait_one(role, NOTICE).context("a program outlives the router")?;
+        pair.wait_one(role, GIVE_UP).context("a program outlives the router")?;
     }
     bed.nics().try_for_each(|nic| bed.guest(nic)?.must("rdma link").map(drop)).context("without the router")?;
     bed.shut_down().context("guests whose router is gone")

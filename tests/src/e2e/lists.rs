@@ -21,7 +21,7 @@ pub fn full() -> Vec<Scene> {
     let both_ways = || each_program(0, 1).chain(each_program(1, 0)).chain(crowds());
     vec![
         Scene { kinds: vec![UML_TRIXIE; 2], checks: everything().chain(Check::life()).collect() },
-        Scene { kinds: vec![UML_BOOKWORM; 2], checks: everything().chain(Check::life()).collect() },
+        Scene { kinds: vec![UML_BOOKWORM; 2], checks: everything().chain(Check::life_but_router()).collect() },
         Scene { kinds: vec![UML_BOOKWORM, UML_TRIXIE], checks: each_program(0, 1).collect() },
         Scene { kinds: vec![UML_TRIXIE, QEMU_TRIXIE], checks: both_ways().collect() },
         Scene { kinds: vec![QEMU_TRIXIE; 2], checks: everything().chain(Check::life()).collect() },
@@ -47,7 +47,7 @@ fn usual_size(tool: Tool) -> u64 {
 }
 
 fn usual(tool: Tool) -> Perf {
-    Perf::new(tool, usual_size(tool), if tool.is_bandwidth() { 200 } else { 50 })
+    Perf::new(tool, usual_size(tool), if tool.is_bandwidth() { 200 } else { 20 })
 }
 
 fn pingpongs() -> [Program; 4] {

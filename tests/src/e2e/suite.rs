@@ -52,6 +52,11 @@ impl Check {
         SOLOS.iter().map(move |solo| Self::Solo(nic, solo)).chain([Self::Resource(nic)])
     }
 
+    /// The life cycle, but for the end of the router, which takes a minute (so long a driver waits for its device).
+    pub fn life_but_router() -> impl Iterator<Item = Self> {
+        Self::life().take(SCENARIOS.len() - 1)
+    }
+
     /// The life cycle.
     pub fn life() -> impl Iterator<Item = Self> {
         SCENARIOS.into_iter().map(|(name, scenario)| Self::Life(name, scenario))
