@@ -27,11 +27,11 @@ pub struct Attack {
 impl Attack {
     /// With the usual limits.
     pub fn start() -> Self {
-        Self::on(RouterSpec::of(3))
+        Self::on(&RouterSpec::of(3))
     }
 
     /// On a router of three virtual NICs.
-    pub fn on(spec: RouterSpec) -> Self {
+    pub fn on(spec: &RouterSpec) -> Self {
         logs::collect();
         let bed = Bed::with(spec, crate::guest::mem::Placement::Contiguous);
         let witness = Witness::start(&bed.guests[1], &bed.guests[2]);

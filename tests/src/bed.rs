@@ -22,21 +22,21 @@ pub struct Bed {
 impl Bed {
     /// A router with this many virtual NICs and a guest on each.
     pub fn new(nics: usize) -> Self {
-        Self::with(RouterSpec::of(nics), Placement::Contiguous)
+        Self::with(&RouterSpec::of(nics), Placement::Contiguous)
     }
 
     /// As [`new`](Self::new), with no two adjacent pages in any ring or area.
     pub fn fragmented(nics: usize) -> Self {
-        Self::with(RouterSpec::of(nics), Placement::Fragmented)
+        Self::with(&RouterSpec::of(nics), Placement::Fragmented)
     }
 
     /// With limits and the like, and rings placed as asked.
-    pub fn with(spec: RouterSpec, rings: Placement) -> Self {
+    pub fn with(spec: &RouterSpec, rings: Placement) -> Self {
         Self::guests(spec, &GuestConfig { rings, ..GuestConfig::default() })
     }
 
     /// With everything chosen.
-    pub fn guests(spec: RouterSpec, config: &GuestConfig) -> Self {
+    pub fn guests(spec: &RouterSpec, config: &GuestConfig) -> Self {
         let nics = spec.nics;
         let router = TestRouter::start(spec);
         let guests = (0..nics).map(|nic| router.guest(nic, config.clone())).collect();

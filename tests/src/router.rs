@@ -1,19 +1,19 @@
 //! The router under test, in this process.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
-use freeflow_backend::{EngineConfig, Gid as BackendGid, Host, NicConfig, NicId, NicStatus, Overlay, Place, Profile};
+use freeflow_backend::{NicStatus, Profile};
+use freeflow_router::config::{Config, EngineSettings, Mac, NicSettings};
 
 use crate::bed::eventually;
 use crate::guest::verbs::ip_gid;
 use crate::guest::{Gid, Guest, GuestConfig};
 
 pub use freeflow_backend::Objects;
+pub use freeflow_router::Router;
 
 /// Makes names of virtual NICs unique in this process.
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -21,75 +21,62 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 /// What a test asks of its router.
 #[derive(Debug, Clone)]
 pub struct RouterSpec {
-    /// Number of virtual NICs, all of one tenant.
+    /// Number of virtual NICs.
     pub nics: usize,
+    /// Tenants of the virtual NICs; those beyond the list are of the tenant `test`.
+    pub tenants: Vec<String>,
     /// Limits of each.
-    pub profile: Profile,
+    pub limits: Profile,
     /// Completion vectors of each.
     pub vectors: u16,
     /// Workers and how they poll. Each virtual NIC uses all workers.
-    pub engine: EngineConfig,
+    pub engine: EngineSettings,
 }
 
 impl RouterSpec {
     /// This many virtual NICs with the usual limits, two vectors each, on two workers.
     pub fn of(nics: usize) -> Self {
-        let engine = EngineConfig { workers: 2, ..EngineConfig::default() };
-        Self { nics, profile: Profile::default(), vectors: 2, engine }
+        let engine = EngineSettings { workers: 2, ..EngineSettings::default() };
+        Self { nics, tenants: Vec::new(), limits: Profile::default(), vectors: 2, engine }
     }
-}
 
-/// Everybody is here and may talk to everybody.
-#[derive(Debug)]
-struct OneTenant(HashMap<BackendGid, NicId>);
-
-impl Overlay for OneTenant {
-    fn locate(&self, _from: NicId, gid: BackendGid) -> Option<Place> {
-        self.0.get(&gid).copied().map(Place::Local)
+    /// The router's configuration, with sockets in a directory.
+    pub fn config(&self, dir: &Path, name: impl Fn(usize) -> String) -> Config {
+        let nic = |nic: usize| NicSettings {
+            name: name(nic),
+            tenant: self.tenants.get(nic).cloned().unwrap_or_else(|| "test".to_owned()),
+            ip: addresses_of(nic).to_vec(),
+            mac: Some(Mac([0x02, 0, 0, 0, 0, nic as u8 + 1])),
+            socket: socket_in(dir, nic),
+            vectors: self.vectors,
+            workers: self.engine.workers as u16,
+            limits: self.limits.clone(),
+        };
+        Config { control: None, engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect() }
     }
 }
 
 /// A router. Its sockets are in a directory that goes with it.
 #[derive(Debug)]
 pub struct TestRouter {
-    host: Host,
+    router: Router,
     id: u32,
     dir: tempfile::TempDir,
 }
 
 impl TestRouter {
     /// Starts one.
-    pub fn start(spec: RouterSpec) -> Self {
-        let nics = 0..spec.nics;
-        let mut places = HashMap::new();
-        for nic in nics.clone() {
-            let id = NicId(nic as u32);
-            places.insert(BackendGid::link_local(mac_of(nic)), id);
-            places.extend(addresses_of(nic).map(|ip| (BackendGid::of(ip), id)));
-        }
-        let workers = spec.engine.workers as u16;
-        let host = Host::start(spec.engine, Arc::new(OneTenant(places))).expect("the engine starts");
+    pub fn start(spec: &RouterSpec) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let router = Self { host, id: COUNT.fetch_add(1, Relaxed), dir };
-        for nic in nics {
-            let config = NicConfig {
-                name: router.name_of(nic),
-                tenant: "test".to_owned(),
-                addresses: addresses_of(nic).to_vec(),
-                mac: mac_of(nic),
-                num_vectors: spec.vectors,
-                num_workers: workers,
-                profile: spec.profile.clone(),
-            };
-            let socket = router.socket_of(nic);
-            router.host.add_nic(NicId(nic as u32), config, &socket).expect("a virtual NIC");
-        }
-        router
+        let id = COUNT.fetch_add(1, Relaxed);
+        let config = spec.config(dir.path(), |nic| format!("r{id}n{nic}"));
+        let router = Router::start(&config).expect("the router starts");
+        Self { router, id, dir }
     }
 
     /// The socket of a virtual NIC.
     pub fn socket_of(&self, nic: usize) -> PathBuf {
-        self.dir.path().join(format!("nic{nic}"))
+        socket_in(self.dir.path(), nic)
     }
 
     /// The name of a virtual NIC, which is unique in this process.
@@ -117,8 +104,7 @@ impl TestRouter {
 
     /// A virtual NIC at the moment.
     pub fn status(&self, nic: usize) -> NicStatus {
-        let id = NicId(nic as u32);
-        self.host.nics().into_iter().find(|status| status.id == id).expect("a virtual NIC of this router")
+        self.router.nics().swap_remove(nic)
     }
 
     /// What a virtual NIC has at the moment.
@@ -141,19 +127,20 @@ impl TestRouter {
         self.status(nic).connected
     }
 
-    /// The device side itself.
-    pub fn host(&self) -> &Host {
-        &self.host
+    /// The router itself.
+    pub fn router(&self) -> &Router {
+        &self.router
     }
 
     /// Stops it, as SIGTERM does.
     pub fn stop(self) {
-        self.host.stop();
+        self.router.stop();
     }
 }
 
-fn mac_of(nic: usize) -> [u8; 6] {
-    [0x02, 0, 0, 0, 0, nic as u8 + 1]
+/// The socket of a virtual NIC in a directory.
+pub fn socket_in(dir: &Path, nic: usize) -> PathBuf {
+    dir.join(format!("nic{nic}"))
 }
 
 fn addresses_of(nic: usize) -> [IpAddr; 2] {

@@ -270,6 +270,8 @@ fn create_qp(guest: &Guest, (body, extents): &(CreateQp, Vec<Extent>)) -> Status
     create_status::<virtio_rdma::ctrl::CreateQpResponse>(guest, Opcode::CreateQp, body, extents)
 }
 
+type Spoil<'a> = &'a dyn Fn(&mut CreateQp);
+
 #[test]
 fn queue_pairs_no_driver_would_make() {
     let attack = Attack::start();
@@ -278,7 +280,6 @@ fn queue_pairs_no_driver_would_make() {
     let (good, extents) = good_qp(&own);
     let attr = guest.attr();
     let (sges, inline) = (attr.max_sge.get() as u16 + 1, attr.max_inline_data.get() + 1);
-    type Spoil<'a> = &'a dyn Fn(&mut CreateQp);
     let spoils: [(&str, Spoil<'_>); 18] = [
         ("type 0", &|c| c.qp_type = 0),
         ("type 200", &|c| c.qp_type = 200),
@@ -374,7 +375,7 @@ fn areas_no_driver_would_make() {
 }
 
 fn small() -> RouterSpec {
-    let profile = Profile {
+    let limits = Profile {
         max_qp: 4,
         max_qp_wr: 64,
         max_cq: 3,
@@ -384,7 +385,7 @@ fn small() -> RouterSpec {
         max_pd: 2,
         ..Profile::default()
     };
-    RouterSpec { profile, ..RouterSpec::of(3) }
+    RouterSpec { limits, ..RouterSpec::of(3) }
 }
 
 #[track_caller]
@@ -394,7 +395,7 @@ fn exhausted<T>(result: Result<T, Error>) {
 
 #[test]
 fn quotas() {
-    let attack = Attack::on(small());
+    let attack = Attack::on(&small());
     let guest = attack.attacker();
     let pds = [guest.alloc_pd().unwrap(), guest.alloc_pd().unwrap()];
     exhausted(guest.alloc_pd());
@@ -422,7 +423,7 @@ fn quotas() {
 
 #[test]
 fn quota_of_extents_by_extension() {
-    let attack = Attack::on(small());
+    let attack = Attack::on(&small());
     let guest = attack.attacker();
     let pd = guest.alloc_pd().unwrap();
     let buf = guest.alloc(4096).unwrap();

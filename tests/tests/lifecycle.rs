@@ -384,7 +384,7 @@ fn no_completion_after_destroy() {
 #[test]
 fn starting_and_stopping_routers() {
     for _ in 0..5 {
-        let router = TestRouter::start(RouterSpec::of(1));
+        let router = TestRouter::start(&RouterSpec::of(1));
         let guest = router.guest(0, GuestConfig::default());
         let end = Rc::new(&guest, QpSpec::rc(), 64).unwrap();
         drop(end);

@@ -272,7 +272,7 @@ fn rings_and_regions_in_single_pages() {
 #[test]
 fn more_extents_than_one_request_holds() {
     let config = GuestConfig { memory_size: 160 << 20, ..GuestConfig::default() };
-    let bed = Bed::guests(RouterSpec::of(2), &config);
+    let bed = Bed::guests(&RouterSpec::of(2), &config);
     let (a, b) = bed.pair(4096);
     let buf = b.pd.guest().alloc_placed(20 << 20, Placement::Fragmented).unwrap();
     let mr = b.pd.reg(&buf).unwrap();
