@@ -8,7 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::bed::Bed;
 use super::guest::Kind;
 use super::pair;
-use super::perf::{Perf, Pingpong, Program, TOOLS};
+use super::perf::{Perf, Pingpong, Program, Row, TOOLS};
 use super::report::{Figure, Outcome, Reporter};
 
 /// What it runs: small numbers, so that emulation shows it too.
@@ -17,7 +17,7 @@ fn programs() -> Vec<Program> {
     let perf = TOOLS.map(|tool| match (tool.is_bandwidth(), tool.datagram) {
         (true, false) => Perf::new(tool, 65_536, 200),
         (true, true) => Perf::new(tool, 1024, 200),
-        (false, _) => Perf::new(tool, 64, 100),
+        (false, _) => Perf::new(tool, 64, 50),
     });
     let mut programs: Vec<Program> = perf.map(Program::from).to_vec();
     programs.extend([pingpong(false, 4096), pingpong(true, 1024)].map(Program::from));
@@ -33,14 +33,23 @@ pub fn run(kind: Kind, json: bool, reporter: &mut Reporter) -> Result<String> {
     eprintln!("the guests are up after {:.0} s", start.elapsed().as_secs_f64());
     let place = format!("{kind}, two guests");
     for program in programs() {
-        reporter.check(&place, &program.label(), || {
-            let row = pair::run(bed.guest(0)?, bed.guest(1)?, &program)?;
-            Ok(Some(Figure::of(&program, row)))
-        })?;
+        reporter.check(&place, &program.label(), || Ok(Some(Figure::of(&program, measure(&bed, &program)?))))?;
     }
     drop(bed);
     eprintln!("done after {:.0} s", start.elapsed().as_secs_f64());
     Ok(if json { serde_json::to_string_pretty(reporter.outcomes())? } else { table(reporter.outcomes()) })
+}
+
+/// Runs a program, again when it says that it could not measure.
+fn measure(bed: &Bed, program: &Program) -> Result<Row> {
+    let mut row = pair::run(bed.guest(0)?, bed.guest(1)?, program)?;
+    for _ in 0..3 {
+        if row.is_measured() {
+            break;
+        }
+        row = pair::run(bed.guest(0)?, bed.guest(1)?, program)?;
+    }
+    Ok(row)
 }
 
 fn table(outcomes: &[Outcome]) -> String {

@@ -229,7 +229,7 @@ pub struct Job {
 pub struct Done {
     /// Its exit status.
     pub status: i32,
-    /// What it printed, errors included.
+    /// What it printed, and after that what it printed to standard error.
     pub output: String,
 }
 
@@ -243,8 +243,8 @@ impl Job {
 
     /// What it has printed so far (as far as the guest has written it out).
     pub fn output(&self) -> String {
-        let bytes = fs::read(self.path.with_extension("out")).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
+        let read = |extension| fs::read(self.path.with_extension(extension)).unwrap_or_default();
+        String::from_utf8_lossy(&[read("out"), read("err")].concat()).into_owned()
     }
 
     /// Waits for its end.

@@ -74,7 +74,7 @@ fn each_flag(server: usize, client: usize) -> impl Iterator<Item = Check> {
 
 fn flagged(tool: Tool) -> Vec<Perf> {
     let plain = usual(tool);
-    let iterations = if tool.is_bandwidth() { 50 } else { 20 };
+    let iterations = if tool.is_bandwidth() { 50 } else { 10 };
     let mut runs = vec![Perf { sizes: Sizes::All, iterations, ..plain }];
     if tool.is_bandwidth() {
         runs.push(Perf { both_ways: true, ..plain });

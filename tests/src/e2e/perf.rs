@@ -1,6 +1,6 @@
 //! The programs that run between two guests: how they are called, and how their output is read.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// What a perftest program measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,9 +66,9 @@ impl Tool {
         !self.program.contains("read")
     }
 
-    /// Whether it can sleep until there are completions (`ib_write_lat` watches memory instead).
+    /// Whether it can sleep until there are completions (perftest refuses it with writes).
     pub fn has_events(self) -> bool {
-        self != WRITE_LAT
+        !self.program.contains("write")
     }
 }
 
@@ -143,10 +143,7 @@ impl Perf {
         let last = rows.last().context("no line of results")?;
         ensure!(first.size == least && last.size >= greatest, "results from {} to {} B", first.size, last.size);
         ensure!(rows.len() >= count, "{} lines of results, expected {count}", rows.len());
-        match rows.iter().find(|row| !(row.value.is_finite() && row.value >= 0.0)) {
-            Some(row) => bail!("{} B: {} is no result", row.size, row.value),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -177,8 +174,16 @@ pub enum Program {
 pub struct Row {
     /// Message size.
     pub size: u64,
-    /// Mebibytes per second or microseconds.
+    /// Mebibytes per second or microseconds. perftest prints 0 or `inf` when it could not calibrate its clock, which
+    /// happens in guests on a busy machine and says nothing about the run.
     pub value: f64,
+}
+
+impl Row {
+    /// Whether there is a figure.
+    pub fn is_measured(&self) -> bool {
+        self.value.is_normal()
+    }
 }
 
 impl From<Perf> for Program {
@@ -269,6 +274,7 @@ fn table(output: &str) -> Vec<Row> {
 }
 
 fn row(line: &str, column: usize) -> Option<Row> {
+    // A column of `inf` is a number to Rust, too.
     let words: Vec<&str> = line.split_whitespace().collect();
     Some(Row { size: words.first()?.parse().ok()?, value: words.get(column)?.parse().ok()? })
 }
@@ -300,8 +306,8 @@ mod tests {
         assert!(Program::from(perf).read("").is_err());
         assert!(Program::from(perf).read(BANDWIDTH).is_err(), "a size too many");
         assert!(Program::from(Perf { sizes: Sizes::All, ..perf }).read(BANDWIDTH).is_err(), "sizes missing");
-        let line = LATENCY.replace("17.83", "inf");
-        assert!(Program::from(Perf::new(SEND_LAT, 64, 100)).read(&line).is_err());
+        let row = Program::from(Perf::new(SEND_LAT, 64, 100)).read(&LATENCY.replace("17.83", "inf")).unwrap();
+        assert!(!row.is_measured());
     }
 
     #[test]

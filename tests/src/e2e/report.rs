@@ -78,7 +78,7 @@ impl Reporter {
             place: place.to_owned(),
             test: test.to_owned(),
             size: figure.map(|figure| figure.row.size),
-            value: figure.map(|figure| figure.row.value),
+            value: figure.map(|figure| figure.row).filter(Row::is_measured).map(|row| row.value),
             unit: figure.map(|figure| figure.unit),
             passed,
             seconds: time.as_secs_f64(),
