@@ -94,11 +94,11 @@ impl Bed {
         })
     }
 
-    /// Whether every guest still answers.
+    /// Whether every guest still answers, and has nothing left of what it did.
     pub fn is_healthy(&self) -> bool {
         let answers =
             |guest: &Guest| guest.run("echo hello", Duration::from_secs(20)).is_ok_and(|done| done.status == 0);
-        self.guests.iter().all(|guest| guest.as_ref().is_some_and(answers))
+        self.guests.iter().all(|guest| guest.as_ref().is_some_and(answers)) && self.settle().is_ok()
     }
 
     /// Fails when a kernel or the router has noticed a bug.
