@@ -12,6 +12,7 @@
 
 pub mod attack;
 pub mod bed;
+pub mod bench;
 pub mod e2e;
 pub mod guest;
 pub mod logs;

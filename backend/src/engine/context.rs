@@ -21,6 +21,9 @@ pub const QUANTUM_BYTES: u64 = 64 * 1024;
 /// Work requests that one visit to a QP may start.
 pub const QUANTUM_WQES: u32 = 32;
 
+/// How often a visit may go on because nobody else waits. It bounds how long a quantum lasts.
+pub const REFILLS: u32 = 15;
+
 /// What is left of a visit.
 #[derive(Debug, Clone, Copy)]
 pub struct Budget {
@@ -28,12 +31,22 @@ pub struct Budget {
     pub bytes: u64,
     /// Work requests.
     pub wqes: u32,
+    refills: u32,
 }
 
 impl Budget {
     /// A whole visit.
     pub fn full() -> Self {
-        Self { bytes: QUANTUM_BYTES, wqes: QUANTUM_WQES }
+        Self { bytes: QUANTUM_BYTES, wqes: QUANTUM_WQES, refills: REFILLS }
+    }
+
+    /// Goes on with the visit after a look whether others wait; false if they do, or it has been long enough.
+    pub fn refill(&mut self, alone: impl FnOnce() -> bool) -> bool {
+        if self.refills == 0 || !alone() {
+            return false;
+        }
+        *self = Self { refills: self.refills - 1, ..Self::full() };
+        true
     }
 
     /// Takes a work request out of the budget; false when it is used up.
@@ -164,13 +177,18 @@ impl Context {
         Ok(())
     }
 
-    /// The quantum ends: events go out, and nothing that was looked up is used any more.
-    pub fn settle(&mut self) {
+    /// Raises events for the completions written so far, where guests wait for them.
+    pub fn announce(&mut self) {
         for touched in self.touched.drain(..) {
             if touched.cq.take_event(touched.solicited) {
                 touched.nic.raise_on(touched.cq.vector, EventType::Completion, touched.cq.cqn);
             }
         }
+    }
+
+    /// The quantum ends: events go out, and nothing that was looked up is used any more.
+    pub fn settle(&mut self) {
+        self.announce();
         self.keys.entries.clear();
         self.src.clear();
         self.dst.clear();

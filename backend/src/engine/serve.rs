@@ -40,11 +40,11 @@ pub enum Step {
     Failed(WcStatus),
 }
 
-/// Visits a QP of `nic`.
-pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> Next {
+/// Visits a QP of `nic`. `alone` tells whether nobody else waits for the worker.
+pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -> bool) -> Next {
     let send = qp.send.lock();
     match qp.state() {
-        QpState::Rts => run(ctx, nic, qp, send),
+        QpState::Rts => run(ctx, nic, qp, send, alone),
         QpState::Sqd => drain(ctx, nic, qp, send),
         QpState::Err => {
             let more = flush_send(ctx, nic, qp, send);
@@ -61,29 +61,43 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> Next {
     }
 }
 
-fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
+fn run(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    mut send: MutexGuard<'_, SendQueue>,
+    alone: impl Fn() -> bool,
+) -> Next {
     if let Some(wait) = &send.wait
         && ctx.now < wait.next_look
     {
         return Next::At(wait.next_look);
     }
     let mut budget = Budget::full();
-    while budget.take_wqe() {
-        let job = match send.job.take() {
-            Some(job) => Some(job),
-            None => match fetch(ctx, qp, &send) {
-                Ok(job) => job,
-                Err(reason) => return fatal(nic, qp, reason),
-            },
-        };
-        let Some(job) = job else {
-            return Next::Idle;
-        };
-        if let Some(next) = advance(ctx, nic, qp, &mut send, job, &mut budget) {
-            return next;
+    while budget.take_wqe() || budget.refill(&alone) {
+        let next = run_one(ctx, nic, qp, &mut send, &mut budget);
+        match next {
+            None => {}
+            Some(Next::Again) if qp.state() == QpState::Rts && budget.refill(&alone) => ctx.announce(),
+            Some(next) => return next,
         }
     }
     Next::Again
+}
+
+/// Takes the present work request, or the next one, as far as it goes. `None`: it is complete.
+fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, budget: &mut Budget) -> Option<Next> {
+    let job = match send.job.take() {
+        Some(job) => Some(job),
+        None => match fetch(ctx, qp, send) {
+            Ok(job) => job,
+            Err(reason) => return Some(fatal(nic, qp, reason)),
+        },
+    };
+    match job {
+        Some(job) => advance(ctx, nic, qp, send, job, budget),
+        None => Some(Next::Idle),
+    }
 }
 
 /// SQD: what has started is finished, nothing new is begun.

@@ -41,6 +41,11 @@ impl DoorbellArea {
         take(self.pages.u64(DoorbellLayout::SUMMARY + word * 8))
     }
 
+    /// Whether a summary word names any doorbells.
+    pub fn has_summary(&self, word: usize) -> bool {
+        self.pages.u64(DoorbellLayout::SUMMARY + word * 8).load(Ordering::Relaxed) != 0
+    }
+
     /// Takes a bitmap word: each bit is a doorbell. Zero for words beyond the bitmap.
     pub fn take_doorbells(&self, word: usize) -> u64 {
         if word >= self.layout.bitmap_words() {

@@ -152,6 +152,12 @@ impl Qp {
         matches!(self.state(), QpState::Rtr | QpState::Rts | QpState::Sqd | QpState::Sqe)
     }
 
+    /// Whether a work request was posted that can be started now. For its worker.
+    pub fn has_posted(&self) -> bool {
+        self.state() == QpState::Rts
+            && self.send.try_lock().is_some_and(|send| send.wait.is_none() && !matches!(send.next(), Ok(None)))
+    }
+
     /// Lets go of the rings; nothing is read or written any more. The caller has made sure that no worker serves it.
     pub fn close(&self) {
         self.set_state(QpState::Reset);

@@ -1,0 +1,138 @@
+//! What idle QPs cost: processor time, memory of the router, and latency of a busy QP beside them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::path::{Cores, bed, idle_pairs, latency};
+use super::table::{Bar, Row};
+use super::{RUNS, median};
+use crate::e2e::child::sibling;
+use crate::guest::mem::Placement;
+use crate::guest::{Guest, GuestConfig};
+use crate::sys::pin_thread;
+
+/// Guest memory that holds thousands of QPs with small rings, their buffers and CQs.
+const MEMORY: u64 = 1 << 30;
+
+/// Every row of this module.
+///
+/// # Errors
+/// When the router or a guest fails.
+pub fn rows(cores: Option<Cores>) -> Result<Vec<Row>> {
+    let mut rows = router_rows()?;
+    rows.push(beside_idle(cores, 10_000)?);
+    Ok(rows)
+}
+
+/// Latency with idle QPs beside the busy one, against that with none, in turn.
+fn beside_idle(cores: Option<Cores>, count: usize) -> Result<Row> {
+    let name = "in-process 64 B WRITE p50, 10,000 idle QPs beside";
+    let Some(cores) = cores else {
+        return Ok(Row::not_measurable(name, "poster and worker need a core each"));
+    };
+    pin_thread(0, cores.poster)?;
+    let (mut values, mut ratios, mut others) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        let bed = bed(cores, MEMORY);
+        let pair = bed.pair(64);
+        let alone = latency(&pair, 50_000)?;
+        let idle = idle_pairs(&bed.guests[0], &bed.guests[1], count)?;
+        let beside = latency(&pair, 50_000)?;
+        drop(idle);
+        values.push(beside);
+        others.push(alone);
+        ratios.push(beside / alone);
+    }
+    let against = format!("with none {:.3} us", median(others));
+    Ok(Row::ratio(name, median(values), "us", &against, median(ratios), Bar::AtMost(1.1)))
+}
+
+/// A router in a process of its own, so that its memory and time are its own.
+struct Daemon {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    fn start() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let mut command = Command::new(sibling("FREEFLOW_ROUTER_BIN", "freeflow-router")?);
+        command.arg("--control").arg(dir.path().join("control")).stderr(Stdio::null());
+        for (name, ip) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
+            command.args(["--nic", &format!("name={name},ip={ip},socket={}", dir.path().join(name).display())]);
+        }
+        let child = command.spawn().context("cannot start freeflow-router")?;
+        let daemon = Self { child, dir };
+        wait_for(&daemon.dir.path().join("control"))?;
+        Ok(daemon)
+    }
+
+    fn guest(&self, nic: usize) -> Result<Guest> {
+        let name = ["a", "b"][nic];
+        let gids = vec![crate::guest::verbs::ip_gid(std::net::Ipv4Addr::new(10, 0, 0, nic as u8 + 1).into())];
+        let config = GuestConfig { memory_size: MEMORY, gids, rings: Placement::Contiguous, memory: None };
+        Ok(Guest::connect(&self.dir.path().join(name), config)?)
+    }
+
+    fn proc(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
+    }
+
+    /// Bytes of memory that are the router's own.
+    fn memory(&self) -> Result<f64> {
+        let status = std::fs::read_to_string(self.proc("status"))?;
+        let line = status.lines().find(|l| l.starts_with("RssAnon:")).context("no RssAnon")?;
+        let kib: f64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
+        Ok(kib * 1024.0)
+    }
+
+    /// Seconds of processor time used so far, from the scheduler's nanoseconds of each thread.
+    fn time(&self) -> Result<f64> {
+        let mut nanos = 0.0;
+        for thread in std::fs::read_dir(self.proc("task"))? {
+            let text = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+            nanos += text.split_whitespace().next().and_then(|n| n.parse::<f64>().ok()).context("no schedstat")?;
+        }
+        Ok(nanos / 1e9)
+    }
+}
+
+fn wait_for(socket: &Path) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !socket.exists() {
+        if Instant::now() > deadline {
+            bail!("freeflow-router does not start");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It is gone already if these fail.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn router_rows() -> Result<Vec<Row>> {
+    let daemon = Daemon::start()?;
+    let (a, b) = (daemon.guest(0)?, daemon.guest(1)?);
+    let first = idle_pairs(&a, &b, 500)?;
+    std::thread::sleep(Duration::from_millis(200));
+    let (time, start) = (daemon.time()?, Instant::now());
+    std::thread::sleep(Duration::from_secs(5));
+    let share = (daemon.time()? - time) / start.elapsed().as_secs_f64() * 100.0;
+    let before = daemon.memory()?;
+    let more = idle_pairs(&a, &b, 4_500)?;
+    let each = (daemon.memory()? - before) / 9_000.0;
+    drop((first, more));
+    Ok(vec![
+        Row::at_most("router with 1,000 connected idle QPs, share of a core", share, "%", 1.0),
+        Row::at_most("memory of the router per idle QP", each, "B", 4096.0),
+    ])
+}

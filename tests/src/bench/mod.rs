@@ -1,0 +1,42 @@
+//! `make bench`: what the project promises of speed, measured side by side in one run.
+//!
+//! * [`path`]: the in-process guest against the device, with a core each for the poster and the worker.
+//! * [`idle`]: what QPs cost that do nothing.
+//! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
+//! * [`table`]: the figures, for people and as JSON.
+
+pub mod guests;
+pub mod idle;
+pub mod path;
+pub mod table;
+
+/// The middle one of some figures.
+///
+/// # Panics
+/// Without figures.
+pub fn median(mut figures: Vec<f64>) -> f64 {
+    assert!(!figures.is_empty(), "no figures");
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+/// Runs of each side, in turn.
+pub const RUNS: usize = 5;
+
+/// Measures two sides in turn, [`RUNS`] times each, and returns the median of the first and the median of the ratios first to second.
+///
+/// # Errors
+/// The first failure of either.
+pub fn alternate(
+    mut one: impl FnMut() -> anyhow::Result<f64>,
+    mut other: impl FnMut() -> anyhow::Result<f64>,
+) -> anyhow::Result<(f64, f64, f64)> {
+    let (mut values, mut others, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        let (a, b) = (one()?, other()?);
+        values.push(a);
+        others.push(b);
+        ratios.push(a / b);
+    }
+    Ok((median(values), median(others), median(ratios)))
+}
