@@ -230,6 +230,8 @@ fn count_wait(
 
 /// Completes the request at the head of the ring. False if the completion could not be written.
 fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, job: &Job, status: WcStatus) -> bool {
+    // Before the completion: who sees that may post the next request at once.
+    send.advance();
     let wanted = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED) || status != WcStatus::Success;
     let cqe = Cqe {
         wr_id: job.wqe.wr_id.into(),
@@ -241,7 +243,6 @@ fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, jo
         ..Cqe::default()
     };
     let pushed = !wanted || ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success).is_ok();
-    send.advance();
     nic.counters.send_wqes.add(1);
     match status {
         WcStatus::Success => nic.counters.send_bytes.add(job.wqe.length),
