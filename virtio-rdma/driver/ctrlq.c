@@ -275,6 +275,16 @@ malformed:
 	return -EIO;
 }
 
+/*
+ * Looks after a command that takes long: a notification or an interrupt that was lost on its way
+ * (User-mode Linux with several CPUs loses some) costs a moment, not the device.
+ */
+static void vrdma_ctrl_look(struct virtqueue *vq)
+{
+	virtqueue_notify(vq);
+	vrdma_ctrl_done(vq);
+}
+
 /* Sleeps until the device has answered a command that was submitted */
 int vrdma_cmd_wait(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
@@ -282,7 +292,8 @@ int vrdma_cmd_wait(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 	unsigned long start = jiffies;
 	bool warned = false;
 
-	while (!wait_for_completion_timeout(&cmd->done, HZ)) {
+	while (!wait_for_completion_timeout(&cmd->done, VRDMA_CMD_LOOK)) {
+		vrdma_ctrl_look(dev->ctrl.vq);
 		if (virtqueue_is_broken(dev->ctrl.vq))
 			vrdma_dev_fail(dev, "the control queue is broken");
 		else if (time_after(jiffies, start + VRDMA_CMD_TIMEOUT))

@@ -31,6 +31,7 @@
 #define VRDMA_PORT		1
 
 /* An answer takes microseconds: these are for a device that is stuck */
+#define VRDMA_CMD_LOOK		(HZ / 5)
 #define VRDMA_CMD_WARN		(10 * HZ)
 #define VRDMA_CMD_TIMEOUT	(60 * HZ)
 

@@ -43,10 +43,13 @@ impl Wait {
     const SHORTEST_LOOK: Duration = Duration::from_micros(2);
     const LONGEST_LOOK: Duration = Duration::from_millis(10);
 
-    /// Sets when to look again: soon at first, later the longer it takes.
+    /// Sets when to look again: soon at first, later the longer it takes, and when this try is over.
     pub fn look_later(&mut self, now: Instant) {
         let gap = (now - self.since) / 8;
-        self.next_look = (now + gap.clamp(Self::SHORTEST_LOOK, Self::LONGEST_LOOK)).min(self.deadline.max(now));
+        self.next_look = now + gap.clamp(Self::SHORTEST_LOOK, Self::LONGEST_LOOK);
+        if self.deadline > now {
+            self.next_look = self.next_look.min(self.deadline);
+        }
     }
 }
 
