@@ -272,6 +272,30 @@ fn regions_over_memory_that_went_fail_and_nothing_else() {
 }
 
 #[test]
+fn memory_truncated_in_the_middle_of_traffic() {
+    let bed = Bed::new(4);
+    let (c, d) = Rc::pair(&bed.guests[2], &bed.guests[3], 1 << 20).unwrap();
+    let (a, b) = pair(&bed, 1 << 20);
+    let guest = &bed.guests[1];
+    let region = guest.memory().plug(1 << 40, 16 << 20).unwrap();
+    guest.with_connection(|v| v.add_region(&region)).unwrap();
+    let plugged = Arc::new(guest.memory().view(1 << 40, 16 << 20).unwrap());
+    let mr = b.pd.reg_spec(MrSpec::whole(&plugged)).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let going = scope.spawn(|| traffic(&a, &mr, 500_000, &AtomicBool::new(false)));
+        let staying = scope.spawn(|| traffic(&c, &d.mr, 500_000, &stop));
+        std::thread::sleep(Duration::from_millis(20));
+        region.truncate().unwrap();
+        eventually("end of the session", SOON, || !bed.router.is_connected(1));
+        assert_eq!(going.join().unwrap(), WcStatus::RetryExcErr);
+        stop.store(true, Relaxed);
+        assert_eq!(staying.join().unwrap(), WcStatus::Success);
+    });
+    bed.router.wait_objects(1, Objects::default());
+}
+
+#[test]
 fn local_keys_over_memory_that_went() {
     let bed = Bed::new(2);
     let (guest_a, _) = bed.two();

@@ -8,7 +8,8 @@ use virtio_rdma::PAGE_SIZE;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::Extent;
+use super::fault::Guard;
+use super::{Alarm, Extent};
 
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +31,8 @@ pub enum MapError {
     /// The file cannot be mapped.
     #[error("cannot map guest memory")]
     Map(#[from] vm_memory::mmap::MmapRegionError),
-    /// The file cannot be inspected.
-    #[error("cannot inspect the file of guest memory")]
+    /// The file cannot be inspected, or there are too many.
+    #[error("cannot use the file of guest memory")]
     File(#[from] std::io::Error),
     /// The table as a whole is inconsistent.
     #[error("inconsistent memory table")]
@@ -59,15 +60,17 @@ pub struct RegionId {
 pub struct Region {
     id: RegionId,
     file: (u64, u64),
+    // Before the mapping, which must outlive it.
+    _guard: Guard,
     mmap: Arc<GuestRegionMmap>,
 }
 
 impl Region {
-    /// Maps `id.size` bytes of `file`.
+    /// Maps `id.size` bytes of `file`. Should they go away later, `alarm` rings.
     ///
     /// # Errors
     /// When the file is shorter than that, or cannot be mapped.
-    pub fn map(id: RegionId, file: File) -> Result<Arc<Self>, MapError> {
+    pub fn map(id: RegionId, file: File, alarm: Option<Alarm>) -> Result<Arc<Self>, MapError> {
         let layout = MapError::Layout { gpa: id.gpa, size: id.size };
         let end = id.offset.checked_add(id.size);
         let (Some(end), Some(_), Some(_)) = (end, id.gpa.checked_add(id.size), id.vmm_addr.checked_add(id.size)) else {
@@ -87,8 +90,9 @@ impl Region {
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::new(file, id.offset))
             .build()?;
+        let guard = Guard::new(mmap.as_ptr(), size, alarm)?;
         let mmap = GuestRegionMmap::new(mmap, GuestAddress(id.gpa)).ok_or(layout)?;
-        Ok(Arc::new(Self { id, file: (meta.dev(), meta.ino()), mmap: Arc::new(mmap) }))
+        Ok(Arc::new(Self { id, file: (meta.dev(), meta.ino()), _guard: guard, mmap: Arc::new(mmap) }))
     }
 
     /// Where it is.
@@ -111,16 +115,22 @@ impl Region {
 pub struct Map {
     regions: Vec<Arc<Region>>,
     memory: GuestMemoryMmap,
+    alarm: Option<Alarm>,
 }
 
 impl Map {
-    fn from_regions(mut regions: Vec<Arc<Region>>) -> Result<Self, MapError> {
+    /// No memory yet. When some that is added goes away, other than by this table, `alarm` rings.
+    pub fn new(alarm: Alarm) -> Self {
+        Self { alarm: Some(alarm), ..Self::default() }
+    }
+
+    fn with_regions(&self, mut regions: Vec<Arc<Region>>) -> Result<Self, MapError> {
         regions.sort_by_key(|r| r.id.gpa);
         let memory = match regions.len() {
             0 => GuestMemoryMmap::default(),
             _ => GuestMemoryMmap::from_arc_regions(regions.iter().map(|r| r.mmap.clone()).collect())?,
         };
-        Ok(Self { regions, memory })
+        Ok(Self { regions, memory, alarm: self.alarm.clone() })
     }
 
     /// A whole new table. A region that stands in this one already, same place and same bytes, stays the
@@ -132,9 +142,9 @@ impl Map {
         let mut regions = Vec::with_capacity(table.len());
         for (id, file) in table {
             let known = self.regions.iter().find(|r| r.is(id, &file)).cloned();
-            regions.push(known.map_or_else(|| Region::map(id, file), Ok)?);
+            regions.push(known.map_or_else(|| Region::map(id, file, self.alarm.clone()), Ok)?);
         }
-        Self::from_regions(regions)
+        self.with_regions(regions)
     }
 
     /// This table and one more region.
@@ -143,8 +153,8 @@ impl Map {
     /// When it cannot be mapped or overlaps another.
     pub fn with(&self, id: RegionId, file: File) -> Result<Self, MapError> {
         let mut regions = self.regions.clone();
-        regions.push(Region::map(id, file)?);
-        Self::from_regions(regions)
+        regions.push(Region::map(id, file, self.alarm.clone())?);
+        self.with_regions(regions)
     }
 
     /// This table without the region at this place.
@@ -156,7 +166,7 @@ impl Map {
         if !self.regions.iter().any(is_it) {
             return Err(MapError::NotFound);
         }
-        Self::from_regions(self.regions.iter().filter(|r| !is_it(r)).cloned().collect())
+        self.with_regions(self.regions.iter().filter(|r| !is_it(r)).cloned().collect())
     }
 
     /// The same memory for the virtqueue library.

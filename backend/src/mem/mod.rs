@@ -6,10 +6,12 @@
 
 mod copy;
 mod extent;
+mod fault;
 mod map;
 mod pages;
 
 pub use copy::{copy, copy_ordered, read, write};
 pub use extent::{Extent, Seg};
+pub use fault::Alarm;
 pub use map::{Map, MapError, Region, RegionId};
 pub use pages::Pages;

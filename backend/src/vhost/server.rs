@@ -16,12 +16,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::session::Session;
 use super::vring::Vring;
 use crate::engine::Engine;
+use crate::mem::Alarm;
 use crate::nic::Nic;
 
 /// Epoll data of what is not a virtqueue.
 const CONNECTION: u64 = u64::MAX;
 const STOP: u64 = u64::MAX - 1;
 const LISTENER: u64 = u64::MAX - 2;
+const ALARM: u64 = u64::MAX - 3;
 
 /// A message must arrive whole within this time once it has begun.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -56,8 +58,10 @@ impl Server {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let shared = Arc::new(Shared { stop, connected: AtomicBool::new(false), counts: Mutex::default() });
         let epoll = Arc::new(Epoll::new()?);
-        let session = Session::new(nic.clone(), engine, vrings, epoll.clone());
-        let thread = Thread { listener, epoll, nic, session: Arc::new(Mutex::new(session)), shared: shared.clone() };
+        let alarm = Alarm::new()?;
+        let session = Session::new(nic.clone(), engine, vrings, epoll.clone(), alarm.clone());
+        let session = Arc::new(Mutex::new(session));
+        let thread = Thread { listener, epoll, alarm, nic, session, shared: shared.clone() };
         let name = format!("nic:{}", thread.nic.config.name);
         let thread = std::thread::Builder::new().name(name).spawn(move || thread.run())?;
         Ok(Self { path: path.to_owned(), shared, thread: Some(thread) })
@@ -116,6 +120,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 struct Thread {
     listener: UnixListener,
     epoll: Arc<Epoll>,
+    alarm: Alarm,
     nic: Arc<Nic>,
     session: Arc<Mutex<Session>>,
     shared: Arc<Shared>,
@@ -138,6 +143,7 @@ impl Thread {
     fn accept_until_stopped(&self) -> io::Result<()> {
         self.watch(&self.shared.stop, STOP)?;
         self.watch(&self.listener, LISTENER)?;
+        self.watch(&self.alarm, ALARM)?;
         loop {
             let mut events = [EpollEvent::default(); 4];
             let count = wait(&self.epoll, -1, &mut events)?;
@@ -172,6 +178,8 @@ impl Thread {
         let end = self.loop_on(&mut handler);
         self.epoll.ctl(ControlOperation::Delete, handler.as_raw_fd(), EpollEvent::default())?;
         self.session().stop();
+        // It may have rung once more while the end was on its way.
+        self.alarm.take();
         self.note_counts();
         self.shared.connected.store(false, Ordering::Relaxed);
         log::info!("{}: the VMM is gone", self.nic.config.name);
@@ -191,6 +199,12 @@ impl Thread {
                         if let Err(error) = handler.handle_request()
                             && self.is_end(&error)
                         {
+                            return Ok(End::Disconnected);
+                        }
+                    }
+                    ALARM => {
+                        if self.alarm.take() {
+                            self.nic.warn(format_args!("the VMM has truncated its memory: disconnected"));
                             return Ok(End::Disconnected);
                         }
                     }

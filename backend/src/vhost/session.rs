@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::vring::Vring;
 use crate::control::Control;
 use crate::engine::Engine;
-use crate::mem::{Map, RegionId};
+use crate::mem::{Alarm, Map, RegionId};
 use crate::nic::Nic;
 use crate::overlay::eui64;
 
@@ -40,15 +40,24 @@ pub struct Session {
     control: Control,
     vrings: Vec<Arc<Mutex<Vring>>>,
     map: Arc<Map>,
+    alarm: Alarm,
     features: u64,
     epoll: Arc<Epoll>,
 }
 
 impl Session {
-    /// A device that nobody has set up. Kicks of the control and event queues arrive at `epoll`, with the queue's index as data.
-    pub fn new(nic: Arc<Nic>, engine: Arc<Engine>, vrings: Vec<Arc<Mutex<Vring>>>, epoll: Arc<Epoll>) -> Self {
+    /// A device that nobody has set up. Kicks of the control and event queues arrive at `epoll`, with the queue's index as data. `alarm` rings when
+    /// the VMM takes memory away without saying so.
+    pub fn new(
+        nic: Arc<Nic>,
+        engine: Arc<Engine>,
+        vrings: Vec<Arc<Mutex<Vring>>>,
+        epoll: Arc<Epoll>,
+        alarm: Alarm,
+    ) -> Self {
         let control = Control::new(nic.clone(), engine.clone());
-        Self { nic, engine, control, vrings, map: Arc::default(), features: 0, epoll }
+        let map = Arc::new(Map::new(alarm.clone()));
+        Self { nic, engine, control, vrings, map, alarm, features: 0, epoll }
     }
 
     /// Number of protection domains, regions and CQs.
@@ -94,7 +103,7 @@ impl Session {
             self.stop_vring(index);
         }
         self.control.reset();
-        self.set_map(Map::default());
+        self.set_map(Map::new(self.alarm.clone()));
         for vring in &self.vrings {
             *vring.lock() = Vring::new();
         }

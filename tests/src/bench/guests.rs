@@ -6,14 +6,18 @@ use super::alternate;
 use super::table::{Bar, Row};
 use crate::e2e::bed::Bed;
 use crate::e2e::guest::{Distro, Guest, Kind, Vmm};
+use crate::e2e::pair::{PATIENCE, Pair, judge};
 use crate::e2e::perf::{Perf, Program, READ_LAT, WRITE_BW};
+use crate::e2e::router::address_of;
 
-/// Makes rxe usable beside our device: on an interface of its own.
-const RXE: &str = "modprobe rdma_rxe 2>/dev/null; modprobe dummy 2>/dev/null
+/// An RDMA device of the guest, with its address.
+type Device = (&'static str, String);
+
+/// Makes rxe usable beside our device, on an interface of its own.
+const RXE: &str = "modprobe -a rdma_rxe dummy 2>/dev/null
 ip link add rxenet type dummy && ip address add 10.43.0.1/24 dev rxenet && ip link set rxenet up
 rdma link add rxe0 type rxe netdev rxenet
-for turn in {1..50}; do rdma link show rxe0/1 | grep -q ACTIVE && break; sleep 0.1; done
-rescan; rdma link show rxe0/1";
+DEV=rxe0; rescan";
 
 /// Every row of this module for one kind of guest.
 ///
@@ -38,27 +42,15 @@ pub fn rows(vmm: Vmm) -> Result<Vec<Row>> {
 
 fn compare(guest: &Guest, name: &str, perf: Perf, bar: Bar) -> Result<Row> {
     let program = Program::from(perf);
-    let (value, other, ratio) =
-        alternate(|| loopback(guest, &program, "rxe_vrdma0", "eth0"), || loopback(guest, &program, "rxe0", "rxenet"))?;
+    let ours: Device = ("rxe_vrdma0", address_of(guest.nic).to_string());
+    let rxe: Device = ("rxe0", "10.43.0.1".to_owned());
+    let (value, other, ratio) = alternate(|| loopback(guest, &program, &ours), || loopback(guest, &program, &rxe))?;
     let against = format!("rxe {other:.2} {}", program.unit());
     Ok(Row::ratio(name, value, program.unit(), &against, ratio, bar))
 }
 
-/// Both ends in one guest, on the RoCE v2 GID of the device's IPv4 address.
-fn loopback(guest: &Guest, program: &Program, device: &str, netdev: &str) -> Result<f64> {
-    let command = program.command(20_000);
-    let script = format!(
-        "DEV={device}
-ip=$(ip -4 -br address show {netdev} | awk '{{ split($3, a, \"/\"); print a[1] }}')
-for f in /sys/class/infiniband/$DEV/ports/1/gid_attrs/types/*; do
-  grep -q v2 $f 2>/dev/null || continue; n=${{f##*/}}
-  grep -q '0000:0000:0000:0000:0000:ffff' /sys/class/infiniband/$DEV/ports/1/gids/$n && GID=$n
-done
-{command} >/tmp/bench-server 2>&1 & server=$!
-for turn in {{1..100}}; do grep -q -i ' :4E20 ' /proc/net/tcp && break; grep -q -i ':4E20 00000000:0000 0A' /proc/net/tcp /proc/net/tcp6 && break; sleep 0.1; done
-{command} $ip || {{ cat /tmp/bench-server; exit 1; }}
-wait $server"
-    );
-    let output = guest.must(&script)?;
-    Ok(program.read(&output)?.value)
+/// Both ends in one guest.
+fn loopback(guest: &Guest, program: &Program, (device, address): &Device) -> Result<f64> {
+    let pair = Pair::start_on(guest, device, address, |port| program.command(port))?;
+    Ok(judge(&pair.wait(PATIENCE)?, program)?.value)
 }

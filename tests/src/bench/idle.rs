@@ -1,15 +1,16 @@
 //! What idle QPs cost: processor time, memory of the router, and latency of a busy QP beside them.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::path::{Cores, bed, idle_pairs, latency};
 use super::table::{Bar, Row};
 use super::{RUNS, median};
-use crate::e2e::child::sibling;
+use crate::e2e::child::{Owned, sibling};
+use crate::e2e::interrupt::{check, wait_for};
 use crate::guest::mem::Placement;
 use crate::guest::{Guest, GuestConfig};
 use crate::sys::pin_thread;
@@ -36,6 +37,7 @@ fn beside_idle(cores: Option<Cores>, count: usize) -> Result<Row> {
     pin_thread(0, cores.poster)?;
     let (mut values, mut ratios, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
+        check()?;
         let bed = bed(cores, MEMORY);
         let pair = bed.pair(64);
         let alone = latency(&pair, 50_000)?;
@@ -52,7 +54,7 @@ fn beside_idle(cores: Option<Cores>, count: usize) -> Result<Row> {
 
 /// A router in a process of its own, so that its memory and time are its own.
 struct Daemon {
-    child: Child,
+    process: Owned,
     dir: tempfile::TempDir,
 }
 
@@ -64,9 +66,9 @@ impl Daemon {
         for (name, ip) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
             command.args(["--nic", &format!("name={name},ip={ip},socket={}", dir.path().join(name).display())]);
         }
-        let child = command.spawn().context("cannot start freeflow-router")?;
-        let daemon = Self { child, dir };
-        wait_for(&daemon.dir.path().join("control"))?;
+        let daemon = Self { process: Owned::spawn(&mut command)?, dir };
+        let control = daemon.dir.path().join("control");
+        wait_for("freeflow-router's start", Duration::from_secs(10), || Ok(control.exists().then_some(())))?;
         Ok(daemon)
     }
 
@@ -78,7 +80,7 @@ impl Daemon {
     }
 
     fn proc(&self, file: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
+        PathBuf::from(format!("/proc/{}/{file}", self.process.id()))
     }
 
     /// Bytes of memory that are the router's own.
@@ -97,25 +99,6 @@ impl Daemon {
             nanos += text.split_whitespace().next().and_then(|n| n.parse::<f64>().ok()).context("no schedstat")?;
         }
         Ok(nanos / 1e9)
-    }
-}
-
-fn wait_for(socket: &Path) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !socket.exists() {
-        if Instant::now() > deadline {
-            bail!("freeflow-router does not start");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It is gone already if these fail.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -33,6 +33,7 @@ pub fn alternate(
 ) -> anyhow::Result<(f64, f64, f64)> {
     let (mut values, mut others, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
+        crate::e2e::interrupt::check()?;
         let (a, b) = (one()?, other()?);
         values.push(a);
         others.push(b);

@@ -55,12 +55,25 @@ pub struct Ended {
 impl<'a> Pair<'a> {
     /// Starts a command (made from the port) as server, and with the server's address as client.
     pub fn start(server: &'a Guest, client: &'a Guest, command: impl Fn(u16) -> String) -> Result<Self> {
+        Self::start_at([server, client], "rescan", &address_of(server.nic).to_string(), command)
+    }
+
+    /// Starts both ends in one guest, on one of its RDMA devices, which has this address.
+    pub fn start_on(guest: &'a Guest, device: &str, address: &str, command: impl Fn(u16) -> String) -> Result<Self> {
+        Self::start_at([guest, guest], &format!("DEV={device}; rescan"), address, command)
+    }
+
+    fn start_at(
+        [server, client]: [&'a Guest; 2],
+        prepare: &str,
+        address: &str,
+        command: impl Fn(u16) -> String,
+    ) -> Result<Self> {
         let port = next_port();
         server.forget_port(port)?;
         let command = command(port);
-        let server_job = server.start_script(&format!("rescan && serve {port} {command}"))?;
-        let address = address_of(server.nic);
-        let client_job = client.start_script(&format!("rescan && connect {port} {command} {address}"))?;
+        let server_job = server.start_script(&format!("{prepare} && serve {port} {command}"))?;
+        let client_job = client.start_script(&format!("{prepare} && connect {port} {command} {address}"))?;
         Ok(Self { ends: [(server, server_job), (client, client_job)], port })
     }
 
@@ -125,7 +138,7 @@ impl<'a> Pair<'a> {
 }
 
 /// How long a program may take; under emulation `-a` is a minute.
-const PATIENCE: Duration = Duration::from_mins(2);
+pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Runs a program between two guests to its end; its figure.
 pub fn run(server: &Guest, client: &Guest, program: &Program) -> Result<Row> {
