@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use virtio_rdma::config::NUM_CTRL_QUEUES;
-use virtio_rdma::ib::{QpState, QpType};
+use virtio_rdma::ib::QpState;
 
 use crate::engine::{Engine, EngineConfig};
 use crate::nic::stats::CounterValues;
@@ -213,7 +213,7 @@ fn qps_of(nic: &Nic) -> Vec<QpStatus> {
 fn qp_status(nic: &str, qp: &Qp) -> QpStatus {
     let state = qp.state();
     let attr = qp.attrs.lock().attr;
-    let connected = qp.id.kind != QpType::Ud && !matches!(state, QpState::Reset | QpState::Init);
+    let connected = !qp.id.kind.is_datagram() && !matches!(state, QpState::Reset | QpState::Init);
     let send = qp.send.lock();
     QpStatus {
         nic: nic.to_owned(),

@@ -70,6 +70,8 @@ pub struct BadLimit {
 }
 
 impl Profile {
+    /// Transports that are offered.
+    pub const QP_TYPES: [QpType; 3] = [QpType::Rc, QpType::Uc, QpType::Ud];
     /// Largest message (IBA 9.7.7: 2^31 bytes).
     pub const MAX_MESSAGE: u32 = 1 << 31;
     /// Vendor id: that of software devices without one, as rxe has it.
@@ -135,7 +137,7 @@ impl Profile {
             max_doorbells: self.doorbells().into(),
             max_gids: self.max_gids.into(),
             max_rd_atomic: self.max_rd_atomic.into(),
-            qp_types: ((1 << QpType::Rc.to_wire()) | (1 << QpType::Ud.to_wire())).into(),
+            qp_types: Self::QP_TYPES.iter().fold(0u32, |set, kind| set | 1 << kind.to_wire()).into(),
             ring_formats: (1 << Format::Rxe.to_wire()).into(),
             max_msg_size: Self::MAX_MESSAGE.into(),
             vendor_id: Self::VENDOR_ID.into(),

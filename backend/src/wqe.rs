@@ -2,6 +2,8 @@
 
 use virtio_rdma::ib::{SendFlags, WcOpcode, WrOpcode};
 
+use crate::mem::AtomicOp;
+
 /// What is wrong with a ring element. The guest sees `IBV_WC_LOC_QP_OP_ERR`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
@@ -104,12 +106,26 @@ pub enum Op {
         /// Key of the peer's region.
         rkey: u32,
     },
+    /// Atomic on a word of the peer; its old value comes back.
+    Atomic {
+        /// The word.
+        remote_addr: u64,
+        /// Key of the peer's region.
+        rkey: u32,
+        /// What to do with it.
+        action: AtomicOp,
+    },
 }
 
 impl Op {
     /// Whether the request carries bytes away from the requester.
     pub fn sends_payload(self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Invalid)
+        !self.fetches() && self != Self::Invalid
+    }
+
+    /// Whether bytes come back to the requester's buffers.
+    pub fn fetches(self) -> bool {
+        matches!(self, Self::Read { .. } | Self::Atomic { .. })
     }
 
     /// Whether it takes a receive at the peer.
@@ -145,6 +161,8 @@ impl Send {
         match WrOpcode::from_wire(self.wire_opcode) {
             Some(WrOpcode::RdmaWrite | WrOpcode::RdmaWriteWithImm) => WcOpcode::RdmaWrite,
             Some(WrOpcode::RdmaRead) => WcOpcode::RdmaRead,
+            Some(WrOpcode::AtomicCmpAndSwp) => WcOpcode::CompSwap,
+            Some(WrOpcode::AtomicFetchAndAdd) => WcOpcode::FetchAdd,
             _ => WcOpcode::Send,
         }
     }

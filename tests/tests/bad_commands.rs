@@ -306,7 +306,7 @@ fn queue_pairs_no_driver_would_make() {
         let status = create_qp(guest, &(body, extents.clone()));
         assert!(refused(status) || status == Status::Unsupported, "{what}: {status:?}");
     }
-    for kind in [QpType::Uc, QpType::Gsi] {
+    for kind in [QpType::Gsi] {
         let offered = attr.qp_types.get() >> kind.to_wire() & 1 == 1;
         if !offered {
             let body = CreateQp { qp_type: kind.to_wire(), ..good };

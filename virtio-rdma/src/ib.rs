@@ -131,6 +131,13 @@ wire_enum! {
     }
 }
 
+impl QpType {
+    /// Whether each work request names its own destination.
+    pub const fn is_datagram(self) -> bool {
+        matches!(self, Self::Ud | Self::Gsi)
+    }
+}
+
 wire_enum! {
     /// State of a queue pair (`enum ib_qp_state`; IBA 10.3.1).
     QpState: u8 {

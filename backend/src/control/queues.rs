@@ -12,6 +12,7 @@ use super::parse::RawExtent;
 use super::{Answer, Control, Refusal, answer, nothing};
 use crate::cq::Cq;
 use crate::nic::keys::random_qpn;
+use crate::profile::Profile;
 use crate::qp::state::allowed;
 use crate::qp::{Identity, Qp, RecvQueue, SendQueue};
 use crate::ring::rxe::Caps;
@@ -55,7 +56,7 @@ impl Control {
     pub(super) fn create_qp(&mut self, args: &CreateQp, sq: &[RawExtent], rq: &[RawExtent]) -> Answer {
         let kind = self.check_create(args)?;
         let caps =
-            |max_sge: u16, max_inline| Caps { max_sge: max_sge.into(), max_inline, datagram: kind != QpType::Rc };
+            |max_sge: u16, max_inline| Caps { max_sge: max_sge.into(), max_inline, datagram: kind.is_datagram() };
         let send_caps = caps(args.max_send_sge.get(), args.max_inline_data.get());
         let recv_caps = caps(args.max_recv_sge.get(), 0);
         let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;
@@ -89,7 +90,7 @@ impl Control {
     fn check_create(&self, args: &CreateQp) -> Result<QpType, Refusal> {
         let profile = &self.nic.config.profile;
         let kind = QpType::from_wire(args.qp_type).ok_or(Refusal::Value("QP type"))?;
-        if !matches!(kind, QpType::Rc | QpType::Ud) {
+        if !Profile::QP_TYPES.contains(&kind) {
             return Err(Refusal::NotOffered("this QP type"));
         }
         if args.srqn.get() != NO_OBJECT {

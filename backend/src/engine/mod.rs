@@ -1,15 +1,18 @@
 //! The data-path engine: worker threads that serve the send queues of all virtual NICs.
 //!
 //! * [`worker`]: the loop: doorbells, run queues, timers, sleeping.
-//! * [`serve`]: one visit to a QP; [`rc`] and [`ud`] are the transports on this host.
+//! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
+//!   [`connected`] what the first two share.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
+mod connected;
 pub mod context;
 pub mod job;
 pub mod quiesce;
 mod rc;
 mod serve;
 mod timers;
+mod uc;
 mod ud;
 mod wake;
 mod worker;

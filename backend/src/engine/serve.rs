@@ -10,7 +10,7 @@ use virtio_rdma::ring::Cqe;
 
 use super::context::{Budget, Context};
 use super::job::Job;
-use super::{rc, ud};
+use super::{rc, uc, ud};
 use crate::nic::Nic;
 use crate::qp::{Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
@@ -126,6 +126,7 @@ fn advance(
     let step = match job.wqe.op {
         Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
         Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job),
+        _ if qp.id.kind == QpType::Uc => uc::step(ctx, nic, qp, send, &mut job, budget),
         _ => rc::step(ctx, nic, qp, send, &mut job, budget),
     };
     match step {
@@ -174,7 +175,7 @@ fn wait(
         }
         Err(None) => {
             // A datagram whose destination had no receive: dropped, which its sender never learns.
-            nic.counters.datagrams_dropped.add(1);
+            nic.counters.messages_dropped.add(1);
             let pushed = complete(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);
             (!pushed).then(|| fatal(nic, qp, "its completion queue overflowed"))
@@ -252,7 +253,7 @@ fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, jo
     pushed
 }
 
-/// The request completes in error and takes its QP with it: to ERR, or SQE for datagrams (IBA 10.3.1).
+/// The request completes in error and takes its QP with it: to ERR, or SQE where nothing is reliable (IBA 10.3.1).
 fn fail(
     ctx: &mut Context,
     nic: &Arc<Nic>,
@@ -268,10 +269,10 @@ fn fail(
     if !pushed {
         return fatal(nic, qp, "its completion queue overflowed");
     }
-    if qp.id.kind == QpType::Ud {
-        qp.set_state(QpState::Sqe);
-    } else {
+    if qp.id.kind == QpType::Rc {
         qp.fail();
+    } else {
+        qp.set_state(QpState::Sqe);
     }
     Next::Again
 }

@@ -68,7 +68,7 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
 }
 
 fn drop_it(nic: &Nic) -> Step {
-    nic.counters.datagrams_dropped.add(1);
+    nic.counters.messages_dropped.add(1);
     Step::Done
 }
 

@@ -25,12 +25,13 @@ pub fn copy_ordered(src: &[Seg], dst: &[Seg]) {
     let Some(last) = last_word(dst, total) else {
         return;
     };
-    let mut tail = [0u8; 8];
-    let word = &mut tail[..last.len];
-    read_at(src, total - last.len, word);
     if total > last.len {
         walk_limited(src, dst, total - last.len);
     }
+    // Only now: its cache line, last written by another core, has come with the body.
+    let mut tail = [0u8; 8];
+    let word = &mut tail[..last.len];
+    read_at(src, total - last.len, word);
     fence(Ordering::Release);
     store_word(last, word);
 }

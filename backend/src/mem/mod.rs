@@ -4,12 +4,14 @@
 //! the memory table once ([`Extent`], [`Pages`]) and that keep their mapping alive, so that a pointer can be late (point into memory that the
 //! VMM has meanwhile removed) but never dangling.
 
+mod atomic;
 mod copy;
 mod extent;
 mod fault;
 mod map;
 mod pages;
 
+pub use atomic::{AtomicOp, atomic};
 pub use copy::{copy, copy_ordered, read, write};
 pub use extent::{Extent, Seg};
 pub use fault::Alarm;

@@ -41,7 +41,7 @@ counters! {
     /// Waits for a peer that did not answer.
     lost_waits,
     /// Datagrams dropped: no such destination, `Q_Key`, or receive.
-    datagrams_dropped,
+    messages_dropped,
     /// Events given to the guest.
     events,
     /// Control commands executed.

@@ -26,7 +26,7 @@ pub struct RecvQueue {
     ring: Option<Ring>,
     caps: Caps,
     consumer: u32,
-    /// A receive whose message was given up half-way; it can only be flushed.
+    /// A receive whose message was given up half-way: the next one to be taken.
     held: Option<Box<Recv>>,
 }
 
@@ -38,6 +38,10 @@ impl RecvQueue {
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
+        if let Some(held) = self.held.take() {
+            *out = *held;
+            return Taken::Yes;
+        }
         let Some(ring) = &self.ring else {
             return Taken::Empty;
         };
@@ -60,14 +64,10 @@ impl RecvQueue {
 
     /// Takes a receive in order to flush it. False when there is none.
     pub fn take_for_flush(&mut self, out: &mut Recv) -> bool {
-        if let Some(held) = self.held.take() {
-            *out = *held;
-            return true;
-        }
         matches!(self.take(None, out), Taken::Yes | Taken::Malformed)
     }
 
-    /// Keeps a receive that a sender had taken and gave up on.
+    /// Takes back a receive that a sender had taken and gave up on.
     pub fn hold(&mut self, recv: Recv) {
         self.held = Some(Box::new(recv));
     }

@@ -3,17 +3,20 @@
 use std::mem::offset_of;
 
 use virtio_rdma::ib::{SendFlags, WrOpcode};
-use virtio_rdma::ring::{RdmaPart, RecvWqe as RawRecv, SendWqe as RawSend, Sge as RawSge, UdPart};
+use virtio_rdma::ring::{AtomicPart, RdmaPart, RecvWqe as RawRecv, SendWqe as RawSend, Sge as RawSge, UdPart};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::Ring;
+use crate::mem::AtomicOp;
 use crate::wqe::{Op, ParseError, Recv, Send, Sge, SgeList};
 
 const SEND_SIZE: usize = size_of::<RawSend>();
 /// End of what is used of the request: the largest of the parts that [`operation`] reads.
-const REQUEST_END: usize = offset_of!(RawSend, wr) + size_of::<UdPart>();
+const REQUEST_END: usize = offset_of!(RawSend, wr) + size_of::<AtomicPart>();
 /// Start of the payload's description.
 const DMA_START: usize = offset_of!(RawSend, dma);
+/// Bytes that an atomic works on.
+const ATOMIC_SIZE: u64 = 8;
 const RECV_SIZE: usize = size_of::<RawRecv>();
 
 /// What a queue promised at creation; elements are held to it.
@@ -67,7 +70,7 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
         return Ok(());
     }
     read_sges(ring, index, SEND_SIZE, raw.dma.num_sge.get(), caps.max_sge, &mut wqe.sges)?;
-    wqe.length = wqe.sges.total();
+    wqe.length = if let Op::Atomic { .. } = wqe.op { ATOMIC_SIZE } else { wqe.sges.total() };
     Ok(())
 }
 
@@ -110,8 +113,19 @@ fn operation(raw: &RawSend, caps: Caps) -> Result<Op, ParseError> {
             let (remote_addr, rkey) = rdma();
             Op::Read { remote_addr, rkey }
         }
+        WrOpcode::AtomicCmpAndSwp | WrOpcode::AtomicFetchAndAdd => atomic(op, &raw.wr),
         _ => return Err(ParseError::Opcode(code)),
     })
+}
+
+fn atomic(op: WrOpcode, part: &[u8]) -> Op {
+    let (part, _) = AtomicPart::read_from_prefix(part).expect("a part is no longer than the union");
+    let action = if op == WrOpcode::AtomicCmpAndSwp {
+        AtomicOp::CompareSwap { compare: part.compare_add.get(), swap: part.swap.get() }
+    } else {
+        AtomicOp::FetchAdd(part.compare_add.get())
+    };
+    Op::Atomic { remote_addr: part.remote_addr.get(), rkey: part.rkey.get(), action }
 }
 
 fn read_sges(ring: &Ring, index: u32, at: usize, num: u32, max: u32, out: &mut SgeList) -> Result<(), ParseError> {

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use virtio_rdma::ctrl::{AddressVector, QpAttr};
-use virtio_rdma::ib::{Access, QpMask, QpState};
+use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
 
 use super::{Cq, Mr, Pd, Qp, QpSpec};
 use crate::guest::{Gid, Guest, Result};
@@ -43,7 +43,7 @@ impl Default for RcOptions {
             retry_cnt: 7,
             rnr_retry: 7,
             min_rnr_timer: 1,
-            access: Access::REMOTE_READ | Access::REMOTE_WRITE,
+            access: Access::REMOTE_READ | Access::REMOTE_WRITE | Access::REMOTE_ATOMIC,
             psn: 0x00ab_cdef,
         }
     }
@@ -66,6 +66,13 @@ pub const RC_RTS: QpMask = QpMask::STATE
     .union(QpMask::RNR_RETRY)
     .union(QpMask::SQ_PSN)
     .union(QpMask::MAX_QP_RD_ATOMIC);
+/// What only RC QPs have.
+const RELIABLE: QpMask = QpMask::TIMEOUT
+    .union(QpMask::RETRY_CNT)
+    .union(QpMask::RNR_RETRY)
+    .union(QpMask::MAX_QP_RD_ATOMIC)
+    .union(QpMask::MAX_DEST_RD_ATOMIC)
+    .union(QpMask::MIN_RNR_TIMER);
 /// RESET to INIT of a UD QP.
 pub const UD_INIT: QpMask = QpMask::STATE.union(QpMask::PKEY_INDEX).union(QpMask::PORT).union(QpMask::QKEY);
 
@@ -81,7 +88,12 @@ impl Qp {
         self.modify(RC_INIT, attr)
     }
 
-    /// INIT to RTR of an RC QP.
+    /// What a transition of this QP may name: UC knows no retries, RNR or READs.
+    fn mask(&self, mask: QpMask) -> QpMask {
+        if self.spec().kind == QpType::Rc { mask } else { mask - RELIABLE }
+    }
+
+    /// INIT to RTR of an RC or UC QP.
     pub fn to_rtr(&self, dgid: Gid, dest_qpn: u32, rq_psn: u32, o: &RcOptions) -> Result<()> {
         let av = AddressVector { dgid, sgid_index: o.gid_index.into(), hop_limit: 64, ..AddressVector::default() };
         let attr = QpAttr {
@@ -94,10 +106,10 @@ impl Qp {
             av,
             ..QpAttr::default()
         };
-        self.modify(RC_RTR, attr)
+        self.modify(self.mask(RC_RTR), attr)
     }
 
-    /// RTR to RTS of an RC QP.
+    /// RTR to RTS of an RC or UC QP.
     pub fn to_rts(&self, sq_psn: u32, o: &RcOptions) -> Result<()> {
         let attr = QpAttr {
             qp_state: QpState::Rts.to_wire(),
@@ -108,7 +120,7 @@ impl Qp {
             max_rd_atomic: 1,
             ..QpAttr::default()
         };
-        self.modify(RC_RTS, attr)
+        self.modify(self.mask(RC_RTS), attr)
     }
 
     /// RESET to RTS of an RC QP whose peer may not exist.

@@ -46,6 +46,11 @@ impl QpSpec {
         }
     }
 
+    /// A UC QP with room for most tests.
+    pub fn uc() -> Self {
+        Self { kind: QpType::Uc, ..Self::rc() }
+    }
+
     /// A UD QP with room for most tests.
     pub fn ud() -> Self {
         Self { kind: QpType::Ud, ..Self::rc() }

@@ -1,7 +1,7 @@
 //! Work requests and how they are written into rings (format 0, rxe's).
 
 use virtio_rdma::ib::{SendFlags, WrOpcode};
-use virtio_rdma::ring::{DmaInfo, RdmaPart, RecvWqe, SendWqe, UdPart};
+use virtio_rdma::ring::{AtomicPart, DmaInfo, RdmaPart, RecvWqe, SendWqe, UdPart};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
@@ -36,6 +36,9 @@ pub enum Payload<'a> {
     Inline(&'a [u8]),
 }
 
+/// Bytes of the union by opcode that the device reads.
+pub const PART: usize = size_of::<AtomicPart>();
+
 /// What a work request does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
@@ -45,6 +48,10 @@ pub enum Op {
     WriteImm(Remote, u32),
     /// RDMA READ.
     Read(Remote),
+    /// Stores the second value if the word is the first.
+    CompareSwap(Remote, u64, u64),
+    /// Adds.
+    FetchAdd(Remote, u64),
     /// SEND of a connected QP.
     Send,
     /// SEND with immediate of a connected QP.
@@ -61,7 +68,7 @@ pub enum Op {
         imm: Option<u32>,
     },
     /// Any opcode, with the start of the union by opcode.
-    Raw(u32, [u8; 16]),
+    Raw(u32, [u8; PART]),
 }
 
 /// A send work request.
@@ -95,7 +102,7 @@ impl<'a> SendWr<'a> {
     }
 }
 
-/// First 40 bytes of a `rxe_send_wqe`: all that the device reads of it but the payload.
+/// First 56 bytes of a `rxe_send_wqe`: all that the device reads of it but the payload.
 #[derive(IntoBytes, Immutable)]
 #[repr(C, packed)]
 struct Head {
@@ -104,7 +111,7 @@ struct Head {
     opcode: U32,
     send_flags: U32,
     imm_data: U32,
-    wr: [u8; 16],
+    wr: [u8; PART],
 }
 
 /// `dma` and the first element, for the common case.
@@ -117,7 +124,7 @@ struct Tail {
 
 const DMA: usize = std::mem::offset_of!(SendWqe, dma);
 const DATA: usize = size_of::<SendWqe>();
-const _: () = assert!(size_of::<Head>() == std::mem::offset_of!(SendWqe, wr) + 16);
+const _: () = assert!(size_of::<Head>() == std::mem::offset_of!(SendWqe, wr) + PART);
 const _: () = assert!(DMA + size_of::<DmaInfo>() == DATA);
 
 /// Writes a send work request into its place; panics when it does not fit.
@@ -161,17 +168,28 @@ pub(super) fn write_recv(slot: Slot<'_>, wr_id: u64, sges: &[Sge]) {
 
 /// Opcode, immediate data and the union by opcode.
 #[inline]
-fn encode(op: Op) -> (u32, u32, [u8; 16]) {
-    let rdma = |r: Remote| -> [u8; 16] {
+fn encode(op: Op) -> (u32, u32, [u8; PART]) {
+    let rdma = |r: Remote| -> [u8; PART] {
         let part = RdmaPart { remote_addr: r.addr.into(), rkey: r.rkey.into(), reserved: 0.into() };
-        zerocopy::transmute!(part)
+        padded(part.as_bytes())
+    };
+    let atomic = |r: Remote, compare_add: u64, swap: u64| -> [u8; PART] {
+        zerocopy::transmute!(AtomicPart {
+            remote_addr: r.addr.into(),
+            compare_add: compare_add.into(),
+            swap: swap.into(),
+            rkey: r.rkey.into(),
+            reserved: 0.into(),
+        })
     };
     match op {
         Op::Write(r) => (WrOpcode::RdmaWrite.to_wire(), 0, rdma(r)),
         Op::WriteImm(r, imm) => (WrOpcode::RdmaWriteWithImm.to_wire(), imm, rdma(r)),
         Op::Read(r) => (WrOpcode::RdmaRead.to_wire(), 0, rdma(r)),
-        Op::Send => (WrOpcode::Send.to_wire(), 0, [0; 16]),
-        Op::SendImm(imm) => (WrOpcode::SendWithImm.to_wire(), imm, [0; 16]),
+        Op::CompareSwap(r, compare, swap) => (WrOpcode::AtomicCmpAndSwp.to_wire(), 0, atomic(r, compare, swap)),
+        Op::FetchAdd(r, add) => (WrOpcode::AtomicFetchAndAdd.to_wire(), 0, atomic(r, add, 0)),
+        Op::Send => (WrOpcode::Send.to_wire(), 0, [0; PART]),
+        Op::SendImm(imm) => (WrOpcode::SendWithImm.to_wire(), imm, [0; PART]),
         Op::UdSend { ah, qpn, qkey, imm } => {
             let opcode = if imm.is_some() { WrOpcode::SendWithImm } else { WrOpcode::Send };
             let part = UdPart {
@@ -181,10 +199,16 @@ fn encode(op: Op) -> (u32, u32, [u8; 16]) {
                 reserved: U16::ZERO,
                 ah_num: ah.into(),
             };
-            (opcode.to_wire(), imm.unwrap_or(0), zerocopy::transmute!(part))
+            (opcode.to_wire(), imm.unwrap_or(0), padded(part.as_bytes()))
         }
         Op::Raw(opcode, part) => (opcode, 0, part),
     }
+}
+
+fn padded(part: &[u8]) -> [u8; PART] {
+    let mut whole = [0; PART];
+    whole[..part.len()].copy_from_slice(part);
+    whole
 }
 
 fn dma(length: u32, num_sge: u32) -> DmaInfo {

@@ -1,0 +1,378 @@
+//! Messages between connected QPs of the same host: both ends are checked, bytes are copied once, and the responder's side
+//! completes. No packets: a message that was copied has arrived. What follows from a failure depends on the transport
+//! ([`rc`](super::rc), [`uc`](super::uc)).
+
+use std::sync::Arc;
+
+use virtio_rdma::event::EventType;
+use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
+
+use super::context::{Budget, Context, Gather, Side};
+use super::job::Job;
+use super::serve::{RecvDone, complete_recv, fatal};
+use crate::mem::{self, AtomicOp, Seg};
+use crate::mr::KeyError;
+use crate::nic::Nic;
+use crate::overlay::Gid;
+use crate::profile::Profile;
+use crate::qp::{Binding, Qp, SendQueue, Taken};
+use crate::wqe::{Op, Sge};
+
+/// How far a message came.
+pub(super) enum Progress {
+    /// All of it has arrived and the responder's side is complete.
+    Done,
+    /// The budget is used up.
+    Paused,
+    /// No peer accepts our messages now.
+    NotThere,
+    /// The peer has no receive posted; with its RNR timer code.
+    NotReady(u8),
+    /// The requester's own fault.
+    Local(WcStatus),
+    /// The responder does not take it.
+    Refused(Binding, Fault),
+}
+
+/// Takes a work request one piece further.
+pub(super) fn step(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    job: &mut Job,
+    budget: &mut Budget,
+) -> Progress {
+    if !job.started
+        && let Err(status) = check_local(ctx, nic, qp, job)
+    {
+        return Progress::Local(status);
+    }
+    let Some(peer) = bind(ctx, nic, qp, send) else {
+        return Progress::NotThere;
+    };
+    let result = exchange(ctx, nic, qp, &peer, job, budget);
+    let progress = match result {
+        Ok(progress) => progress,
+        Err(Failure::Local(status)) => Progress::Local(status),
+        Err(Failure::Remote(fault)) => return Progress::Refused(peer, fault),
+    };
+    send.binding = Some(peer);
+    progress
+}
+
+/// Who is at fault.
+enum Failure {
+    Local(WcStatus),
+    Remote(Fault),
+}
+
+/// Goes on with a peer that is there.
+fn exchange(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    peer: &Binding,
+    job: &mut Job,
+    budget: &mut Budget,
+) -> Result<Progress, Failure> {
+    if !job.started {
+        match admit(ctx, peer, job)? {
+            Admission::Accepted => job.started = true,
+            Admission::NotReady => return Ok(Progress::NotReady(peer.qp.attrs.lock().attr.min_rnr_timer)),
+        }
+    }
+    if let Op::Atomic { remote_addr, rkey, action } = job.wqe.op {
+        return fetch_atomic(ctx, nic, qp, peer, job, (remote_addr, rkey, action));
+    }
+    move_piece(ctx, nic, qp, peer, job, budget)
+}
+
+/// Checks what is the requester's own.
+fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), WcStatus> {
+    if job.wqe.length > u64::from(Profile::MAX_MESSAGE) {
+        return Err(WcStatus::LocLenErr);
+    }
+    if job.wqe.op.fetches() && job.wqe.sges.total() < job.wqe.length {
+        // An atomic without room for its answer; the status is rxe's.
+        return Err(WcStatus::LocProtErr);
+    }
+    let need = if job.wqe.op.fetches() { Access::LOCAL_WRITE } else { Access::empty() };
+    ctx.check_sges(nic, qp.id.pdn, need, job.wqe.sges.as_slice()).map_err(|error| {
+        log::debug!("QP {:#x}: {error}", qp.id.qpn);
+        WcStatus::LocProtErr
+    })
+}
+
+/// The peer, if there is one that accepts our messages now. It is taken out of the queue, for the caller to put back.
+fn bind(ctx: &Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> Option<Binding> {
+    let reliable = qp.id.kind == QpType::Rc;
+    if let Some(known) = send.binding.take() {
+        let reborn = known.qp.incarnation() != known.incarnation;
+        if reborn && reliable {
+            return None;
+        }
+        let same_gids = known.gid_epochs == (nic.gid_epoch(), known.nic.gid_epoch());
+        if same_gids && !reborn && known.nic.is_running() && known.qp.responds() {
+            return Some(known);
+        }
+        if same_gids && !reborn {
+            send.binding = Some(known);
+            return None;
+        }
+    }
+    let found = find_peer(ctx, nic, qp)?;
+    if !reliable {
+        return Some(found);
+    }
+    if send.bound_to.is_some_and(|only| only != found.incarnation) {
+        return None;
+    }
+    send.bound_to = Some(found.incarnation);
+    Some(found)
+}
+
+fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
+    let attr = qp.attrs.lock().attr;
+    let own_epoch = nic.gid_epoch();
+    let source = nic.gids.read().get(attr.av.sgid_index.get().into())?;
+    let destination = Gid(attr.av.dgid);
+    let peer_nic = ctx.engine.find(nic.id, destination)?;
+    let gid_epochs = (own_epoch, peer_nic.gid_epoch());
+    if !peer_nic.is_running() || !peer_nic.gids.read().iter().any(|(_, gid)| gid == destination) {
+        return None;
+    }
+    let peer = peer_nic.qp(attr.dest_qpn.get())?;
+    if peer.id.kind != qp.id.kind || !peer.responds() {
+        return None;
+    }
+    let incarnation = peer.incarnation();
+    let mut theirs = peer.attrs.lock();
+    let names_us = theirs.attr.dest_qpn.get() == qp.id.qpn && Gid(theirs.attr.av.dgid) == source;
+    // A UC responder takes any PSN at the start of a message (IBA 9.8.2.2).
+    let reliable = qp.id.kind == QpType::Rc;
+    let in_step = !reliable || theirs.attr.rq_psn == attr.sq_psn;
+    let accepts_us = !reliable || theirs.accepts.is_none_or(|only| only == qp.incarnation());
+    if !(names_us && in_step && accepts_us) {
+        return None;
+    }
+    theirs.accepts = Some(qp.incarnation());
+    drop(theirs);
+    Some(Binding { nic: peer_nic, qp: peer, incarnation, gid_epochs })
+}
+
+/// What the responder says to a new message.
+enum Admission {
+    Accepted,
+    /// RNR NAK.
+    NotReady,
+}
+
+/// Why the responder refuses: what the requester is told, and what happens at the responder (IBA 9.9.3).
+pub(super) struct Fault {
+    pub(super) requester: WcStatus,
+    /// Status of the responder's receive, if one was taken; else it gets an event.
+    pub(super) responder: WcStatus,
+    pub(super) event: EventType,
+    /// It is the responder's own receive that is wrong, not the message.
+    pub(super) own: bool,
+}
+
+impl Fault {
+    const INVALID: Self = Self {
+        requester: WcStatus::RemInvReqErr,
+        responder: WcStatus::RemInvReqErr,
+        event: EventType::QpRequestError,
+        own: false,
+    };
+    const TOO_LONG: Self = Self { responder: WcStatus::LocLenErr, ..Self::INVALID };
+    const ACCESS: Self = Self {
+        requester: WcStatus::RemAccessErr,
+        responder: WcStatus::LocProtErr,
+        event: EventType::QpAccessError,
+        own: false,
+    };
+    const OPERATION: Self =
+        Self { requester: WcStatus::RemOpErr, responder: WcStatus::LocProtErr, event: EventType::QpFatal, own: true };
+    const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
+}
+
+fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Failure> {
+    check_remote(ctx, peer, job).map_err(Failure::Remote)?;
+    if job.wqe.op.takes_receive() {
+        return take_receive(ctx, peer, job).map_err(Failure::Remote);
+    }
+    Ok(Admission::Accepted)
+}
+
+/// Checks what a WRITE, READ or atomic reaches at the peer.
+fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job) -> Result<(), Fault> {
+    let (need, remote_addr, rkey) = match job.wqe.op {
+        Op::Write { remote_addr, rkey, .. } => (Access::REMOTE_WRITE, remote_addr, rkey),
+        Op::Read { remote_addr, rkey } => (Access::REMOTE_READ, remote_addr, rkey),
+        Op::Atomic { remote_addr, rkey, .. } => (Access::REMOTE_ATOMIC, remote_addr, rkey),
+        _ => return Ok(()),
+    };
+    if !peer.qp.access().contains(need) {
+        return Err(Fault::INVALID);
+    }
+    if job.wqe.length == 0 {
+        return Ok(());
+    }
+    if matches!(job.wqe.op, Op::Atomic { .. }) && !remote_addr.is_multiple_of(job.wqe.length) {
+        return Err(Fault::INVALID);
+    }
+    let mr = ctx.key(&peer.nic, rkey).map_err(|_| Fault::ACCESS)?;
+    mr.check(peer.qp.id.pdn, need, remote_addr, job.wqe.length).map_err(|_| Fault::ACCESS)
+}
+
+fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Fault> {
+    let taken = peer.qp.recv.lock().take(None, &mut job.recv);
+    match taken {
+        Taken::Empty | Taken::TooShort => return Ok(Admission::NotReady),
+        Taken::Broken(reason) => {
+            fatal(&peer.nic, &peer.qp, reason);
+            ctx.engine.attend(&peer.nic, &peer.qp);
+            return Err(Fault::OPERATION);
+        }
+        Taken::Malformed => {
+            job.recv_of = Some(peer.qp.clone());
+            return Err(Fault::MALFORMED);
+        }
+        Taken::Yes => job.recv_of = Some(peer.qp.clone()),
+    }
+    if matches!(job.wqe.op, Op::Write { .. }) {
+        return Ok(Admission::Accepted);
+    }
+    if job.wqe.length > job.recv.sges.total() {
+        return Err(Fault::TOO_LONG);
+    }
+    ctx.check_sges(&peer.nic, peer.qp.id.pdn, Access::LOCAL_WRITE, job.recv.sges.as_slice())
+        .map_err(|_| Fault::OPERATION)?;
+    Ok(Admission::Accepted)
+}
+
+/// Copies one piece; with the last one the responder's side completes.
+fn move_piece(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    peer: &Binding,
+    job: &mut Job,
+    budget: &mut Budget,
+) -> Result<Progress, Failure> {
+    let len = job.left().min(budget.bytes);
+    let last = len == job.left();
+    if len > 0 {
+        map_piece(ctx, nic, qp, peer, job, len)?;
+        if last {
+            mem::copy_ordered(&ctx.src, &ctx.dst);
+        } else {
+            mem::copy(&ctx.src, &ctx.dst);
+        }
+        job.done += len;
+        budget.bytes -= len;
+    }
+    if !last {
+        return Ok(Progress::Paused);
+    }
+    if job.recv_of.take().is_some() && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
+        return Err(Failure::Remote(Fault::OPERATION));
+    }
+    Ok(Progress::Done)
+}
+
+/// Executes an atomic; it is too short to take more than one visit.
+fn fetch_atomic(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    peer: &Binding,
+    job: &Job,
+    (remote_addr, rkey, action): (u64, u32, AtomicOp),
+) -> Result<Progress, Failure> {
+    ctx.src.clear();
+    ctx.dst.clear();
+    let (from, len) = (0, job.wqe.length);
+    reach(ctx, peer, Side::Source, (Access::REMOTE_ATOMIC, remote_addr, rkey), from, len)?;
+    let answer = Gather { nic, pdn: qp.id.pdn, need: Access::LOCAL_WRITE, sges: job.wqe.sges.as_slice(), from, len };
+    ctx.gather(Side::Destination, &answer).map_err(local)?;
+    // Addresses of a region need not be aligned as its memory is.
+    let old = match ctx.src[..] {
+        [word] => mem::atomic(word, action),
+        _ => None,
+    };
+    let old = old.ok_or(Failure::Remote(Fault::INVALID))?.to_ne_bytes();
+    mem::copy_ordered(&[Seg::from_own(&old)], &ctx.dst);
+    Ok(Progress::Done)
+}
+
+fn local(_: KeyError) -> Failure {
+    Failure::Local(WcStatus::LocProtErr)
+}
+
+/// Finds where the next `len` bytes come from and go to.
+fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, len: u64) -> Result<(), Failure> {
+    ctx.src.clear();
+    ctx.dst.clear();
+    let own = |need| Gather { nic, pdn: qp.id.pdn, need, sges: job.wqe.sges.as_slice(), from: job.done, len };
+    let remote = |need, sges| Gather { nic: &peer.nic, pdn: peer.qp.id.pdn, need, sges, from: job.done, len };
+    match job.wqe.op {
+        Op::Read { remote_addr, rkey } => {
+            reach(ctx, peer, Side::Source, (Access::REMOTE_READ, remote_addr, rkey), job.done, len)?;
+            ctx.gather(Side::Destination, &own(Access::LOCAL_WRITE)).map_err(local)?;
+        }
+        Op::Write { remote_addr, rkey, .. } => {
+            source(ctx, job, len, &own(Access::empty()))?;
+            reach(ctx, peer, Side::Destination, (Access::REMOTE_WRITE, remote_addr, rkey), job.done, len)?;
+        }
+        _ => {
+            source(ctx, job, len, &own(Access::empty()))?;
+            let target = remote(Access::LOCAL_WRITE, job.recv.sges.as_slice());
+            let gone = |_: KeyError| Failure::Remote(Fault::OPERATION);
+            ctx.gather(Side::Destination, &target).map_err(gone)?;
+        }
+    }
+    Ok(())
+}
+
+fn source(ctx: &mut Context, job: &Job, len: u64, sges: &Gather<'_>) -> Result<(), Failure> {
+    if job.wqe.flags.contains(SendFlags::INLINE) {
+        ctx.src.push(Seg::from_own(&job.wqe.inline).slice(job.done as usize, len as usize));
+        return Ok(());
+    }
+    ctx.gather(Side::Source, sges).map_err(local)
+}
+
+/// Appends memory of the peer that a key gives access to.
+fn reach(
+    ctx: &mut Context,
+    peer: &Binding,
+    side: Side,
+    (need, addr, rkey): (Access, u64, u32),
+    from: u64,
+    len: u64,
+) -> Result<(), Failure> {
+    let length = len as u32;
+    let sges = [Sge { addr: addr.wrapping_add(from), length, lkey: rkey }];
+    let gather = Gather { nic: &peer.nic, pdn: peer.qp.id.pdn, need, sges: &sges, from: 0, len };
+    ctx.gather(side, &gather).map_err(|_| Failure::Remote(Fault::ACCESS))
+}
+
+fn received(job: &Job) -> RecvDone {
+    let (opcode, imm) = match job.wqe.op {
+        Op::Write { imm, .. } => (WcOpcode::RecvRdmaWithImm, imm),
+        Op::Send { imm } => (WcOpcode::Recv, imm),
+        _ => (WcOpcode::Recv, false),
+    };
+    RecvDone {
+        wr_id: job.recv.wr_id,
+        status: WcStatus::Success,
+        opcode,
+        byte_len: job.wqe.length as u32,
+        imm: imm.then_some(job.wqe.imm),
+        src_qp: 0,
+        flags: WcFlags::empty(),
+        solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
+    }
+}

@@ -1,0 +1,46 @@
+//! Unreliable connected QPs: a message arrives or nobody hears of it (IBA 9.8.2). The sender completes it all the same.
+
+use std::sync::Arc;
+
+use virtio_rdma::ib::WcStatus;
+
+use super::connected::{self, Progress};
+use super::context::{Budget, Context};
+use super::job::Job;
+use super::rc::fail_responder;
+use super::serve::Step;
+use crate::nic::Nic;
+use crate::qp::{Qp, SendQueue};
+
+/// Takes a work request one piece further.
+pub(super) fn step(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    job: &mut Job,
+    budget: &mut Budget,
+) -> Step {
+    if job.wqe.op.fetches() {
+        return Step::Failed(WcStatus::LocQpOpErr);
+    }
+    match connected::step(ctx, nic, qp, send, job, budget) {
+        Progress::Done => Step::Done,
+        Progress::Paused => Step::Paused,
+        Progress::Local(status) => Step::Failed(status),
+        Progress::NotThere | Progress::NotReady(_) => drop_it(nic, job),
+        Progress::Refused(peer, fault) => {
+            if fault.own {
+                fail_responder(ctx, &peer, job, &fault);
+            }
+            drop_it(nic, job)
+        }
+    }
+}
+
+/// The receive, if one was taken, is for the next message (as on rxe).
+fn drop_it(nic: &Nic, job: &mut Job) -> Step {
+    job.give_up_receive();
+    nic.counters.messages_dropped.add(1);
+    Step::Done
+}
