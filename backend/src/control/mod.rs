@@ -101,6 +101,8 @@ pub struct Control {
     regions: Regions,
     cqs: Vec<Option<Arc<Cq>>>,
     arm: Option<Arc<Pages>>,
+    /// Bytes of guest memory that all rings take.
+    ring_bytes: u64,
     /// QPs created, for spreading them over doorbell queues.
     qps_created: usize,
 }
@@ -117,6 +119,7 @@ impl Control {
             regions: Regions::default(),
             cqs: Vec::new(),
             arm: None,
+            ring_bytes: 0,
             qps_created: 0,
         }
     }
@@ -184,7 +187,7 @@ impl Control {
 
     /// Frees every object. When it returns no worker touches anything that was there.
     pub fn reset(&mut self) {
-        self.nic.keys.retain(|_| false);
+        let keys = self.nic.keys.take();
         let qps: Vec<_> = self.nic.qps.write().drain().map(|(_, qp)| qp).collect();
         for queue in &self.nic.doorbells {
             queue.slots.write().clear();
@@ -203,9 +206,12 @@ impl Control {
         for queue in &self.nic.events {
             queue.clear();
         }
+        // Workers have nothing of these any more: what takes long to free is freed here.
+        drop((keys, qps));
         self.pds.clear();
         self.regions = Regions::default();
         self.arm = None;
+        self.ring_bytes = 0;
     }
 
     /// Number of protection domains, regions and CQs.
@@ -215,11 +221,12 @@ impl Control {
 
     /// Guest memory has changed. What lies in memory that went fails; nothing else notices. When it returns no worker touches what went.
     pub fn set_map(&mut self, map: Arc<Map>) {
-        self.map = map;
+        let before = std::mem::replace(&mut self.map, map);
         self.drop_lost_areas();
-        self.drop_lost_regions();
+        let lost = self.drop_lost_regions();
         self.drop_lost_queues();
-        self.engine.ports_changed();
-        self.engine.quiesce().wait();
+        self.engine.wait_refreshed();
+        // Last: unmapping and freeing take long, which workers must not be the ones to do.
+        drop((lost, before));
     }
 }

@@ -33,7 +33,8 @@ impl Control {
         let max_entries = (profile.max_cqe + 1).next_power_of_two();
         let geometry = Geometry::parse(&args.ring, max_entries, RXE_CQE_STRIDE as usize);
         let geometry = geometry.ok_or(Refusal::Value("completion ring"))?;
-        let ring = Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory("completion ring"))?;
+        let ring = self.new_ring(geometry, extents, "completion ring")?;
+        self.ring_bytes += geometry.size() as u64;
         self.cqs[cqn] = Some(Arc::new(Cq::new(cqn as u32, vector, ring, arm)));
         Ok(answer(&ObjectResponse { number: (cqn as u32).into(), ..ObjectResponse::default() }))
     }
@@ -44,6 +45,7 @@ impl Control {
             return Err(Refusal::Busy("completion queue"));
         }
         cq.close();
+        self.ring_bytes -= cq.ring_bytes;
         self.cqs[cqn as usize] = None;
         self.engine.quiesce().wait();
         Ok(nothing())
@@ -61,6 +63,8 @@ impl Control {
         let recv_caps = caps(args.max_recv_sge.get(), 0);
         let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;
         let recv_ring = self.ring(&args.rq, rq, recv_caps.recv_element())?;
+        let ring_bytes = (send_ring.geometry().size() + recv_ring.geometry().size()) as u64;
+        self.check_ring_bytes(ring_bytes)?;
         let (send_cq, recv_cq) = (self.cq(args.send_cqn.get())?, self.cq(args.recv_cqn.get())?);
         let queue = self.qps_created % self.nic.doorbells.len();
         let doorbell = self.free_doorbell(queue)?;
@@ -73,6 +77,7 @@ impl Control {
             pdn: args.pdn.get(),
             doorbell_queue: queue,
             doorbell,
+            ring_bytes,
             signal_all: args.sq_sig_all == 1,
             send_cq,
             recv_cq,
@@ -113,7 +118,18 @@ impl Control {
     fn ring(&self, desc: &RingDesc, extents: &[RawExtent], element: usize) -> Result<Ring, Refusal> {
         let max_entries = (self.nic.config.profile.max_qp_wr + 1).next_power_of_two();
         let geometry = Geometry::parse(desc, max_entries, element).ok_or(Refusal::Value("work ring"))?;
-        Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory("work ring"))
+        self.new_ring(geometry, extents, "work ring")
+    }
+
+    /// Rings that lie in different memory are together no larger than guest memory. More than that is the same memory many
+    /// times, and would cost the host without bound.
+    fn check_ring_bytes(&self, more: u64) -> Result<(), Refusal> {
+        if self.ring_bytes + more > self.map.size() { Err(Refusal::Quota("memory of rings")) } else { Ok(()) }
+    }
+
+    fn new_ring(&self, geometry: Geometry, extents: &[RawExtent], what: &'static str) -> Result<Ring, Refusal> {
+        self.check_ring_bytes(geometry.size() as u64)?;
+        Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory(what))
     }
 
     fn free_doorbell(&self, queue: usize) -> Result<u32, Refusal> {
@@ -128,6 +144,7 @@ impl Control {
     fn insert_qp(&mut self, qp: Arc<Qp>) {
         self.enter_pd(qp.id.pdn);
         self.qps_created += 1;
+        self.ring_bytes += qp.id.ring_bytes;
         self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = Some(qp.clone());
         self.nic.qps.write().insert(qp.id.qpn, qp);
     }
@@ -142,6 +159,7 @@ impl Control {
         qp.close();
         self.engine.quiesce().wait();
         self.leave_pd(qp.id.pdn);
+        self.ring_bytes -= qp.id.ring_bytes;
         qp.id.send_cq.users.fetch_sub(1, Ordering::Relaxed);
         qp.id.recv_cq.users.fetch_sub(1, Ordering::Relaxed);
         Ok(nothing())
@@ -180,22 +198,36 @@ impl Control {
         if !allowed(qp.id.kind, from, to, mask, named) {
             return Err(Refusal::State("this transition"));
         }
-        if to == QpState::Reset {
-            qp.start_over();
-            send.reset();
-            qp.recv.lock().reset();
-        } else {
-            qp.change_attrs(|old| apply(mask, attr, old));
+        if matches!(to, QpState::Reset | QpState::Err) {
+            drop(send);
+            self.end_life(&qp, to);
+            return Ok(nothing());
         }
+        qp.change_attrs(|old| apply(mask, attr, old));
         let notify = mask.contains(QpMask::EN_SQD_ASYNC_NOTIFY) && attr.en_sqd_async_notify != 0;
-        send.notify_drained = to == QpState::Sqd && notify;
+        send.notify_drained = to == QpState::Sqd && (notify || (now == QpState::Sqd && send.notify_drained));
         if mask.contains(QpMask::AV) {
             send.binding = None;
         }
-        qp.set_state(to);
+        if !qp.change_state(now, to) {
+            return Err(Refusal::State("the QP has failed meanwhile"));
+        }
         drop(send);
         self.engine.attend(&self.nic, &qp);
         Ok(nothing())
+    }
+
+    /// Takes a QP to RESET or ERR. When this returns no message of before is still moving.
+    fn end_life(&self, qp: &Arc<Qp>, to: QpState) {
+        qp.set_state(to);
+        self.engine.quiesce().wait();
+        if to == QpState::Reset {
+            let mut send = qp.send.lock();
+            qp.start_over();
+            send.reset();
+            qp.recv.lock().reset();
+        }
+        self.engine.attend(&self.nic, qp);
     }
 
     /// Queues whose memory is gone fail.

@@ -174,6 +174,11 @@ impl Map {
         &self.memory
     }
 
+    /// Bytes of all regions.
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|r| r.id.size).sum()
+    }
+
     /// Whether this very mapping is part of the table.
     pub fn contains(&self, region: &Arc<Region>) -> bool {
         self.regions.iter().any(|r| Arc::ptr_eq(r, region))

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use virtio_rdma::ctrl::QpAttr;
 use virtio_rdma::ib::{Access, QpState, QpType};
 
-pub use recv::{RecvQueue, Taken};
+pub use recv::{Flush, RecvQueue, Taken, Ticket};
 pub use send::{Binding, SendQueue, Wait, WaitKind};
 
 use crate::cq::Cq;
@@ -33,6 +33,8 @@ pub struct Identity {
     pub doorbell_queue: usize,
     /// Bit in that queue's doorbell area.
     pub doorbell: u32,
+    /// Bytes of guest memory that its rings take.
+    pub ring_bytes: u64,
     /// Every send work request makes a completion.
     pub signal_all: bool,
     /// CQ of the send queue.
@@ -122,8 +124,10 @@ impl Qp {
 
     /// Starts a new life without attributes; the caller holds the `send` lock.
     pub fn start_over(&self) {
-        *self.attrs.lock() = Attrs::default();
+        let mut attrs = self.attrs.lock();
+        *attrs = Attrs::default();
         self.incarnation.store(new_incarnation(), Ordering::Release);
+        drop(attrs);
         self.access.store(0, Ordering::Release);
         self.qkey.store(0, Ordering::Release);
     }
@@ -136,6 +140,12 @@ impl Qp {
     /// Sets the state; the caller holds the `send` lock.
     pub fn set_state(&self, state: QpState) {
         self.state.store(state.to_wire(), Ordering::Release);
+    }
+
+    /// Sets the state unless it is no longer `from`: a peer's worker may have failed the QP. False then.
+    pub fn change_state(&self, from: QpState, to: QpState) -> bool {
+        let (from, to) = (from.to_wire(), to.to_wire());
+        self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Moves a working QP to ERR; false if it was not working (RESET, INIT and ERR stay).
