@@ -99,6 +99,7 @@ struct vrdma_attr {
 	u32 max_rd_atomic;
 	u32 qp_types;
 	u32 max_msg_size;
+	enum ib_atomic_cap atomic_cap;
 	u32 vendor_id;
 };
 
