@@ -220,8 +220,10 @@ int vrdma_cmd_submit(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 			ret = -EIO;
 			break;
 		}
-		wait_event_timeout(dev->ctrl.room,
-				   dev->ctrl.vq->num_free >= num || vrdma_is_dead(dev), HZ);
+		/* The answers that make room may be there without their interrupt */
+		if (!wait_event_timeout(dev->ctrl.room, dev->ctrl.vq->num_free >= num ||
+					vrdma_is_dead(dev), HZ))
+			vrdma_ctrl_done(dev->ctrl.vq);
 	}
 	if (ret && virtqueue_is_broken(dev->ctrl.vq))
 		vrdma_dev_fail(dev, "the control queue is broken");
@@ -276,13 +278,23 @@ malformed:
 }
 
 /*
- * Looks after a command that takes long: a notification or an interrupt that was lost on its way
- * (User-mode Linux with several CPUs loses some) costs a moment, not the device.
+ * Looks after a command that takes long, so that an interrupt or a notification that was lost on
+ * its way costs a moment, not the device. Which of the two it was is worth a line: neither is lost
+ * by a VMM and a kernel that work.
  */
-static void vrdma_ctrl_look(struct virtqueue *vq)
+static void vrdma_ctrl_look(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
-	virtqueue_notify(vq);
+	struct virtqueue *vq = dev->ctrl.vq;
+
+	if (completion_done(&cmd->done))
+		return;
 	vrdma_ctrl_done(vq);
+	if (completion_done(&cmd->done)) {
+		dev_info_once(&dev->vdev->dev, "found an answer that no interrupt had told of\n");
+		return;
+	}
+	dev_info_once(&dev->vdev->dev, "a command takes long: notifying the device again\n");
+	virtqueue_notify(vq);
 }
 
 /* Sleeps until the device has answered a command that was submitted */
@@ -293,7 +305,7 @@ int vrdma_cmd_wait(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 	bool warned = false;
 
 	while (!wait_for_completion_timeout(&cmd->done, VRDMA_CMD_LOOK)) {
-		vrdma_ctrl_look(dev->ctrl.vq);
+		vrdma_ctrl_look(dev, cmd);
 		if (virtqueue_is_broken(dev->ctrl.vq))
 			vrdma_dev_fail(dev, "the control queue is broken");
 		else if (time_after(jiffies, start + VRDMA_CMD_TIMEOUT))
