@@ -13,8 +13,8 @@
 
 #include "vrdma.h"
 
-/* A request of MAX_REQUEST bytes that is not contiguous, and the response */
-#define VRDMA_CMD_MAX_SG	(VIRTIO_RDMA_MAX_REQUEST / PAGE_SIZE + 2)
+/* A request that is contiguous, and the response */
+#define VRDMA_CMD_SMALL_SG	2
 
 enum vrdma_cmd_state {
 	VRDMA_CMD_IDLE,
@@ -33,6 +33,9 @@ struct vrdma_cmd {
 	u32 written;
 	struct virtio_rdma_ctrl_hdr *req;
 	struct virtio_rdma_ctrl_resp *resp;
+	struct scatterlist *sg;		/* both, ready for the virtqueue */
+	unsigned int num_sg;
+	struct scatterlist small_sg[VRDMA_CMD_SMALL_SG];
 };
 
 int vrdma_ctrl_init(struct vrdma_dev *dev, struct virtqueue *vq)
@@ -50,9 +53,46 @@ int vrdma_ctrl_init(struct vrdma_dev *dev, struct virtqueue *vq)
 
 static void vrdma_cmd_destroy(struct vrdma_cmd *cmd)
 {
+	if (cmd->sg != cmd->small_sg)
+		kfree(cmd->sg);
 	kvfree(cmd->req);
 	kfree(cmd->resp);
 	kfree(cmd);
+}
+
+/* Memory from vmalloc is page-aligned, and contiguous within its pages only */
+static int vrdma_cmd_alloc_sg(struct vrdma_cmd *cmd, gfp_t gfp)
+{
+	cmd->sg = cmd->small_sg;
+	cmd->num_sg = VRDMA_CMD_SMALL_SG;
+	if (is_vmalloc_addr(cmd->req)) {
+		cmd->num_sg = DIV_ROUND_UP(cmd->req_len, PAGE_SIZE) + 1;
+		cmd->sg = kmalloc_array(cmd->num_sg, sizeof(*cmd->sg), gfp);
+	}
+	return cmd->sg ? 0 : -ENOMEM;
+}
+
+static void vrdma_cmd_fill_sg(struct vrdma_cmd *cmd)
+{
+	struct scatterlist *sg = cmd->sg;
+	void *at = cmd->req;
+	u32 left = cmd->req_len;
+
+	sg_init_table(sg, cmd->num_sg);
+	if (!is_vmalloc_addr(at)) {
+		sg_set_buf(sg++, at, left);
+		left = 0;
+	}
+	while (left) {
+		u32 len = min_t(u32, left, PAGE_SIZE);
+
+		sg_set_page(sg++, vmalloc_to_page(at), len, 0);
+		at += len;
+		left -= len;
+	}
+	/* Two lists: what the device reads, and what it writes */
+	sg_mark_end(sg - 1);
+	sg_set_buf(sg, cmd->resp, cmd->resp_len);
 }
 
 static struct vrdma_cmd *vrdma_cmd_alloc_gfp(u16 opcode, size_t body_len, u32 num_extents,
@@ -73,10 +113,11 @@ static struct vrdma_cmd *vrdma_cmd_alloc_gfp(u16 opcode, size_t body_len, u32 nu
 	cmd->resp_len = sizeof(*cmd->resp) + result_len;
 	cmd->req = req_len > PAGE_SIZE ? kvzalloc(req_len, gfp) : kzalloc(req_len, gfp);
 	cmd->resp = kzalloc(cmd->resp_len, gfp);
-	if (!cmd->req || !cmd->resp) {
+	if (!cmd->req || !cmd->resp || vrdma_cmd_alloc_sg(cmd, gfp)) {
 		vrdma_cmd_destroy(cmd);
 		return NULL;
 	}
+	vrdma_cmd_fill_sg(cmd);
 	cmd->req->opcode = cpu_to_le16(opcode);
 	cmd->req->length = cpu_to_le32(req_len);
 	return cmd;
@@ -157,29 +198,9 @@ void vrdma_ctrl_done(struct virtqueue *vq)
 	wake_up(&ctrl->room);
 }
 
-static unsigned int vrdma_cmd_fill_sg(const struct vrdma_cmd *cmd, struct scatterlist *sg)
+static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
-	void *at = cmd->req;
-	u32 left = cmd->req_len;
-	unsigned int num = 0;
-
-	if (!is_vmalloc_addr(at)) {
-		sg_set_buf(&sg[num++], at, left);
-	} else {
-		while (left) {
-			u32 len = min_t(u32, left, PAGE_SIZE - offset_in_page(at));
-
-			sg_set_page(&sg[num++], vmalloc_to_page(at), len, offset_in_page(at));
-			at += len;
-			left -= len;
-		}
-	}
-	sg_set_buf(&sg[num++], cmd->resp, cmd->resp_len);
-	return num;
-}
-
-static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd, struct scatterlist **sgs)
-{
+	struct scatterlist *sgs[] = { &cmd->sg[0], &cmd->sg[cmd->num_sg - 1] };
 	struct vrdma_ctrl *ctrl = &dev->ctrl;
 	unsigned long flags;
 	bool kick = false;
@@ -202,32 +223,21 @@ static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd, struct 
 int vrdma_cmd_submit(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
 	unsigned long end = jiffies + VRDMA_CMD_TIMEOUT;
-	struct scatterlist *sg, *sgs[2];
-	unsigned int num;
 	int ret;
 
-	sg = kmalloc_array(VRDMA_CMD_MAX_SG, sizeof(*sg), GFP_KERNEL | __GFP_NOFAIL);
-	sg_init_table(sg, VRDMA_CMD_MAX_SG);
-	num = vrdma_cmd_fill_sg(cmd, sg);
-	sg_mark_end(&sg[num - 2]);
-	sg_mark_end(&sg[num - 1]);
-	sgs[0] = &sg[0];
-	sgs[1] = &sg[num - 1];
-
-	while ((ret = vrdma_cmd_queue(dev, cmd, sgs)) == -ENOSPC) {
+	while ((ret = vrdma_cmd_queue(dev, cmd)) == -ENOSPC) {
 		if (time_after(jiffies, end)) {
 			vrdma_dev_fail(dev, "the control queue stays full");
 			ret = -EIO;
 			break;
 		}
 		/* The answers that make room may be there without their interrupt */
-		if (!wait_event_timeout(dev->ctrl.room, dev->ctrl.vq->num_free >= num ||
+		if (!wait_event_timeout(dev->ctrl.room, dev->ctrl.vq->num_free >= cmd->num_sg ||
 					vrdma_is_dead(dev), HZ))
 			vrdma_ctrl_done(dev->ctrl.vq);
 	}
 	if (ret && virtqueue_is_broken(dev->ctrl.vq))
 		vrdma_dev_fail(dev, "the control queue is broken");
-	kfree(sg);
 	return ret;
 }
 
