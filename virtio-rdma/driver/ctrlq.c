@@ -362,31 +362,22 @@ int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t 
 }
 
 /*
- * Destroys an object of the device. A dead device counts as having done it, so that the driver's
- * side can be taken down; memory of such an object goes through vrdma_ring_release() and the
- * like, which park it.
+ * Destroys an object of the device. It always goes on our side: the core has seen to it that
+ * nothing uses it, and while a process ends it would keep an object that cannot be destroyed for
+ * ever. So a device that refuses is not to be trusted with memory and is given up; that of the
+ * object goes through vrdma_ring_release() and the like, which park it then.
  */
-int vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number)
+void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number)
 {
 	struct virtio_rdma_object_req *req;
 	struct vrdma_cmd *cmd;
-	int ret;
 
 	cmd = vrdma_cmd_alloc_gfp(opcode, sizeof(*req), 0, 0, GFP_KERNEL | __GFP_NOFAIL);
 	req = vrdma_cmd_body(cmd);
 	req->number = cpu_to_le32(number);
-	ret = vrdma_cmd_run(dev, cmd);
+	if (vrdma_cmd_run(dev, cmd))
+		vrdma_dev_fail(dev, "an object cannot be destroyed");
 	vrdma_cmd_free(dev, cmd);
-	return vrdma_is_dead(dev) ? 0 : ret;
-}
-
-/* Destroys what was just created and cannot be kept. A device that refuses that is not to be
- * trusted with memory.
- */
-void vrdma_ctrl_undo(struct vrdma_dev *dev, u16 opcode, u32 number)
-{
-	if (vrdma_ctrl_destroy(dev, opcode, number))
-		vrdma_dev_fail(dev, "a new object cannot be destroyed");
 }
 
 /* Gives the device up. Idempotent. */

@@ -170,7 +170,7 @@ static int vrdma_mr_register(struct vrdma_dev *dev, struct vrdma_mr *mr, u32 pdn
 
 	ret = vrdma_mr_extend(dev, key, &walk, left - num);
 	if (ret) {
-		vrdma_ctrl_undo(dev, VIRTIO_RDMA_CMD_DEREG_MR, key);
+		vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, key);
 		return ret;
 	}
 	mr->iova = iova;
@@ -313,11 +313,8 @@ int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibmr->device);
 	struct vrdma_mr *mr = to_vmr(ibmr);
-	int ret;
 
-	ret = vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
-	if (ret)
-		return ret;
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
 	vrdma_umem_release(dev, mr->umem);
 	kfree(mr);
 	return 0;
