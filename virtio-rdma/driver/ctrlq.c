@@ -362,22 +362,31 @@ int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t 
 }
 
 /*
+ * A command that only takes something back. A device that refuses it is not to be trusted with
+ * memory and is given up.
+ */
+void vrdma_ctrl_must(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len)
+{
+	struct vrdma_cmd *cmd;
+
+	cmd = vrdma_cmd_alloc_gfp(opcode, body_len, 0, 0, GFP_KERNEL | __GFP_NOFAIL);
+	memcpy(vrdma_cmd_body(cmd), body, body_len);
+	if (vrdma_cmd_run(dev, cmd))
+		vrdma_dev_fail(dev, "the device does not let go of an object");
+	vrdma_cmd_free(dev, cmd);
+}
+
+/*
  * Destroys an object of the device. It always goes on our side: the core has seen to it that
  * nothing uses it, and while a process ends it would keep an object that cannot be destroyed for
- * ever. So a device that refuses is not to be trusted with memory and is given up; that of the
- * object goes through vrdma_ring_release() and the like, which park it then.
+ * ever. Memory of the object goes through vrdma_ring_release() and the like, which park it where
+ * the device is dead.
  */
 void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number)
 {
-	struct virtio_rdma_object_req *req;
-	struct vrdma_cmd *cmd;
+	struct virtio_rdma_object_req req = { .number = cpu_to_le32(number) };
 
-	cmd = vrdma_cmd_alloc_gfp(opcode, sizeof(*req), 0, 0, GFP_KERNEL | __GFP_NOFAIL);
-	req = vrdma_cmd_body(cmd);
-	req->number = cpu_to_le32(number);
-	if (vrdma_cmd_run(dev, cmd))
-		vrdma_dev_fail(dev, "an object cannot be destroyed");
-	vrdma_cmd_free(dev, cmd);
+	vrdma_ctrl_must(dev, opcode, &req, sizeof(req));
 }
 
 /* Gives the device up. Idempotent. */

@@ -248,6 +248,7 @@ void vrdma_cmd_free(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
 u32 vrdma_cmd_max_extents(struct vrdma_dev *dev, size_t body_len);
 int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len,
 		    void *result, size_t result_len);
+void vrdma_ctrl_must(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len);
 void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number);
 void vrdma_dev_fail(struct vrdma_dev *dev, const char *why);
 
