@@ -71,6 +71,8 @@ struct vrdma_eventq {
 	spinlock_t lock;		/* the virtqueue */
 	struct virtio_rdma_event *bufs;
 	unsigned int num_bufs;
+	struct work_struct more;
+	bool drained;
 };
 
 /* The doorbells of one worker of the device */
