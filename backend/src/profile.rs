@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use virtio_rdma::ctrl::DeviceAttr;
-use virtio_rdma::ib::{Access, QpType};
+use virtio_rdma::ib::{Access, AtomicCap, QpType};
 use virtio_rdma::ring::Format;
 
 use crate::wqe::SgeList;
@@ -140,6 +140,8 @@ impl Profile {
             qp_types: Self::QP_TYPES.iter().fold(0u32, |set, kind| set | 1 << kind.to_wire()).into(),
             ring_formats: (1 << Format::Rxe.to_wire()).into(),
             max_msg_size: Self::MAX_MESSAGE.into(),
+            // Atomics are those of the processor, on memory that every guest and worker shares.
+            atomic_cap: AtomicCap::Glob.to_wire().into(),
             vendor_id: Self::VENDOR_ID.into(),
             ..DeviceAttr::default()
         }

@@ -116,7 +116,7 @@ int vrdma_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,
 err_withdraw:
 	vrdma_cq_withdraw(dev, cq);
 err_undo:
-	vrdma_ctrl_undo(dev, VIRTIO_RDMA_CMD_DESTROY_CQ, cq->cqn);
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_CQ, cq->cqn);
 err_ring:
 	vrdma_ring_release(dev, cq->ring);
 	return ret;
@@ -127,12 +127,9 @@ int vrdma_destroy_cq(struct ib_cq *ibcq, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibcq->device);
 	struct vrdma_cq *cq = to_vcq(ibcq);
-	int ret;
 
 	WRITE_ONCE(*cq->arm, VIRTIO_RDMA_ARM_NONE);
-	ret = vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_CQ, cq->cqn);
-	if (ret)
-		return ret;
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_CQ, cq->cqn);
 	vrdma_cq_withdraw(dev, cq);
 	vrdma_ring_release(dev, cq->ring);
 	return 0;

@@ -13,8 +13,8 @@
 
 #include "vrdma.h"
 
-/* A request of MAX_REQUEST bytes that is not contiguous, and the response */
-#define VRDMA_CMD_MAX_SG	(VIRTIO_RDMA_MAX_REQUEST / PAGE_SIZE + 2)
+/* A request that is contiguous, and the response */
+#define VRDMA_CMD_SMALL_SG	2
 
 enum vrdma_cmd_state {
 	VRDMA_CMD_IDLE,
@@ -33,6 +33,9 @@ struct vrdma_cmd {
 	u32 written;
 	struct virtio_rdma_ctrl_hdr *req;
 	struct virtio_rdma_ctrl_resp *resp;
+	struct scatterlist *sg;		/* both, ready for the virtqueue */
+	unsigned int num_sg;
+	struct scatterlist small_sg[VRDMA_CMD_SMALL_SG];
 };
 
 int vrdma_ctrl_init(struct vrdma_dev *dev, struct virtqueue *vq)
@@ -50,9 +53,46 @@ int vrdma_ctrl_init(struct vrdma_dev *dev, struct virtqueue *vq)
 
 static void vrdma_cmd_destroy(struct vrdma_cmd *cmd)
 {
+	if (cmd->sg != cmd->small_sg)
+		kfree(cmd->sg);
 	kvfree(cmd->req);
 	kfree(cmd->resp);
 	kfree(cmd);
+}
+
+/* Memory from vmalloc is page-aligned, and contiguous within its pages only */
+static int vrdma_cmd_alloc_sg(struct vrdma_cmd *cmd, gfp_t gfp)
+{
+	cmd->sg = cmd->small_sg;
+	cmd->num_sg = VRDMA_CMD_SMALL_SG;
+	if (is_vmalloc_addr(cmd->req)) {
+		cmd->num_sg = DIV_ROUND_UP(cmd->req_len, PAGE_SIZE) + 1;
+		cmd->sg = kmalloc_array(cmd->num_sg, sizeof(*cmd->sg), gfp);
+	}
+	return cmd->sg ? 0 : -ENOMEM;
+}
+
+static void vrdma_cmd_fill_sg(struct vrdma_cmd *cmd)
+{
+	struct scatterlist *sg = cmd->sg;
+	void *at = cmd->req;
+	u32 left = cmd->req_len;
+
+	sg_init_table(sg, cmd->num_sg);
+	if (!is_vmalloc_addr(at)) {
+		sg_set_buf(sg++, at, left);
+		left = 0;
+	}
+	while (left) {
+		u32 len = min_t(u32, left, PAGE_SIZE);
+
+		sg_set_page(sg++, vmalloc_to_page(at), len, 0);
+		at += len;
+		left -= len;
+	}
+	/* Two lists: what the device reads, and what it writes */
+	sg_mark_end(sg - 1);
+	sg_set_buf(sg, cmd->resp, cmd->resp_len);
 }
 
 static struct vrdma_cmd *vrdma_cmd_alloc_gfp(u16 opcode, size_t body_len, u32 num_extents,
@@ -73,10 +113,11 @@ static struct vrdma_cmd *vrdma_cmd_alloc_gfp(u16 opcode, size_t body_len, u32 nu
 	cmd->resp_len = sizeof(*cmd->resp) + result_len;
 	cmd->req = req_len > PAGE_SIZE ? kvzalloc(req_len, gfp) : kzalloc(req_len, gfp);
 	cmd->resp = kzalloc(cmd->resp_len, gfp);
-	if (!cmd->req || !cmd->resp) {
+	if (!cmd->req || !cmd->resp || vrdma_cmd_alloc_sg(cmd, gfp)) {
 		vrdma_cmd_destroy(cmd);
 		return NULL;
 	}
+	vrdma_cmd_fill_sg(cmd);
 	cmd->req->opcode = cpu_to_le16(opcode);
 	cmd->req->length = cpu_to_le32(req_len);
 	return cmd;
@@ -157,29 +198,9 @@ void vrdma_ctrl_done(struct virtqueue *vq)
 	wake_up(&ctrl->room);
 }
 
-static unsigned int vrdma_cmd_fill_sg(const struct vrdma_cmd *cmd, struct scatterlist *sg)
+static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
-	void *at = cmd->req;
-	u32 left = cmd->req_len;
-	unsigned int num = 0;
-
-	if (!is_vmalloc_addr(at)) {
-		sg_set_buf(&sg[num++], at, left);
-	} else {
-		while (left) {
-			u32 len = min_t(u32, left, PAGE_SIZE - offset_in_page(at));
-
-			sg_set_page(&sg[num++], vmalloc_to_page(at), len, offset_in_page(at));
-			at += len;
-			left -= len;
-		}
-	}
-	sg_set_buf(&sg[num++], cmd->resp, cmd->resp_len);
-	return num;
-}
-
-static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd, struct scatterlist **sgs)
-{
+	struct scatterlist *sgs[] = { &cmd->sg[0], &cmd->sg[cmd->num_sg - 1] };
 	struct vrdma_ctrl *ctrl = &dev->ctrl;
 	unsigned long flags;
 	bool kick = false;
@@ -202,30 +223,21 @@ static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd, struct 
 int vrdma_cmd_submit(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
 	unsigned long end = jiffies + VRDMA_CMD_TIMEOUT;
-	struct scatterlist *sg, *sgs[2];
-	unsigned int num;
 	int ret;
 
-	sg = kmalloc_array(VRDMA_CMD_MAX_SG, sizeof(*sg), GFP_KERNEL | __GFP_NOFAIL);
-	sg_init_table(sg, VRDMA_CMD_MAX_SG);
-	num = vrdma_cmd_fill_sg(cmd, sg);
-	sg_mark_end(&sg[num - 2]);
-	sg_mark_end(&sg[num - 1]);
-	sgs[0] = &sg[0];
-	sgs[1] = &sg[num - 1];
-
-	while ((ret = vrdma_cmd_queue(dev, cmd, sgs)) == -ENOSPC) {
+	while ((ret = vrdma_cmd_queue(dev, cmd)) == -ENOSPC) {
 		if (time_after(jiffies, end)) {
 			vrdma_dev_fail(dev, "the control queue stays full");
 			ret = -EIO;
 			break;
 		}
-		wait_event_timeout(dev->ctrl.room,
-				   dev->ctrl.vq->num_free >= num || vrdma_is_dead(dev), HZ);
+		/* The answers that make room may be there without their interrupt */
+		if (!wait_event_timeout(dev->ctrl.room, dev->ctrl.vq->num_free >= cmd->num_sg ||
+					vrdma_is_dead(dev), HZ))
+			vrdma_ctrl_done(dev->ctrl.vq);
 	}
 	if (ret && virtqueue_is_broken(dev->ctrl.vq))
 		vrdma_dev_fail(dev, "the control queue is broken");
-	kfree(sg);
 	return ret;
 }
 
@@ -276,13 +288,23 @@ malformed:
 }
 
 /*
- * Looks after a command that takes long: a notification or an interrupt that was lost on its way
- * (User-mode Linux with several CPUs loses some) costs a moment, not the device.
+ * Looks after a command that takes long, so that an interrupt or a notification that was lost on
+ * its way costs a moment, not the device. Which of the two it was is worth a line: neither is lost
+ * by a VMM and a kernel that work.
  */
-static void vrdma_ctrl_look(struct virtqueue *vq)
+static void vrdma_ctrl_look(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
-	virtqueue_notify(vq);
+	struct virtqueue *vq = dev->ctrl.vq;
+
+	if (completion_done(&cmd->done))
+		return;
 	vrdma_ctrl_done(vq);
+	if (completion_done(&cmd->done)) {
+		dev_info_once(&dev->vdev->dev, "found an answer that no interrupt had told of\n");
+		return;
+	}
+	dev_info_once(&dev->vdev->dev, "a command takes long: notifying the device again\n");
+	virtqueue_notify(vq);
 }
 
 /* Sleeps until the device has answered a command that was submitted */
@@ -293,7 +315,7 @@ int vrdma_cmd_wait(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 	bool warned = false;
 
 	while (!wait_for_completion_timeout(&cmd->done, VRDMA_CMD_LOOK)) {
-		vrdma_ctrl_look(dev->ctrl.vq);
+		vrdma_ctrl_look(dev, cmd);
 		if (virtqueue_is_broken(dev->ctrl.vq))
 			vrdma_dev_fail(dev, "the control queue is broken");
 		else if (time_after(jiffies, start + VRDMA_CMD_TIMEOUT))
@@ -340,31 +362,31 @@ int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t 
 }
 
 /*
- * Destroys an object of the device. A dead device counts as having done it, so that the driver's
- * side can be taken down; memory of such an object goes through vrdma_ring_release() and the
- * like, which park it.
+ * A command that only takes something back. A device that refuses it is not to be trusted with
+ * memory and is given up.
  */
-int vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number)
+void vrdma_ctrl_must(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len)
 {
-	struct virtio_rdma_object_req *req;
 	struct vrdma_cmd *cmd;
-	int ret;
 
-	cmd = vrdma_cmd_alloc_gfp(opcode, sizeof(*req), 0, 0, GFP_KERNEL | __GFP_NOFAIL);
-	req = vrdma_cmd_body(cmd);
-	req->number = cpu_to_le32(number);
-	ret = vrdma_cmd_run(dev, cmd);
+	cmd = vrdma_cmd_alloc_gfp(opcode, body_len, 0, 0, GFP_KERNEL | __GFP_NOFAIL);
+	memcpy(vrdma_cmd_body(cmd), body, body_len);
+	if (vrdma_cmd_run(dev, cmd))
+		vrdma_dev_fail(dev, "the device does not let go of an object");
 	vrdma_cmd_free(dev, cmd);
-	return vrdma_is_dead(dev) ? 0 : ret;
 }
 
-/* Destroys what was just created and cannot be kept. A device that refuses that is not to be
- * trusted with memory.
+/*
+ * Destroys an object of the device. It always goes on our side: the core has seen to it that
+ * nothing uses it, and while a process ends it would keep an object that cannot be destroyed for
+ * ever. Memory of the object goes through vrdma_ring_release() and the like, which park it where
+ * the device is dead.
  */
-void vrdma_ctrl_undo(struct vrdma_dev *dev, u16 opcode, u32 number)
+void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number)
 {
-	if (vrdma_ctrl_destroy(dev, opcode, number))
-		vrdma_dev_fail(dev, "a new object cannot be destroyed");
+	struct virtio_rdma_object_req req = { .number = cpu_to_le32(number) };
+
+	vrdma_ctrl_must(dev, opcode, &req, sizeof(req));
 }
 
 /* Gives the device up. Idempotent. */

@@ -11,6 +11,9 @@
 
 #include "vrdma.h"
 
+/* Events handled in one go */
+#define VRDMA_EVENT_BUDGET	256
+
 static void vrdma_qp_event(struct vrdma_dev *dev, u32 qpn, enum ib_event_type type)
 {
 	struct vrdma_qp *qp = vrdma_qp_get(dev, qpn);
@@ -128,25 +131,46 @@ static bool vrdma_event_take(struct vrdma_eventq *eq, struct virtio_rdma_event *
 	return true;
 }
 
-/* Virtqueue callback, in interrupt context */
-void vrdma_event_arrived(struct virtqueue *vq)
+/* True if the budget is used up: interrupts of the queue stay off then, and there may be more */
+static bool vrdma_events_take(struct vrdma_dev *dev, struct vrdma_eventq *eq)
 {
-	struct vrdma_dev *dev = vq->vdev->priv;
-	struct vrdma_eventq *eq = &dev->eventqs[vq->index - 1];
+	unsigned int budget = VRDMA_EVENT_BUDGET;
 	struct virtio_rdma_event event;
 	unsigned long flags;
 
 	spin_lock_irqsave(&eq->lock, flags);
 	do {
-		virtqueue_disable_cb(vq);
-		while (vrdma_event_take(eq, &event)) {
+		virtqueue_disable_cb(eq->vq);
+		while (!eq->drained && budget && vrdma_event_take(eq, &event)) {
+			budget--;
 			spin_unlock_irqrestore(&eq->lock, flags);
 			vrdma_handle_event(dev, &event);
 			spin_lock_irqsave(&eq->lock, flags);
 		}
-	} while (!virtqueue_enable_cb(vq));
-	virtqueue_kick(vq);
+	} while (!eq->drained && budget && !virtqueue_enable_cb(eq->vq));
+	if (!eq->drained)
+		virtqueue_kick(eq->vq);
 	spin_unlock_irqrestore(&eq->lock, flags);
+	return !budget;
+}
+
+/* Virtqueue callback, in interrupt context */
+void vrdma_event_arrived(struct virtqueue *vq)
+{
+	struct vrdma_dev *dev = vq->vdev->priv;
+	struct vrdma_eventq *eq = &dev->eventqs[vq->index - 1];
+
+	if (vrdma_events_take(dev, eq))
+		schedule_work(&eq->more);
+}
+
+/* Goes on where the interrupt stopped: a device can refill the queue as fast as it is drained */
+static void vrdma_events_more(struct work_struct *work)
+{
+	struct vrdma_eventq *eq = container_of(work, struct vrdma_eventq, more);
+
+	if (vrdma_events_take(eq->vq->vdev->priv, eq))
+		schedule_work(&eq->more);
 }
 
 /* Before the device is ready; the queues are filled after the RESET command */
@@ -157,6 +181,7 @@ int vrdma_events_init(struct vrdma_dev *dev)
 	for (i = 0; i < dev->num_eventqs; i++) {
 		struct vrdma_eventq *eq = &dev->eventqs[i];
 
+		INIT_WORK(&eq->more, vrdma_events_more);
 		eq->num_bufs = virtqueue_get_vring_size(eq->vq);
 		eq->bufs = kcalloc(eq->num_bufs, sizeof(*eq->bufs), GFP_KERNEL);
 		if (!eq->bufs)
@@ -184,7 +209,7 @@ int vrdma_events_fill(struct vrdma_dev *dev)
 	return 0;
 }
 
-/* After the reset */
+/* After the reset. An interrupt can still come, and finds nothing. */
 void vrdma_events_drain(struct vrdma_dev *dev)
 {
 	unsigned int i;
@@ -193,9 +218,11 @@ void vrdma_events_drain(struct vrdma_dev *dev)
 		struct vrdma_eventq *eq = &dev->eventqs[i];
 
 		spin_lock_irq(&eq->lock);
+		eq->drained = true;
 		while (virtqueue_detach_unused_buf(eq->vq))
 			;
 		spin_unlock_irq(&eq->lock);
+		cancel_work_sync(&eq->more);
 	}
 }
 

@@ -170,7 +170,7 @@ static int vrdma_mr_register(struct vrdma_dev *dev, struct vrdma_mr *mr, u32 pdn
 
 	ret = vrdma_mr_extend(dev, key, &walk, left - num);
 	if (ret) {
-		vrdma_ctrl_undo(dev, VIRTIO_RDMA_CMD_DEREG_MR, key);
+		vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, key);
 		return ret;
 	}
 	mr->iova = iova;
@@ -220,6 +220,18 @@ struct vrdma_rereg {
 	struct ib_umem *umem;	/* new memory, or NULL */
 };
 
+/* The core leaves a region whose change has failed in its old protection domain: so does this */
+static void vrdma_mr_restore_pd(struct vrdma_dev *dev, struct vrdma_mr *mr)
+{
+	struct virtio_rdma_rereg_mr req = {
+		.key = cpu_to_le32(mr->ibmr.lkey),
+		.flags = cpu_to_le32(VIRTIO_RDMA_REREG_PD),
+		.pdn = cpu_to_le32(to_vpd(mr->ibmr.pd)->pdn),
+	};
+
+	vrdma_ctrl_must(dev, VIRTIO_RDMA_CMD_REREG_MR, &req, sizeof(req));
+}
+
 /* The new memory belongs to the region once the device has accepted the first request, even if
  * describing the rest fails: the region does not work then, and can only be deregistered.
  */
@@ -262,7 +274,10 @@ static int vrdma_mr_reregister(struct vrdma_dev *dev, struct vrdma_mr *mr, struc
 	mr->umem = re->umem;
 	mr->iova = re->iova;
 	re->umem = NULL;
-	return vrdma_mr_extend(dev, mr->ibmr.lkey, &walk, left - num);
+	ret = vrdma_mr_extend(dev, mr->ibmr.lkey, &walk, left - num);
+	if (ret && (re->flags & VIRTIO_RDMA_REREG_PD))
+		vrdma_mr_restore_pd(dev, mr);
+	return ret;
 }
 
 struct ib_mr *vrdma_rereg_user_mr(struct ib_mr *ibmr, int flags, u64 start, u64 length, u64 iova,
@@ -313,11 +328,8 @@ int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibmr->device);
 	struct vrdma_mr *mr = to_vmr(ibmr);
-	int ret;
 
-	ret = vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
-	if (ret)
-		return ret;
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
 	vrdma_umem_release(dev, mr->umem);
 	kfree(mr);
 	return 0;

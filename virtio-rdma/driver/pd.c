@@ -19,5 +19,6 @@ int vrdma_dealloc_pd(struct ib_pd *ibpd, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibpd->device);
 
-	return vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEALLOC_PD, to_vpd(ibpd)->pdn);
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEALLOC_PD, to_vpd(ibpd)->pdn);
+	return 0;
 }

@@ -110,7 +110,7 @@ static int vrdma_qp_take_answer(struct vrdma_dev *dev, struct vrdma_qp *qp,
 	qp->ibqp.qp_num = le32_to_cpu(resp->qpn);
 	qp->doorbell = le32_to_cpu(resp->doorbell);
 	if (queue >= dev->num_doorbellqs || qp->doorbell >= dev->attr.max_doorbells) {
-		vrdma_ctrl_undo(dev, VIRTIO_RDMA_CMD_DESTROY_QP, qp->ibqp.qp_num);
+		vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_QP, qp->ibqp.qp_num);
 		return -EIO;
 	}
 	qp->dbq = &dev->doorbellqs[queue];
@@ -190,7 +190,7 @@ int vrdma_create_qp(struct ib_qp *ibqp, struct ib_qp_init_attr *init, struct ib_
 err_withdraw:
 	vrdma_qp_withdraw(dev, qp);
 err_undo:
-	vrdma_ctrl_undo(dev, VIRTIO_RDMA_CMD_DESTROY_QP, ibqp->qp_num);
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_QP, ibqp->qp_num);
 err_rings:
 	vrdma_qp_release_rings(dev, qp);
 	return ret;
@@ -200,11 +200,8 @@ int vrdma_destroy_qp(struct ib_qp *ibqp, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibqp->device);
 	struct vrdma_qp *qp = to_vqp(ibqp);
-	int ret;
 
-	ret = vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_QP, ibqp->qp_num);
-	if (ret)
-		return ret;
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_QP, ibqp->qp_num);
 	vrdma_qp_withdraw(dev, qp);
 	vrdma_qp_release_rings(dev, qp);
 	return 0;

@@ -18,6 +18,12 @@
 /* What software devices say; zero is taken for an error */
 #define VRDMA_NO_VENDOR	0xffffff
 
+/* A capability that is not known promises nothing */
+static enum ib_atomic_cap vrdma_atomic_cap(u32 wire)
+{
+	return wire <= IB_ATOMIC_GLOB ? wire : IB_ATOMIC_NONE;
+}
+
 static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_device_attr *wire)
 {
 	struct vrdma_attr *attr = &dev->attr;
@@ -38,6 +44,7 @@ static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_devi
 	attr->max_rd_atomic = le32_to_cpu(wire->max_rd_atomic);
 	attr->qp_types = le32_to_cpu(wire->qp_types);
 	attr->max_msg_size = le32_to_cpu(wire->max_msg_size);
+	attr->atomic_cap = vrdma_atomic_cap(le32_to_cpu(wire->atomic_cap));
 	attr->vendor_id = le32_to_cpu(wire->vendor_id);
 }
 
@@ -101,7 +108,7 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_qp_rd_atom = attr->max_rd_atomic;
 	out->max_qp_init_rd_atom = attr->max_rd_atomic;
 	out->max_res_rd_atom = min_t(u64, (u64)attr->max_rd_atomic * attr->max_qp, INT_MAX);
-	out->atomic_cap = IB_ATOMIC_NONE;
+	out->atomic_cap = attr->atomic_cap;
 	out->max_pkeys = 1;
 	out->local_ca_ack_delay = 15;
 	return 0;

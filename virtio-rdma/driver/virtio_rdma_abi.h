@@ -14,7 +14,7 @@
 #define VIRTIO_RDMA_ID			42	/* reserved by the virtio specification */
 #define VIRTIO_RDMA_ID_ALT		38	/* for VMMs that have no name for 42 */
 #define VIRTIO_RDMA_MAGIC		0x41445246	/* "FRDA" */
-#define VIRTIO_RDMA_ABI_VERSION		1
+#define VIRTIO_RDMA_ABI_VERSION		2
 #define VIRTIO_RDMA_PAGE_SIZE		4096
 #define VIRTIO_RDMA_CONFIG_LINK_UP	1	/* bit of virtio_rdma_config.status */
 
@@ -181,7 +181,8 @@ struct virtio_rdma_device_attr {
 	__le32 max_mw;	/* Most memory windows; zero while they are not offered */
 	__le32 max_mcast_grp;	/* Most multicast groups; zero while they are not offered */
 	__le32 max_msg_size;	/* Bytes in the largest message */
-	__le32 reserved[10];
+	__le32 atomic_cap;	/* What atomics are atomic with, an enum ib_atomic_cap */
+	__le32 reserved[9];
 	__le32 vendor_id;	/* Vendor id for display */
 };
 

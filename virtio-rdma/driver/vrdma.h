@@ -71,6 +71,8 @@ struct vrdma_eventq {
 	spinlock_t lock;		/* the virtqueue */
 	struct virtio_rdma_event *bufs;
 	unsigned int num_bufs;
+	struct work_struct more;
+	bool drained;
 };
 
 /* The doorbells of one worker of the device */
@@ -99,6 +101,7 @@ struct vrdma_attr {
 	u32 max_rd_atomic;
 	u32 qp_types;
 	u32 max_msg_size;
+	enum ib_atomic_cap atomic_cap;
 	u32 vendor_id;
 };
 
@@ -247,8 +250,8 @@ void vrdma_cmd_free(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
 u32 vrdma_cmd_max_extents(struct vrdma_dev *dev, size_t body_len);
 int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len,
 		    void *result, size_t result_len);
-int vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number);
-void vrdma_ctrl_undo(struct vrdma_dev *dev, u16 opcode, u32 number);
+void vrdma_ctrl_must(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len);
+void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number);
 void vrdma_dev_fail(struct vrdma_dev *dev, const char *why);
 
 /* memory.c */

@@ -237,3 +237,15 @@ wire_enum! {
         GeneralErr = 21,
     }
 }
+
+wire_enum! {
+    /// What the atomics of a device are atomic with (`enum ib_atomic_cap`; IBA 11.2.1.2).
+    AtomicCap: u32 {
+        /// There are none.
+        None = 0,
+        /// Those of QPs of the same device.
+        Hca = 1,
+        /// Those of every QP and of processors.
+        Glob = 2,
+    }
+}

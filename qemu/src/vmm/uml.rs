@@ -68,6 +68,10 @@ impl Uml {
         add("init=/init".into());
         // Panics end the process instead of leaving it hanging.
         add("panic=-1".into());
+        // A virtqueue's interrupt (SIGIO) that comes while interrupts are off is only marked as pending, and an idle
+        // processor looks for a pending SIGALRM alone before it sleeps. With its tick stopped it could sleep on the
+        // interrupt for ever; with the tick it finds it within 10 ms.
+        add("nohz=off".into());
         add("con=null".into());
         add("con0=null,fd:1".into());
         if spec.shell {

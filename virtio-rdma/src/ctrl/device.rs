@@ -47,8 +47,10 @@ wire! {
         max_mcast_grp: U32,
         /// Bytes in the largest message.
         max_msg_size: U32,
+        /// What atomics are atomic with, an [`AtomicCap`](crate::ib::AtomicCap).
+        atomic_cap: U32,
         /// Zero.
-        reserved: [U32; 10],
+        reserved: [U32; 9],
         /// Vendor id for display.
         vendor_id: U32,
     }
