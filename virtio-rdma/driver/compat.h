@@ -60,6 +60,20 @@ static inline void vrdma_keep_name(struct ib_device *ibdev)
 #endif
 }
 
+/* Deletes the GIDs of an interface that stays; kernels that cannot keep them until it goes */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 2)
+#define VRDMA_CAN_DELETE_GIDS	true
+static inline void vrdma_delete_gids(struct ib_device *ibdev, u32 port, struct net_device *ndev)
+{
+	roce_del_all_netdev_gids(ibdev, port, ndev);
+}
+#else
+#define VRDMA_CAN_DELETE_GIDS	false
+static inline void vrdma_delete_gids(struct ib_device *ibdev, u32 port, struct net_device *ndev)
+{
+}
+#endif
+
 static inline struct ib_umem *vrdma_umem_get(struct ib_device *ibdev, unsigned long addr,
 					     size_t size, int access)
 {

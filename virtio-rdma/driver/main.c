@@ -254,6 +254,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	init_waitqueue_head(&dev->ctrl.room);
 	INIT_LIST_HEAD(&dev->ctrl.drained);
 	spin_lock_init(&dev->netdev_lock);
+	INIT_LIST_HEAD(&dev->old_netdevs);
 	mutex_init(&dev->parked_lock);
 	INIT_LIST_HEAD(&dev->parked_rings);
 	INIT_LIST_HEAD(&dev->parked_umems);

@@ -129,8 +129,9 @@ struct vrdma_dev {
 	struct xarray qps;
 
 	struct notifier_block netdev_nb;
-	spinlock_t netdev_lock;		/* netdev */
+	spinlock_t netdev_lock;		/* the two below */
 	struct net_device *netdev;
+	struct list_head old_netdevs;	/* GIDs to delete */
 	struct work_struct port_work;
 	unsigned long port_flags;
 	enum ib_port_state port_state;	/* as last told to applications */
@@ -149,7 +150,7 @@ enum {
 
 /* Bits of vrdma_dev.port_flags */
 enum {
-	VRDMA_PORT_RESCAN,	/* another netdev: the GID table starts over */
+	VRDMA_PORT_RESCAN,	/* another netdev: its GIDs are to be added */
 	VRDMA_PORT_CONFIG,	/* the configuration space changed */
 };
 
