@@ -7,6 +7,7 @@ mod area;
 mod memory;
 pub mod parse;
 mod queues;
+mod shared;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::cq::Cq;
 use crate::engine::Engine;
 use crate::mem::{Map, Pages};
 use crate::nic::Nic;
+use crate::srq::Srq;
 
 /// Why a command was refused: what the host's log says. The guest sees [`status`](Self::status).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -100,6 +102,7 @@ pub struct Control {
     next_pd: u32,
     regions: Regions,
     cqs: Vec<Option<Arc<Cq>>>,
+    srqs: Vec<Option<Arc<Srq>>>,
     arm: Option<Arc<Pages>>,
     /// Bytes of guest memory that all rings take.
     ring_bytes: u64,
@@ -118,6 +121,7 @@ impl Control {
             next_pd: 1,
             regions: Regions::default(),
             cqs: Vec::new(),
+            srqs: Vec::new(),
             arm: None,
             ring_bytes: 0,
             qps_created: 0,
@@ -182,6 +186,10 @@ impl Control {
             Command::ModifyQp(args) => self.modify_qp(&args),
             Command::QueryQp(qpn) => self.query_qp(qpn),
             Command::DestroyQp(qpn) => self.destroy_qp(qpn),
+            Command::CreateSrq(args, extents) => self.create_srq(&args, &extents),
+            Command::ModifySrq(args) => self.modify_srq(args),
+            Command::QuerySrq(srqn) => self.query_srq(srqn),
+            Command::DestroySrq(srqn) => self.destroy_srq(srqn),
         }
     }
 
@@ -201,6 +209,9 @@ impl Control {
         }
         for cq in self.cqs.drain(..).flatten() {
             cq.close();
+        }
+        for srq in self.srqs.drain(..).flatten() {
+            srq.close();
         }
         self.engine.quiesce().wait();
         for queue in &self.nic.events {

@@ -14,7 +14,7 @@ use crate::cq::Cq;
 use crate::nic::keys::random_qpn;
 use crate::profile::Profile;
 use crate::qp::state::allowed;
-use crate::qp::{Identity, Qp, RecvQueue, SendQueue};
+use crate::qp::{Identity, Qp, RecvQueue, RecvRing, RecvSource, SendQueue};
 use crate::ring::rxe::Caps;
 use crate::ring::{Geometry, Ring};
 
@@ -62,8 +62,9 @@ impl Control {
         let send_caps = caps(args.max_send_sge.get(), args.max_inline_data.get());
         let recv_caps = caps(args.max_recv_sge.get(), 0);
         let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;
-        let recv_ring = self.ring(&args.rq, rq, recv_caps.recv_element())?;
-        let ring_bytes = (send_ring.geometry().size() + recv_ring.geometry().size()) as u64;
+        let source = self.recv_source(args, rq, recv_caps)?;
+        let srq = source.srq().cloned();
+        let ring_bytes = (send_ring.geometry().size() + source.ring_size()) as u64;
         self.check_ring_bytes(ring_bytes)?;
         let (send_cq, recv_cq) = (self.cq(args.send_cqn.get())?, self.cq(args.recv_cqn.get())?);
         let queue = self.qps_created % self.nic.doorbells.len();
@@ -71,10 +72,14 @@ impl Control {
         let qpn = random_qpn(|n| self.nic.qps.read().contains_key(&n));
         send_cq.users.fetch_add(1, Ordering::Relaxed);
         recv_cq.users.fetch_add(1, Ordering::Relaxed);
+        if let Some(srq) = &srq {
+            srq.users.fetch_add(1, Ordering::Relaxed);
+        }
         let id = Identity {
             qpn,
             kind,
             pdn: args.pdn.get(),
+            srq,
             doorbell_queue: queue,
             doorbell,
             ring_bytes,
@@ -82,7 +87,7 @@ impl Control {
             send_cq,
             recv_cq,
         };
-        let qp = Qp::new(id, SendQueue::new(send_ring, send_caps), RecvQueue::new(Some(recv_ring), recv_caps));
+        let qp = Qp::new(id, SendQueue::new(send_ring, send_caps), RecvQueue::new(source));
         self.insert_qp(Arc::new(qp));
         Ok(answer(&CreateQpResponse {
             qpn: qpn.into(),
@@ -92,14 +97,24 @@ impl Control {
         }))
     }
 
+    /// Where the receives of a new QP come from.
+    fn recv_source(&self, args: &CreateQp, rq: &[RawExtent], caps: Caps) -> Result<RecvSource, Refusal> {
+        if args.srqn.get() == NO_OBJECT {
+            let ring = self.ring(&args.rq, rq, caps.recv_element())?;
+            return Ok(RecvSource::Own(RecvRing::new(ring, caps)));
+        }
+        let srq = self.srq(args.srqn.get())?;
+        if args.rq.entries.get() != 0 || !rq.is_empty() {
+            return Err(Refusal::Value("a receive ring beside a shared receive queue"));
+        }
+        Ok(RecvSource::Shared(srq))
+    }
+
     fn check_create(&self, args: &CreateQp) -> Result<QpType, Refusal> {
         let profile = &self.nic.config.profile;
         let kind = QpType::from_wire(args.qp_type).ok_or(Refusal::Value("QP type"))?;
         if !Profile::QP_TYPES.contains(&kind) {
             return Err(Refusal::NotOffered("this QP type"));
-        }
-        if args.srqn.get() != NO_OBJECT {
-            return Err(Refusal::NotOffered("a shared receive queue"));
         }
         if args.sq_sig_all > 1 || args.reserved0.get() != 0 || args.reserved1.iter().any(|r| r.get() != 0) {
             return Err(Refusal::Reserved);
@@ -115,7 +130,7 @@ impl Control {
         Ok(kind)
     }
 
-    fn ring(&self, desc: &RingDesc, extents: &[RawExtent], element: usize) -> Result<Ring, Refusal> {
+    pub(super) fn ring(&self, desc: &RingDesc, extents: &[RawExtent], element: usize) -> Result<Ring, Refusal> {
         let max_entries = (self.nic.config.profile.max_qp_wr + 1).next_power_of_two();
         let geometry = Geometry::parse(desc, max_entries, element).ok_or(Refusal::Value("work ring"))?;
         self.new_ring(geometry, extents, "work ring")
@@ -162,6 +177,9 @@ impl Control {
         self.ring_bytes -= qp.id.ring_bytes;
         qp.id.send_cq.users.fetch_sub(1, Ordering::Relaxed);
         qp.id.recv_cq.users.fetch_sub(1, Ordering::Relaxed);
+        if let Some(srq) = &qp.id.srq {
+            srq.users.fetch_sub(1, Ordering::Relaxed);
+        }
         Ok(nothing())
     }
 
@@ -237,6 +255,7 @@ impl Control {
                 self.nic.raise(EventType::CqError, cq.cqn);
             }
         }
+        self.drop_lost_srqs();
         let qps: Vec<_> = self.nic.qps.read().values().cloned().collect();
         for qp in qps {
             let send_gone = qp.send.lock().close_if_gone(&self.map);
@@ -305,7 +324,7 @@ fn check_attributes(mask: QpMask, attr: &QpAttr, max_rd_atomic: u32, max_gids: u
 }
 
 /// The first free slot, in a table of at most `max`.
-fn free_slot<T>(slots: &mut Vec<Option<T>>, max: u32) -> Option<usize> {
+pub(super) fn free_slot<T>(slots: &mut Vec<Option<T>>, max: u32) -> Option<usize> {
     let index = slots.iter().position(Option::is_none).unwrap_or(slots.len());
     if index == slots.len() {
         if index >= max as usize {

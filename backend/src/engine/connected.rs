@@ -9,7 +9,7 @@ use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
 use super::context::{Budget, Context, Gather, Side};
 use super::job::Job;
-use super::serve::{RecvDone, complete_recv, fatal};
+use super::serve::{RecvDone, complete_recv, fatal, note_limit};
 use crate::mem::{self, AtomicOp, Source};
 use crate::mr::KeyError;
 use crate::nic::Nic;
@@ -232,6 +232,7 @@ fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job) -> Result<(), Faul
 
 fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Fault> {
     let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
+    note_limit(&peer.nic, &peer.qp);
     match taken {
         Taken::Empty | Taken::TooShort => return Ok(Admission::NotReady),
         Taken::Broken(reason) => {
@@ -251,7 +252,7 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admi
     if job.wqe.length > job.recv.sges.total() {
         return Err(Fault::TOO_LONG);
     }
-    ctx.check_sges(&peer.nic, peer.qp.id.pdn, Access::LOCAL_WRITE, job.recv.sges.as_slice())
+    ctx.check_sges(&peer.nic, peer.qp.id.recv_pdn(), Access::LOCAL_WRITE, job.recv.sges.as_slice())
         .map_err(|_| Fault::OPERATION)?;
     Ok(Admission::Accepted)
 }
@@ -329,7 +330,6 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
     ctx.src.clear();
     ctx.dst.clear();
     let own = |need| Gather { nic, pdn: qp.id.pdn, need, sges: job.wqe.sges.as_slice(), from: job.done, len };
-    let remote = |need, sges| Gather { nic: &peer.nic, pdn: peer.qp.id.pdn, need, sges, from: job.done, len };
     match job.wqe.op {
         Op::Read { remote_addr, rkey } => {
             reach(ctx, peer, Side::Source, (Access::REMOTE_READ, remote_addr, rkey), job.done, len)?;
@@ -341,7 +341,8 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
         }
         _ => {
             source(ctx, job, &own(Access::empty()))?;
-            let target = remote(Access::LOCAL_WRITE, job.recv.sges.as_slice());
+            let (pdn, sges) = (peer.qp.id.recv_pdn(), job.recv.sges.as_slice());
+            let target = Gather { nic: &peer.nic, pdn, need: Access::LOCAL_WRITE, sges, from: job.done, len };
             let gone = |_: KeyError| Failure::Remote(Fault::OPERATION);
             ctx.gather(Side::Destination, &target).map_err(gone)?;
         }

@@ -51,7 +51,13 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
         QpState::Sqd => drain(ctx, nic, qp, send),
         QpState::Err => {
             let more = flush_send(ctx, nic, qp, send);
-            if flush_recv(ctx, nic, qp) || more { Next::Again } else { Next::Idle }
+            if flush_recv(ctx, nic, qp) || more {
+                return Next::Again;
+            }
+            if qp.recv.lock().take_last_event() {
+                nic.raise(EventType::LastWqeReached, qp.id.qpn);
+            }
+            Next::Idle
         }
         QpState::Sqe => {
             if flush_send(ctx, nic, qp, send) {
@@ -333,6 +339,15 @@ fn flush_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> bool {
     }
     ctx.recycle(job);
     more
+}
+
+/// A receive was taken, maybe from a shared queue that runs low now.
+pub(super) fn note_limit(nic: &Nic, qp: &Qp) {
+    if let Some(srq) = &qp.id.srq
+        && srq.take_limit_event()
+    {
+        nic.raise(EventType::SrqLimit, srq.srqn);
+    }
 }
 
 /// What a receive's completion says.

@@ -9,7 +9,7 @@ use virtio_rdma::ring::GRH_SIZE;
 
 use super::context::{Context, Gather, Side};
 use super::job::Job;
-use super::serve::{RecvDone, Step, complete_recv, fatal};
+use super::serve::{RecvDone, Step, complete_recv, fatal, note_limit};
 use crate::mem::{self, Source};
 use crate::mr::KeyError;
 use crate::nic::Nic;
@@ -55,6 +55,7 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
         return Step::Failed(WcStatus::LocProtErr);
     }
     let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
+    note_limit(&peer_nic, &peer);
     match taken {
         Taken::Empty if peer.recv.lock().starved => return drop_it(nic),
         Taken::Empty => {
@@ -135,7 +136,7 @@ fn deliver(
     ctx.dst.clear();
     let len = GRH_SIZE as u64 + job.wqe.length;
     let sges = job.recv.sges.as_slice();
-    let to = Gather { nic: peer_nic, pdn: peer.id.pdn, need: Access::LOCAL_WRITE, sges, from: 0, len };
+    let to = Gather { nic: peer_nic, pdn: peer.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
     if ctx.gather(Side::Destination, &to).is_err() {
         refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
         return drop_it(nic);

@@ -2,7 +2,7 @@
 //!
 //! A QP has one owner, the worker that serves its send queue; the `send` lock is how the control queue
 //! gets a word in. The receive queue is taken from by whoever sends to the QP, under its own short lock. No thread takes a `send` lock
-//! while it holds another lock, and no receive or completion lock is held while another is taken.
+//! while it holds another lock, and no receive or completion lock is held while another is taken, except that of the SRQ behind a receive queue.
 
 mod recv;
 mod send;
@@ -15,10 +15,11 @@ use parking_lot::Mutex;
 use virtio_rdma::ctrl::QpAttr;
 use virtio_rdma::ib::{Access, QpState, QpType};
 
-pub use recv::{Flush, RecvQueue, Taken, Ticket};
+pub use recv::{Flush, RecvQueue, RecvRing, RecvSource, Taken, Ticket};
 pub use send::{Binding, SendQueue, Wait, WaitKind};
 
 use crate::cq::Cq;
+use crate::srq::Srq;
 
 /// What never changes about a QP.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct Identity {
     pub kind: QpType,
     /// Protection domain.
     pub pdn: u32,
+    /// Shared receive queue, if its receives come from one.
+    pub srq: Option<Arc<Srq>>,
     /// Doorbell queue, counted from 0.
     pub doorbell_queue: usize,
     /// Bit in that queue's doorbell area.
@@ -41,6 +44,13 @@ pub struct Identity {
     pub send_cq: Arc<Cq>,
     /// CQ of the receive queue.
     pub recv_cq: Arc<Cq>,
+}
+
+impl Identity {
+    /// Protection domain that its receives are held to.
+    pub fn recv_pdn(&self) -> u32 {
+        self.srq.as_ref().map_or(self.pdn, |srq| srq.pdn)
+    }
 }
 
 /// A queue pair.

@@ -1,8 +1,11 @@
 //! The receive queue of a QP.
 
+use std::sync::Arc;
+
 use crate::mem::Map;
 use crate::ring::Ring;
 use crate::ring::rxe::{Caps, parse_recv};
+use crate::srq::Srq;
 use crate::wqe::Recv;
 
 /// What taking a receive came to.
@@ -44,32 +47,23 @@ struct Filling {
     busy: bool,
 }
 
-/// Receive ring, our side of it.
+/// Receives in a ring, our side of it.
 #[derive(Debug)]
-pub struct RecvQueue {
+pub struct RecvRing {
+    /// `None` once its memory is gone or nobody may touch it.
     ring: Option<Ring>,
     caps: Caps,
     consumer: u32,
-    tickets: u64,
-    filling: Option<Filling>,
-    /// A receive whose message was dropped: the next one to be taken.
-    held: Option<Box<Recv>>,
-    /// A datagram was dropped after waiting for a receive, and none was posted since.
-    pub starved: bool,
 }
 
-impl RecvQueue {
-    /// Over this ring; `None` for a QP without receives.
-    pub fn new(ring: Option<Ring>, caps: Caps) -> Self {
-        Self { ring, caps, consumer: 0, tickets: 0, filling: None, held: None, starved: false }
+impl RecvRing {
+    /// Over this ring.
+    pub fn new(ring: Ring, caps: Caps) -> Self {
+        Self { ring: Some(ring), caps, consumer: 0 }
     }
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
-        if let Some(held) = self.held.take() {
-            *out = *held;
-            return Taken::Yes;
-        }
         let Some(ring) = &self.ring else {
             return Taken::Empty;
         };
@@ -78,7 +72,6 @@ impl RecvQueue {
             Ok(_) => {}
             Err(_) => return Taken::Broken("producer index of the receive ring is outside the ring"),
         }
-        self.starved = false;
         let parsed = parse_recv(ring, self.consumer, self.caps, out);
         if parsed.is_ok() && at_least.is_some_and(|n| out.sges.total() < n) {
             return Taken::TooShort;
@@ -86,6 +79,103 @@ impl RecvQueue {
         self.consumer = ring.geometry().next(self.consumer);
         ring.set_consumer(self.consumer);
         if parsed.is_ok() { Taken::Yes } else { Taken::Malformed }
+    }
+
+    /// Receives that are posted. Of a ring with an index that makes no sense: none.
+    pub fn left(&self) -> u32 {
+        let Some(ring) = &self.ring else {
+            return 0;
+        };
+        ring.producer().map_or(0, |index| index.wrapping_sub(self.consumer) & self.capacity())
+    }
+
+    /// Receives that it can hold.
+    pub fn capacity(&self) -> u32 {
+        self.ring.as_ref().map_or(0, |ring| ring.geometry().entries - 1)
+    }
+
+    fn reset(&mut self) {
+        self.consumer = 0;
+        if let Some(ring) = &self.ring {
+            ring.set_consumer(0);
+            ring.set_producer(0);
+        }
+    }
+
+    /// Lets go of the ring.
+    pub fn close(&mut self) {
+        self.ring = None;
+    }
+
+    /// Lets go of the ring if its memory is no longer there; true if it did.
+    pub fn close_if_gone(&mut self, map: &Map) -> bool {
+        let gone = self.ring.as_ref().is_some_and(|r| !r.is_in(map));
+        if gone {
+            self.ring = None;
+        }
+        gone
+    }
+}
+
+/// Where a QP's receives are posted.
+#[derive(Debug)]
+pub enum RecvSource {
+    /// In a ring of its own.
+    Own(RecvRing),
+    /// In a shared receive queue.
+    Shared(Arc<Srq>),
+}
+
+impl RecvSource {
+    /// The shared receive queue, if it is one.
+    pub fn srq(&self) -> Option<&Arc<Srq>> {
+        match self {
+            Self::Own(_) => None,
+            Self::Shared(srq) => Some(srq),
+        }
+    }
+
+    /// Bytes of the QP's own ring.
+    pub fn ring_size(&self) -> usize {
+        match self {
+            Self::Own(own) => own.ring.as_ref().map_or(0, |ring| ring.geometry().size()),
+            Self::Shared(_) => 0,
+        }
+    }
+}
+
+/// The receive queue of a QP.
+#[derive(Debug)]
+pub struct RecvQueue {
+    source: RecvSource,
+    tickets: u64,
+    filling: Option<Filling>,
+    /// A receive whose message was dropped: the next one to be taken.
+    held: Option<Box<Recv>>,
+    /// A datagram was dropped after waiting for a receive, and none was posted since.
+    pub starved: bool,
+    /// ERR, with an SRQ: the guest was told that no more of its receives will complete here.
+    last_told: bool,
+}
+
+impl RecvQueue {
+    /// With receives from there.
+    pub fn new(source: RecvSource) -> Self {
+        Self { source, tickets: 0, filling: None, held: None, starved: false, last_told: false }
+    }
+
+    /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
+    pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
+        if let Some(held) = self.held.take() {
+            *out = *held;
+            return Taken::Yes;
+        }
+        let taken = match &mut self.source {
+            RecvSource::Own(ring) => ring.take(at_least, out),
+            RecvSource::Shared(srq) => srq.take(at_least, out),
+        };
+        self.starved &= taken == Taken::Empty;
+        taken
     }
 
     /// Takes the next receive for a message that may need several visits, beginning with this one. Until [`finish`](Self::finish) it
@@ -136,7 +226,7 @@ impl RecvQueue {
         self.filling.as_mut().filter(|filling| filling.ticket == ticket)
     }
 
-    /// Takes a receive in order to flush it: the one being filled first.
+    /// Takes a receive in order to flush it: the one being filled first. With a shared queue that is all.
     pub fn take_for_flush(&mut self, out: &mut Recv) -> Flush {
         match &self.filling {
             Some(Filling { busy: true, .. }) => return Flush::Busy,
@@ -147,40 +237,53 @@ impl RecvQueue {
             }
             None => {}
         }
-        match self.take(None, out) {
+        if let Some(held) = self.held.take() {
+            *out = *held;
+            return Flush::Yes;
+        }
+        // What is in a shared queue is for its other QPs.
+        let RecvSource::Own(ring) = &mut self.source else {
+            return Flush::Empty;
+        };
+        match ring.take(None, out) {
             Taken::Yes | Taken::Malformed => Flush::Yes,
             _ => Flush::Empty,
         }
     }
 
+    /// After the flush: whether the guest is to be told that this QP has taken its last receive from the shared queue. True once.
+    pub fn take_last_event(&mut self) -> bool {
+        self.source.srq().is_some() && !std::mem::replace(&mut self.last_told, true)
+    }
+
     /// Empties the ring, as a transition to RESET does.
     pub fn reset(&mut self) {
-        self.consumer = 0;
         self.forget();
-        if let Some(ring) = &self.ring {
-            ring.set_consumer(0);
-            ring.set_producer(0);
+        if let RecvSource::Own(ring) = &mut self.source {
+            ring.reset();
         }
     }
 
     /// Lets go of the ring.
     pub fn close(&mut self) {
         self.forget();
-        self.ring = None;
+        if let RecvSource::Own(ring) = &mut self.source {
+            ring.close();
+        }
     }
 
     /// Lets go of the ring if its memory is no longer there; true if it did.
     pub fn close_if_gone(&mut self, map: &Map) -> bool {
-        let gone = self.ring.as_ref().is_some_and(|r| !r.is_in(map));
-        if gone {
-            self.ring = None;
+        match &mut self.source {
+            RecvSource::Own(ring) => ring.close_if_gone(map),
+            RecvSource::Shared(_) => false,
         }
-        gone
     }
 
     fn forget(&mut self) {
         self.filling = None;
         self.held = None;
         self.starved = false;
+        self.last_told = false;
     }
 }
