@@ -8,6 +8,7 @@ use std::time::Duration;
 use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::vhost::Connection;
+use freeflow_tests::logs;
 use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -30,6 +31,7 @@ fn add_regions(connection: &mut Connection, of: &VhostUserMemoryRegionInfo) -> u
 
 #[test]
 fn a_virtual_nic_outlives_a_lack_of_descriptors() {
+    logs::collect();
     let bed = Bed::new(2);
     let regions = bed.guests[0].memory().regions();
     let added = bed.guests[0].with_connection(|c| Ok(add_regions(c, &regions[0].info()))).unwrap();
@@ -42,7 +44,7 @@ fn a_virtual_nic_outlives_a_lack_of_descriptors() {
     // One for our end of the connection, and none for the router's.
     eaten.pop();
     let stream = UnixStream::connect(bed.router.socket_of(1)).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
+    eventually("failure to accept", LONG, || !logs::lines_with("Too many open files").is_empty());
     drop((stream, eaten));
     drop(bed.router.guest(1, GuestConfig::default()));
 }

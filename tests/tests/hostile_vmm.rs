@@ -10,16 +10,17 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::time::{Duration, Instant};
 
 use freeflow_tests::bed::{Bed, eventually};
-use freeflow_tests::guest::Guest;
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{Op, Rc, SendWr};
 use freeflow_tests::guest::vhost::Connection;
-use freeflow_tests::guest::virtq::{INDIRECT, Virtq};
+use freeflow_tests::guest::virtq::{Desc, INDIRECT, NEXT, Virtq};
+use freeflow_tests::guest::{Guest, GuestConfig};
 use freeflow_tests::logs;
 use freeflow_tests::router::{RouterSpec, TestRouter};
 use vhost::VhostBackend;
 use virtio_rdma::event::EventType;
 use vmm_sys_util::eventfd::EventFd;
+use zerocopy::IntoBytes;
 
 /// Long enough for anything that is not blocked.
 const LONG: Duration = Duration::from_secs(10);
@@ -54,12 +55,12 @@ fn provoke_event(a: &Rc) {
     a.qp.doorbell().ring();
 }
 
-/// What a vCPU does that offers the same chains over and over, at least one always.
+/// What a vCPU does that offers the same chains over and over.
 fn offer(q: &Virtq, stop: &AtomicBool) {
     let (avail, used) = (q.avail_word(), q.used_word());
     while !stop.load(Relaxed) {
         let taken = (used.load(Acquire) >> 16) as u16;
-        avail.store(u32::from(taken.wrapping_add(q.size() - 4)) << 16, Release);
+        avail.store(u32::from(taken.wrapping_add(q.size())) << 16, Release);
     }
 }
 
@@ -77,6 +78,19 @@ fn while_offering(q: &Virtq, f: impl FnOnce()) {
     });
 }
 
+/// Makes each chain of a virtqueue an indirect table that is as long as can be and takes long to read.
+fn make_chains_long(guest: &Guest, q: &Virtq) {
+    let table = guest.alloc(usize::from(u16::MAX) * size_of::<Desc>()).unwrap();
+    for index in 0..u16::MAX {
+        let desc = Desc { flags: NEXT.into(), next: (index + 1).into(), ..Desc::default() };
+        table.write(size_of::<Desc>() * usize::from(index), desc.as_bytes());
+    }
+    for index in 0..q.size() {
+        q.write_available(index, index);
+        q.write_raw(index, table.gpa(0), table.len() as u32, INDIRECT, 0);
+    }
+}
+
 #[track_caller]
 fn assert_stops(router: &TestRouter) {
     let start = Instant::now();
@@ -89,7 +103,7 @@ fn unusable_event_buffers_without_end_hang_no_worker() {
     let (bed, v, w) = victims();
     let (a, _b) = Rc::pair(&bed.guests[0], &bed.guests[0], 64).unwrap();
     let queue = bed.guests[0].events().queue(0);
-    (0..queue.virtq.size()).for_each(|index| queue.virtq.write_len(index, 8));
+    make_chains_long(&bed.guests[0], &queue.virtq);
     while_offering(&queue.virtq, || {
         provoke_event(&a);
         std::thread::sleep(Duration::from_millis(20));
@@ -155,7 +169,7 @@ fn a_call_descriptor_that_blocks_holds_up_nobody() {
     assert_stops(&bed.router);
 }
 
-fn make_blocking(fd: &EventFd) {
+fn make_blocking(fd: &impl AsRawFd) {
     // SAFETY: commands without pointers, on a descriptor that is open.
     unsafe {
         let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
@@ -187,6 +201,7 @@ fn a_full_pipe_holds_up_nobody() {
     let (a, _b) = Rc::pair(&bed.guests[0], &bed.guests[0], 64).unwrap();
     let (_reader, mut writer) = call_by_pipe(&bed.guests[0]);
     writer.write_all(&vec![0; 1 << 16]).unwrap();
+    make_blocking(&writer);
     provoke_event(&a);
     std::thread::sleep(Duration::from_millis(20));
     assert_served(&v, &w);
@@ -233,6 +248,8 @@ fn connecting_again_and_again_fills_no_log() {
     for _ in 0..500 {
         drop(UnixStream::connect(bed.router.socket_of(0)));
     }
+    // Served after all of them.
+    drop(bed.router.guest(0, GuestConfig::default()));
     let name = format!("{}:", bed.router.name_of(0));
     bed.router.stop();
     let lines = logs::lines_with(&name);
@@ -245,11 +262,7 @@ fn commands_without_end_keep_nobody_from_being_heard() {
     let guest = &bed.guests[0];
     let bases = guest.stop_queues().unwrap();
     let ctrl = guest.ctrl();
-    for slot in 0..ctrl.virtq.size() {
-        ctrl.virtq.write_available(slot, slot);
-        // A chain that leads back to its beginning.
-        ctrl.virtq.write_raw(slot, ctrl.scratch().gpa(0), 4096, freeflow_tests::guest::virtq::NEXT, slot);
-    }
+    make_chains_long(guest, &ctrl.virtq);
     while_offering(&ctrl.virtq, || {
         // The control queue is among those that the VMM starts and stops, and gets its answers.
         let start = Instant::now();
@@ -282,7 +295,7 @@ fn a_vmm_that_does_not_read_is_disconnected() {
     while stream.write_all(&GET_FEATURES).is_ok() {}
     eventually("the end of the connection", LONG + LONG, || !router.is_connected(0));
     // Another is served.
-    drop(router.guest(0, freeflow_tests::guest::GuestConfig::default()));
+    drop(router.guest(0, GuestConfig::default()));
 }
 
 #[test]
