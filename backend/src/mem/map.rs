@@ -242,3 +242,35 @@ impl Map {
         Some(Extent::new(region, offset, len.min(there)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_memory_files() {
+        // A file of some size that is no memory file, wherever this runs.
+        let file = || File::open("/sys/devices/system/cpu/online").unwrap();
+        let id = RegionId { gpa: 0, size: 4096, vmm_addr: 0, offset: 0 };
+        assert!(matches!(Map::default().with(id, file()), Err(MapError::NotMemory { gpa: 0 })));
+        assert!(matches!(Map::default().replaced(vec![(id, file())]), Err(MapError::NotMemory { gpa: 0 })));
+        let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(4096).unwrap();
+        assert!(Map::default().with(id, memory).is_ok());
+    }
+
+    #[test]
+    fn no_more_regions_than_offered() {
+        let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(4096).unwrap();
+        let region = |n: usize| {
+            let gpa = 4096 * n as u64;
+            (RegionId { gpa, size: 4096, vmm_addr: gpa, offset: 0 }, memory.try_clone().unwrap())
+        };
+        let full = Map::default().replaced((0..Map::MAX_REGIONS).map(region).collect()).unwrap();
+        let (id, file) = region(Map::MAX_REGIONS);
+        assert!(matches!(full.with(id, file), Err(MapError::TooMany)));
+        let more = (0..=Map::MAX_REGIONS).map(region).collect();
+        assert!(matches!(Map::default().replaced(more), Err(MapError::TooMany)));
+    }
+}
