@@ -16,6 +16,7 @@ use crate::nic::{Nic, NicConfig};
 use crate::overlay::{Gid, NicId, Overlay};
 use crate::profile::BadLimit;
 use crate::qp::Qp;
+use crate::vhost::aio::Signaller;
 use crate::vhost::server::Server;
 use crate::vhost::vring::Vring;
 
@@ -51,6 +52,8 @@ impl Host {
     /// # Errors
     /// When the system gives no threads or descriptors.
     pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Self> {
+        // Without it no guest could be interrupted: better said now than to each VMM.
+        Signaller::get()?;
         Ok(Self { engine: Engine::start(config, overlay)?, servers: Mutex::default() })
     }
 

@@ -177,9 +177,9 @@ fn make_blocking(fd: &impl AsRawFd) {
     }
 }
 
-/// Replaces the call descriptor of event queue 0 by the writing end of a pipe, which User-mode Linux does.
-fn call_by_pipe(guest: &Guest) -> (std::io::PipeReader, std::io::PipeWriter) {
-    let (reader, writer) = std::io::pipe().unwrap();
+/// Replaces the call descriptor of event queue 0 by one end of a socket pair, as User-mode Linux does.
+fn call_by_socket(guest: &Guest) -> (UnixStream, UnixStream) {
+    let (reader, writer) = UnixStream::pair().unwrap();
     // SAFETY: a descriptor of its own; nothing is asked of the eventfd but its number.
     let call = unsafe { EventFd::from_raw_fd(writer.try_clone().unwrap().into_raw_fd()) };
     guest.with_connection(|c| Ok(c.frontend().set_vring_call(1, &call)?)).unwrap();
@@ -187,20 +187,21 @@ fn call_by_pipe(guest: &Guest) -> (std::io::PipeReader, std::io::PipeWriter) {
 }
 
 #[test]
-fn a_pipe_interrupts() {
+fn a_socket_interrupts() {
     let bed = Bed::with(&on_one_worker(1), Placement::Contiguous);
     let (a, _b) = Rc::pair(&bed.guests[0], &bed.guests[0], 64).unwrap();
-    let (mut reader, _writer) = call_by_pipe(&bed.guests[0]);
+    let (mut reader, _writer) = call_by_socket(&bed.guests[0]);
     provoke_event(&a);
     reader.read_exact(&mut [0; 8]).unwrap();
 }
 
 #[test]
-fn a_full_pipe_holds_up_nobody() {
+fn a_full_socket_holds_up_nobody() {
     let (bed, v, w) = victims();
     let (a, _b) = Rc::pair(&bed.guests[0], &bed.guests[0], 64).unwrap();
-    let (_reader, mut writer) = call_by_pipe(&bed.guests[0]);
-    writer.write_all(&vec![0; 1 << 16]).unwrap();
+    let (_reader, mut writer) = call_by_socket(&bed.guests[0]);
+    writer.set_nonblocking(true).unwrap();
+    while writer.write(&[0; 4096]).is_ok() {}
     make_blocking(&writer);
     provoke_event(&a);
     std::thread::sleep(Duration::from_millis(20));

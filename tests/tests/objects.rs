@@ -42,7 +42,8 @@ fn limits_are_sensible() {
     assert!(attr.max_qp.get() >= 10_000 && attr.max_sge.get() >= 16 && attr.max_inline_data.get() >= 64);
     assert_eq!(attr.qp_types.get() & (1 << QpType::Rc.to_wire()), 1 << QpType::Rc.to_wire());
     assert_eq!(attr.qp_types.get() & (1 << QpType::Ud.to_wire()), 1 << QpType::Ud.to_wire());
-    assert_eq!((attr.max_srq.get(), attr.max_mw.get(), attr.max_mcast_grp.get()), (0, 0, 0));
+    assert!(attr.max_srq.get() >= 1024);
+    assert_eq!((attr.max_mw.get(), attr.max_mcast_grp.get()), (0, 0));
     assert_eq!(attr.max_msg_size.get(), 1 << 31);
 }
 

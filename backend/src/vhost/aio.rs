@@ -58,11 +58,19 @@ pub struct Signaller {
 }
 
 impl Signaller {
-    /// The one of this process; `None` where the kernel has no asynchronous I/O for us.
-    pub fn get() -> Option<&'static Self> {
-        static ONLY: OnceLock<Option<Signaller>> = OnceLock::new();
-        let make = || Self::new().inspect_err(|error| log::warn!("no asynchronous I/O: {error}")).ok();
-        ONLY.get_or_init(make).as_ref()
+    /// The one of this process.
+    ///
+    /// # Errors
+    /// When the kernel has no asynchronous I/O for us: it was built without, or `fs.aio-max-nr` is used up.
+    pub fn get() -> io::Result<&'static Self> {
+        static ONLY: OnceLock<Signaller> = OnceLock::new();
+        if let Some(only) = ONLY.get() {
+            return Ok(only);
+        }
+        let new = Self::new().map_err(|error| {
+            io::Error::new(error.kind(), format!("asynchronous I/O does not work (see sysctl fs.aio-max-nr): {error}"))
+        })?;
+        Ok(ONLY.get_or_init(|| new))
     }
 
     fn new() -> io::Result<Self> {

@@ -1,149 +1,71 @@
 //! Interrupting a guest through a descriptor that its VMM chose, without ever waiting for that VMM.
 //!
-//! The VMM holds the same open file. It may make it blocking and fill it at any moment, so nobody that others wait for
-//! may write to it: not the workers, and not the virtual NIC's thread, which has to free what the guest had.
-//! * An eventfd is signalled by the kernel, which does not block ([`Signaller`]). One more microsecond than a write.
-//! * A pipe, which is what User-mode Linux gives (it cannot have signals from eventfds), is written by a thread that
-//!   does nothing else, the [`Courier`]. `RWF_NOWAIT` would not do: a pipe's reader holds its lock while it copies to
-//!   memory that may be paged in by the VMM itself.
+//! The VMM holds the same open file. It may make it blocking and fill it at any moment, so only what cannot block whatever the
+//! file's flags are is done to it.
+//! * An eventfd is signalled by the kernel ([`Signaller`]).
+//! * A local socket, which is what User-mode Linux gives (it cannot have signals from eventfds), is written with a flag
+//!   of the call's own.
 //! * Anything else is refused: even asking a file what it is can block where the VMM serves its file system.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex};
+use rustix::net::{AddressFamily, SendFlags, send, sockopt};
 
 use super::aio::Signaller;
 
 /// Whether a descriptor is an eventfd, found out without asking the file.
 pub fn is_eventfd(file: &File) -> bool {
-    target(file).is_ok_and(|target| target == Path::new("anon_inode:[eventfd]"))
+    target(file).is_ok_and(|target| target == "anon_inode:[eventfd]")
 }
 
-fn is_pipe(file: &File) -> bool {
+fn is_local_socket(file: &File) -> bool {
     // Paths of files begin with a slash.
-    target(file).is_ok_and(|target| target.to_string_lossy().starts_with("pipe:["))
+    let is_socket = target(file).is_ok_and(|target| target.starts_with("socket:["));
+    is_socket && sockopt::socket_domain(file).is_ok_and(|domain| domain == AddressFamily::UNIX)
 }
 
-fn target(file: &File) -> io::Result<std::path::PathBuf> {
-    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+fn target(file: &File) -> io::Result<String> {
+    let target = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok(target.to_string_lossy().into_owned())
 }
 
 /// The call descriptor of one virtqueue.
 #[derive(Debug)]
-pub struct Call {
-    file: Arc<File>,
-    signaller: Option<&'static Signaller>,
-    courier: Arc<Courier>,
-    index: usize,
+pub enum Call {
+    /// An eventfd.
+    EventFd(File, &'static Signaller),
+    /// A local stream socket.
+    Socket(File),
 }
 
 impl Call {
-    /// `file`, for virtqueue `index`.
+    /// Takes what a VMM gave.
     ///
     /// # Errors
-    /// When it is neither an eventfd nor a pipe, or there is no thread to write it.
-    pub fn new(file: File, index: usize, courier: &Arc<Courier>) -> io::Result<Self> {
-        let signaller = match (is_eventfd(&file), is_pipe(&file)) {
-            (true, _) => Signaller::get(),
-            (_, true) => None,
-            _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "neither an eventfd nor a pipe")),
-        };
-        let file = Arc::new(file);
-        courier.serve(index, file.clone())?;
-        Ok(Self { file, signaller, courier: courier.clone(), index })
+    /// When it is neither an eventfd nor a local socket, or this kernel cannot signal eventfds for us.
+    pub fn new(file: File) -> io::Result<Self> {
+        if is_eventfd(&file) {
+            return Ok(Self::EventFd(file, Signaller::get()?));
+        }
+        if is_local_socket(&file) {
+            return Ok(Self::Socket(file));
+        }
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a call descriptor that is neither an eventfd nor a local socket",
+        ))
     }
 
     /// Interrupts the guest. Never blocks.
     pub fn ring(&self) {
-        if self.signaller.is_none_or(|signaller| signaller.signal(&self.file).is_err()) {
-            self.courier.ring(self.index);
-        }
-    }
-}
-
-/// A thread that writes to descriptors that may block, for one virtual NIC. Should its VMM block it, nobody waits: it is
-/// never joined.
-#[derive(Debug, Default)]
-pub struct Courier {
-    state: Mutex<State>,
-    wake: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// By virtqueue.
-    files: Vec<Option<Arc<File>>>,
-    /// Bits of the virtqueues to interrupt for; a virtual NIC has at most 64 virtqueues.
-    rung: u64,
-    started: bool,
-    ended: bool,
-}
-
-impl Courier {
-    /// Rings for virtqueue `index` go to `file` from now on.
-    fn serve(self: &Arc<Self>, index: usize, file: Arc<File>) -> io::Result<()> {
-        let mut state = self.state.lock();
-        if !state.started {
-            let courier = self.clone();
-            std::thread::Builder::new().name("courier".to_owned()).spawn(move || courier.run())?;
-            state.started = true;
-        }
-        if state.files.len() <= index {
-            state.files.resize(index + 1, None);
-        }
-        let old = state.files[index].replace(file);
-        // Closing a pipe can block, and workers want the lock.
-        drop(state);
-        drop(old);
-        Ok(())
-    }
-
-    fn ring(&self, index: usize) {
-        self.state.lock().rung |= 1 << index;
-        self.wake.notify_one();
-    }
-
-    /// Forgets all descriptors.
-    pub fn clear(&self) {
-        let mut state = self.state.lock();
-        state.rung = 0;
-        let old = std::mem::take(&mut state.files);
-        drop(state);
-        drop(old);
-    }
-
-    /// Ends the thread, when its VMM lets it.
-    pub fn end(&self) {
-        self.state.lock().ended = true;
-        self.wake.notify_one();
-    }
-
-    fn run(&self) {
-        while let Some(file) = self.next() {
-            // Fails when the pipe is full or closed: nobody is left who must be woken.
-            let _ = (&*file).write(&1u64.to_ne_bytes());
-        }
-    }
-
-    /// Waits for a ring; `None` at the end.
-    fn next(&self) -> Option<Arc<File>> {
-        let mut state = self.state.lock();
-        loop {
-            if state.ended {
-                return None;
-            }
-            if state.rung == 0 {
-                self.wake.wait(&mut state);
-                continue;
-            }
-            let index = state.rung.trailing_zeros() as usize;
-            state.rung &= state.rung - 1;
-            if let Some(Some(file)) = state.files.get(index) {
-                return Some(file.clone());
+        match self {
+            // A failure is a full counter or a full socket: then the guest has interrupts to take, or its VMM does not want any.
+            Self::EventFd(file, signaller) => drop(signaller.signal(file)),
+            Self::Socket(file) => {
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                drop(send(file, &1u64.to_ne_bytes(), flags));
             }
         }
     }
@@ -152,48 +74,45 @@ impl Courier {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::time::{Duration, Instant};
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
-    fn pipe() -> (io::PipeReader, File) {
-        let (reader, writer) = io::pipe().unwrap();
-        (reader, File::from(std::os::fd::OwnedFd::from(writer)))
+    fn pair() -> (UnixStream, File) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (ours, File::from(OwnedFd::from(theirs)))
     }
 
     #[test]
-    fn a_pipe_is_rung() {
-        let (mut reader, writer) = pipe();
-        let courier = Arc::default();
-        let call = Call::new(writer, 63, &courier).unwrap();
+    fn a_socket_is_rung() {
+        let (mut reader, file) = pair();
+        let call = Call::new(file).unwrap();
         for _ in 0..3 {
             call.ring();
             reader.read_exact(&mut [0; 8]).unwrap();
         }
-        courier.end();
     }
 
     #[test]
-    fn a_full_pipe_blocks_nobody() {
-        let (mut reader, writer) = pipe();
-        let mut filler = writer.try_clone().unwrap();
-        filler.write_all(&vec![0; 1 << 16]).unwrap();
-        let courier = Arc::default();
-        let call = Call::new(writer, 0, &courier).unwrap();
-        let start = Instant::now();
-        for _ in 0..1000 {
+    fn a_full_socket_and_a_closed_one_block_nobody() {
+        let (reader, file) = pair();
+        let call = Call::new(file).unwrap();
+        for _ in 0..100_000 {
             call.ring();
         }
-        assert!(start.elapsed() < Duration::from_secs(5));
-        // What was asked for arrives when there is room.
-        reader.read_exact(&mut vec![0; (1 << 16) + 8]).unwrap();
-        courier.end();
+        drop(reader);
+        call.ring();
     }
 
     #[test]
-    fn files_are_refused() {
-        let file = File::open("/dev/null").unwrap();
-        assert!(!is_eventfd(&file));
-        assert!(Call::new(file, 0, &Arc::default()).is_err());
+    fn files_pipes_and_other_sockets_are_refused() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let files = [File::open("/dev/null").unwrap(), OwnedFd::from(writer).into(), OwnedFd::from(socket).into()];
+        for file in files {
+            assert!(!is_eventfd(&file));
+            assert!(Call::new(file).is_err());
+        }
     }
 }

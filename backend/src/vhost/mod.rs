@@ -1,7 +1,7 @@
 //! The vhost-user side: one thread for each virtual NIC takes the VMM's messages and the guest's
 //! control commands.
 
-mod aio;
+pub mod aio;
 mod call;
 pub mod server;
 mod session;

@@ -20,7 +20,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::call::{Call, Courier, is_eventfd};
+use super::call::{Call, is_eventfd};
 use super::vring::{Next, Vring};
 use crate::control::Control;
 use crate::engine::Engine;
@@ -43,7 +43,6 @@ pub struct Session {
     alarm: Alarm,
     features: u64,
     epoll: Arc<Epoll>,
-    courier: Arc<Courier>,
     /// Bits of the control and event queues that are to be looked at.
     unfinished: u64,
 }
@@ -62,8 +61,7 @@ impl Session {
         let control = Control::new(nic.clone(), engine.clone());
         let map = Arc::new(Map::new(alarm.clone()));
         nic.events.iter().for_each(|queue| queue.set_helper(helper.clone()));
-        let courier = Arc::default();
-        Self { nic, engine, control, vrings, map, alarm, features: 0, epoll, courier, unfinished: 0 }
+        Self { nic, engine, control, vrings, map, alarm, features: 0, epoll, unfinished: 0 }
     }
 
     /// Number of protection domains, regions and CQs.
@@ -140,7 +138,6 @@ impl Session {
             // Only now: closing a VMM's descriptor can block, and workers want the lock.
             drop(old);
         }
-        self.courier.clear();
         self.features = 0;
     }
 
@@ -224,12 +221,6 @@ impl Session {
     fn refuse(&self, what: &str, error: &crate::mem::MapError) -> Error {
         self.nic.warn(format_args!("{what}: {error}"));
         Error::ReqHandlerError(std::io::Error::other(error.to_string()))
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.courier.end();
     }
 }
 
@@ -351,7 +342,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let vring = self.vring(index.into())?;
-        let call = fd.map(|fd| Call::new(fd, index.into(), &self.courier)).transpose();
+        let call = fd.map(Call::new).transpose();
         let old = std::mem::replace(&mut vring.lock().call, call.map_err(Error::ReqHandlerError)?);
         // Only now: closing a VMM's descriptor can block, and workers want the lock.
         drop(old);

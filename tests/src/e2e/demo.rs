@@ -8,19 +8,19 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::bed::Bed;
 use super::guest::Kind;
 use super::pair;
-use super::perf::{Perf, Pingpong, Program, Row, TOOLS};
+use super::perf::{Perf, Pingpong, PingpongKind, Program, Row, TOOLS};
 use super::report::{Figure, Outcome, Reporter};
 
 /// What it runs: small numbers, so that emulation shows it too.
 fn programs() -> Vec<Program> {
-    let pingpong = |datagram, size| Pingpong { datagram, size, iterations: 100, events: false };
-    let perf = TOOLS.map(|tool| match (tool.is_bandwidth(), tool.datagram) {
+    let pingpong = |kind, size| Pingpong { kind, size, iterations: 100, events: false };
+    let perf = TOOLS.map(|tool| match (tool.is_bandwidth(), tool.is_datagram()) {
         (true, false) => Perf::new(tool, 65_536, 200),
         (true, true) => Perf::new(tool, 1024, 200),
         (false, _) => Perf::new(tool, 64, 50),
     });
     let mut programs: Vec<Program> = perf.map(Program::from).to_vec();
-    programs.extend([pingpong(false, 4096), pingpong(true, 1024)].map(Program::from));
+    programs.extend([pingpong(PingpongKind::Rc, 4096), pingpong(PingpongKind::Ud, 1024)].map(Program::from));
     programs
 }
 

@@ -1,7 +1,10 @@
 //! What is run where: for `make test`, small and complete; for `make matrix`, the full product.
 
 use super::guest::{Distro, Kind, Vmm};
-use super::perf::{Measure, Perf, Pingpong, Program, READ_BW, SEND_BW, SEND_LAT, Sizes, TOOLS, Tool, UD_BW, WRITE_BW};
+use super::perf::{
+    MORE_TOOLS, Measure, Perf, Pingpong, PingpongKind, Program, READ_BW, SEND_BW, SEND_LAT, Sizes, TOOLS, Tool, UD_BW,
+    WRITE_BW,
+};
 use super::suite::{Check, Scene};
 
 const UML_TRIXIE: Kind = Kind { vmm: Vmm::Uml, distro: Distro::Trixie };
@@ -39,7 +42,10 @@ pub fn matrix() -> Vec<Scene> {
 
 /// A size that suits a program.
 fn usual_size(tool: Tool) -> u64 {
-    match (tool.measure, tool.datagram) {
+    if tool.is_atomic() {
+        return 8;
+    }
+    match (tool.measure, tool.is_datagram()) {
         (Measure::Bandwidth, true) => 1024,
         (Measure::Bandwidth, false) => 65_536,
         (Measure::Latency, _) => 64,
@@ -50,25 +56,28 @@ fn usual(tool: Tool) -> Perf {
     Perf::new(tool, usual_size(tool), if tool.is_bandwidth() { 200 } else { 20 })
 }
 
-fn pingpongs() -> [Program; 4] {
-    let pingpong = |datagram, size, events| Pingpong { datagram, size, iterations: 100, events }.into();
+fn pingpongs() -> [Program; 6] {
+    let pingpong = |kind, size, events| Pingpong { kind, size, iterations: 100, events }.into();
     [
-        pingpong(false, 4096, false),
-        pingpong(false, 1_000_003, true),
-        pingpong(true, 1024, false),
-        pingpong(true, 2048, true),
+        pingpong(PingpongKind::Rc, 4096, false),
+        pingpong(PingpongKind::Rc, 1_000_003, true),
+        pingpong(PingpongKind::Ud, 1024, false),
+        pingpong(PingpongKind::Ud, 2048, true),
+        pingpong(PingpongKind::Uc, 10_000, true),
+        pingpong(PingpongKind::Srq, 4096, true),
     ]
 }
 
 /// Each program once.
 fn each_program(server: usize, client: usize) -> impl Iterator<Item = Check> {
-    let programs = TOOLS.into_iter().map(|tool| Program::from(usual(tool)));
+    let programs = TOOLS.into_iter().chain(MORE_TOOLS).map(|tool| Program::from(usual(tool)));
     programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
 }
 
 /// Each program with each flag that it knows.
 fn each_flag(server: usize, client: usize) -> impl Iterator<Item = Check> {
-    let programs = TOOLS.into_iter().flat_map(flagged).map(Program::from);
+    let more = MORE_TOOLS.into_iter().map(usual);
+    let programs = TOOLS.into_iter().flat_map(flagged).chain(more).map(Program::from);
     programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
 }
 
@@ -105,7 +114,8 @@ fn crowds() -> impl Iterator<Item = Check> {
 
 /// Every combination of flags and sizes that a program knows.
 fn product(server: usize, client: usize) -> impl Iterator<Item = Check> {
-    let programs = TOOLS.into_iter().flat_map(combinations).map(Program::from);
+    let more = MORE_TOOLS.into_iter().map(usual);
+    let programs = TOOLS.into_iter().flat_map(combinations).chain(more).map(Program::from);
     programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
 }
 
@@ -130,7 +140,7 @@ fn combinations(tool: Tool) -> Vec<Perf> {
 
 fn sizes(tool: Tool) -> Vec<(Sizes, u32)> {
     let mut sizes = vec![(Sizes::All, 100), (Sizes::One(2), 1000), (Sizes::One(1000), 1000)];
-    if !tool.datagram {
+    if !tool.is_datagram() {
         sizes.extend([(Sizes::One(65_537), 1000), (Sizes::One(8 << 20), 100)]);
     }
     sizes
@@ -140,7 +150,7 @@ fn sizes(tool: Tool) -> Vec<(Sizes, u32)> {
 fn fits(perf: &Perf) -> bool {
     let greatest = match perf.sizes {
         Sizes::One(size) => size,
-        Sizes::All if perf.tool.datagram => 4096,
+        Sizes::All if perf.tool.is_datagram() => 4096,
         Sizes::All => 8 << 20,
     };
     greatest * u64::from(perf.qps) <= 64 << 20

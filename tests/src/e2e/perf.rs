@@ -21,6 +21,17 @@ impl Measure {
     }
 }
 
+/// How QPs are connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Reliable connection.
+    Rc,
+    /// Unreliable connection.
+    Uc,
+    /// Unreliable datagram.
+    Ud,
+}
+
 /// A perftest program with its transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tool {
@@ -28,32 +39,42 @@ pub struct Tool {
     pub program: &'static str,
     /// What it measures.
     pub measure: Measure,
-    /// Whether it uses datagrams.
-    pub datagram: bool,
+    /// Transport.
+    pub transport: Transport,
 }
 
-const fn tool(program: &'static str, measure: Measure, datagram: bool) -> Tool {
-    Tool { program, measure, datagram }
+const fn tool(program: &'static str, measure: Measure, transport: Transport) -> Tool {
+    Tool { program, measure, transport }
 }
 
 /// `ib_send_bw`, RC.
-pub const SEND_BW: Tool = tool("ib_send_bw", Measure::Bandwidth, false);
+pub const SEND_BW: Tool = tool("ib_send_bw", Measure::Bandwidth, Transport::Rc);
 /// `ib_send_lat`, RC.
-pub const SEND_LAT: Tool = tool("ib_send_lat", Measure::Latency, false);
+pub const SEND_LAT: Tool = tool("ib_send_lat", Measure::Latency, Transport::Rc);
 /// `ib_write_bw`, RC.
-pub const WRITE_BW: Tool = tool("ib_write_bw", Measure::Bandwidth, false);
+pub const WRITE_BW: Tool = tool("ib_write_bw", Measure::Bandwidth, Transport::Rc);
 /// `ib_write_lat`, RC.
-pub const WRITE_LAT: Tool = tool("ib_write_lat", Measure::Latency, false);
+pub const WRITE_LAT: Tool = tool("ib_write_lat", Measure::Latency, Transport::Rc);
 /// `ib_read_bw`, RC.
-pub const READ_BW: Tool = tool("ib_read_bw", Measure::Bandwidth, false);
+pub const READ_BW: Tool = tool("ib_read_bw", Measure::Bandwidth, Transport::Rc);
 /// `ib_read_lat`, RC.
-pub const READ_LAT: Tool = tool("ib_read_lat", Measure::Latency, false);
+pub const READ_LAT: Tool = tool("ib_read_lat", Measure::Latency, Transport::Rc);
 /// `ib_send_bw`, UD.
-pub const UD_BW: Tool = tool("ib_send_bw", Measure::Bandwidth, true);
+pub const UD_BW: Tool = tool("ib_send_bw", Measure::Bandwidth, Transport::Ud);
 /// `ib_send_lat`, UD.
-pub const UD_LAT: Tool = tool("ib_send_lat", Measure::Latency, true);
-/// All of them.
+pub const UD_LAT: Tool = tool("ib_send_lat", Measure::Latency, Transport::Ud);
+/// `ib_atomic_bw`.
+pub const ATOMIC_BW: Tool = tool("ib_atomic_bw", Measure::Bandwidth, Transport::Rc);
+/// `ib_atomic_lat`.
+pub const ATOMIC_LAT: Tool = tool("ib_atomic_lat", Measure::Latency, Transport::Rc);
+/// `ib_send_bw`, UC.
+pub const UC_SEND_BW: Tool = tool("ib_send_bw", Measure::Bandwidth, Transport::Uc);
+/// `ib_write_lat`, UC.
+pub const UC_WRITE_LAT: Tool = tool("ib_write_lat", Measure::Latency, Transport::Uc);
+/// Those that have sizes and flags of all kinds.
 pub const TOOLS: [Tool; 8] = [SEND_BW, SEND_LAT, WRITE_BW, WRITE_LAT, READ_BW, READ_LAT, UD_BW, UD_LAT];
+/// The others.
+pub const MORE_TOOLS: [Tool; 4] = [ATOMIC_BW, ATOMIC_LAT, UC_SEND_BW, UC_WRITE_LAT];
 
 impl Tool {
     /// Whether it measures bandwidth.
@@ -61,9 +82,19 @@ impl Tool {
         self.measure == Measure::Bandwidth
     }
 
+    /// Whether it uses datagrams.
+    pub fn is_datagram(self) -> bool {
+        self.transport == Transport::Ud
+    }
+
+    /// Atomics are of 8 bytes, always.
+    pub fn is_atomic(self) -> bool {
+        self.program.contains("atomic")
+    }
+
     /// Whether it can send inline.
     pub fn has_inline(self) -> bool {
-        !self.program.contains("read")
+        !self.program.contains("read") && !self.is_atomic()
     }
 
     /// Whether it can sleep until there are completions (perftest refuses it with writes).
@@ -115,8 +146,10 @@ impl Perf {
                 flags.push_str(flag);
             }
         };
-        add(self.tool.datagram, "-c UD");
+        add(self.tool.transport == Transport::Ud, "-c UD");
+        add(self.tool.transport == Transport::Uc, "-c UC");
         match self.sizes {
+            _ if self.tool.is_atomic() => {}
             Sizes::One(size) => add(true, &format!("-s {size}")),
             Sizes::All => add(true, "-a"),
         }
@@ -132,7 +165,7 @@ impl Perf {
     fn expected(&self) -> (u64, u64, usize) {
         match self.sizes {
             Sizes::One(size) => (size, size, 1),
-            Sizes::All if self.tool.datagram => (2, 1024, 10),
+            Sizes::All if self.tool.is_datagram() => (2, 1024, 10),
             Sizes::All => (2, 8 << 20, 23),
         }
     }
@@ -147,11 +180,24 @@ impl Perf {
     }
 }
 
+/// The pingpong programs of rdma-core.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PingpongKind {
+    /// `ibv_rc_pingpong`
+    Rc,
+    /// `ibv_uc_pingpong`
+    Uc,
+    /// `ibv_ud_pingpong`
+    Ud,
+    /// `ibv_srq_pingpong`: several RC QPs that share receives.
+    Srq,
+}
+
 /// One of the pingpong programs of rdma-core; both ends check every byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pingpong {
-    /// Datagrams instead of RC.
-    pub datagram: bool,
+    /// Which one.
+    pub kind: PingpongKind,
     /// Bytes of a message.
     pub size: u64,
     /// Messages.
@@ -240,7 +286,12 @@ impl Program {
 
 impl Pingpong {
     fn program(self) -> &'static str {
-        if self.datagram { "ibv_ud_pingpong" } else { "ibv_rc_pingpong" }
+        match self.kind {
+            PingpongKind::Rc => "ibv_rc_pingpong",
+            PingpongKind::Uc => "ibv_uc_pingpong",
+            PingpongKind::Ud => "ibv_ud_pingpong",
+            PingpongKind::Srq => "ibv_srq_pingpong",
+        }
     }
 
     fn flags(self) -> String {
@@ -312,7 +363,7 @@ mod tests {
 
     #[test]
     fn pingpongs_are_read() {
-        let pingpong = Pingpong { datagram: false, size: 4096, iterations: 100, events: false };
+        let pingpong = Pingpong { kind: PingpongKind::Rc, size: 4096, iterations: 100, events: false };
         let row =
             pingpong.read("819200 bytes in 0.00 seconds = 3.2 Mbit/sec\n100 iters in 0.00 seconds = 20.43 usec/iter");
         assert_eq!(row.unwrap(), Row { size: 4096, value: 20.43 });
