@@ -25,15 +25,18 @@ pub struct Cq {
     pub vector: usize,
     /// QPs that use it, counted once for each of their two queues.
     pub users: AtomicU32,
-    arm: Arc<Pages>,
-    ring: Mutex<Producer>,
+    /// Bytes of guest memory that its ring takes.
+    pub ring_bytes: u64,
+    memory: Mutex<Producer>,
     broken: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Producer {
-    /// `None` once the CQ is broken or destroyed.
+    /// `None` once the CQ is broken or destroyed: then nothing keeps the guest's memory, whoever still has the CQ.
     ring: Option<Ring>,
+    /// The area of arm words.
+    arm: Option<Arc<Pages>>,
     index: u32,
     /// The guest's index when we last looked; looking again is only needed when the ring seems full.
     consumer: u32,
@@ -42,8 +45,9 @@ struct Producer {
 impl Cq {
     /// A CQ over this ring, with its arm word in `arm`.
     pub fn new(cqn: u32, vector: usize, ring: Ring, arm: Arc<Pages>) -> Self {
-        let ring = Mutex::new(Producer { ring: Some(ring), index: 0, consumer: 0 });
-        Self { cqn, vector, users: AtomicU32::new(0), arm, ring, broken: AtomicBool::new(false) }
+        let ring_bytes = ring.geometry().size() as u64;
+        let memory = Mutex::new(Producer { ring: Some(ring), arm: Some(arm), index: 0, consumer: 0 });
+        Self { cqn, vector, users: AtomicU32::new(0), ring_bytes, memory, broken: AtomicBool::new(false) }
     }
 
     /// Writes one completion.
@@ -51,13 +55,17 @@ impl Cq {
     /// # Errors
     /// [`CqBroken`] when there is no room; [`first_break`](Self::first_break) tells who reports it.
     pub fn push(&self, cqe: &Cqe) -> Result<(), CqBroken> {
-        let mut producer = self.ring.lock();
-        producer.push(cqe).inspect_err(|_| producer.ring = None)
+        let mut producer = self.memory.lock();
+        producer.push(cqe).inspect_err(|_| producer.close())
     }
 
     /// After completions were pushed: whether the guest waits for an event for them. The answer is yes at most once for each arming.
     pub fn take_event(&self, solicited: bool) -> bool {
-        let arm = self.arm.u32(self.cqn as usize * ARM_STRIDE);
+        let producer = self.memory.lock();
+        let Some(arm) = &producer.arm else {
+            return false;
+        };
+        let arm = arm.u32(self.cqn as usize * ARM_STRIDE);
         // Pairs with the guest's barrier between arming and looking at the ring.
         fence(Ordering::SeqCst);
         match arm.load(Ordering::Relaxed) {
@@ -74,21 +82,27 @@ impl Cq {
 
     /// Lets go of the ring; nothing is written any more.
     pub fn close(&self) {
-        self.ring.lock().ring = None;
+        self.memory.lock().close();
     }
 
-    /// Lets go of the ring if its memory is no longer there; true if it did.
+    /// Lets go of ring and arm word if the memory of either is no longer there; true if it did.
     pub fn close_if_gone(&self, map: &Map) -> bool {
-        let mut producer = self.ring.lock();
-        let gone = producer.ring.as_ref().is_some_and(|r| !r.is_in(map));
-        if gone {
-            producer.ring = None;
+        let mut producer = self.memory.lock();
+        let ring_gone = producer.ring.as_ref().is_some_and(|r| !r.is_in(map));
+        let arm_gone = producer.arm.as_ref().is_some_and(|a| !a.is_in(map));
+        if ring_gone || arm_gone {
+            producer.close();
         }
-        gone
+        ring_gone || arm_gone
     }
 }
 
 impl Producer {
+    fn close(&mut self) {
+        self.ring = None;
+        self.arm = None;
+    }
+
     fn push(&mut self, cqe: &Cqe) -> Result<(), CqBroken> {
         let ring = self.ring.as_ref().ok_or(CqBroken)?;
         let next = ring.geometry().next(self.index);

@@ -94,6 +94,9 @@ impl Host {
     /// Removes all virtual NICs and ends the engine.
     pub fn stop(&self) {
         let servers = std::mem::take(&mut *self.servers.lock());
+        for (_, server) in servers.values() {
+            server.begin_stop();
+        }
         for (id, (_, mut server)) in servers {
             server.stop();
             self.engine.remove_nic(id);

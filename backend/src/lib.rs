@@ -19,6 +19,7 @@ pub mod overlay;
 pub mod profile;
 pub mod qp;
 pub mod ring;
+mod srq;
 pub mod vhost;
 pub mod wqe;
 

@@ -153,8 +153,8 @@ impl KeyTable {
         self.live.write().remove(&key);
     }
 
-    /// Removes all that `keep` does not keep.
-    pub fn retain(&self, mut keep: impl FnMut(&Mr) -> bool) {
-        self.live.write().retain(|_, mr| keep(mr));
+    /// Removes all, for the caller to free once no worker uses them.
+    pub fn take(&self) -> RandomKeyMap<Arc<Mr>> {
+        std::mem::take(&mut *self.live.write())
     }
 }

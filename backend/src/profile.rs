@@ -27,6 +27,8 @@ pub struct Profile {
     pub max_mr: u32,
     /// Most extents in all memory regions together: 24 bytes of router memory each.
     pub max_extents: u32,
+    /// Most shared receive queues.
+    pub max_srq: u32,
     /// Most protection domains.
     pub max_pd: u32,
     /// Most address handles.
@@ -50,6 +52,7 @@ impl Default for Profile {
             max_cqe: (1 << 17) - 1,
             max_mr: 131_072,
             max_extents: 4 << 20,
+            max_srq: 4_096,
             max_pd: 4_096,
             max_ah: 4_096,
             max_gids: 256,
@@ -93,6 +96,7 @@ impl Profile {
             ("max_cqe", 1, 1 << 22, self.max_cqe),
             ("max_mr", 1, 1 << 22, self.max_mr),
             ("max_extents", 1, 1 << 28, self.max_extents),
+            ("max_srq", 0, 1 << 16, self.max_srq),
             ("max_pd", 1, 1 << 16, self.max_pd),
             ("max_ah", 2, 1 << 18, self.max_ah),
             ("max_gids", 2, 1_024, self.max_gids),
@@ -132,6 +136,7 @@ impl Profile {
             max_cq: self.max_cq.into(),
             max_cqe: self.max_cqe.into(),
             max_mr: self.max_mr.into(),
+            max_srq: self.max_srq.into(),
             max_pd: self.max_pd.into(),
             max_ah: self.max_ah.into(),
             max_doorbells: self.doorbells().into(),

@@ -156,6 +156,11 @@ pub struct Send {
 }
 
 impl Send {
+    /// Whether its payload is in [`inline`](Self::inline).
+    pub fn is_inline(&self) -> bool {
+        self.flags.contains(SendFlags::INLINE) && self.op.sends_payload()
+    }
+
     /// The opcode that its completion names.
     pub fn completion_opcode(&self) -> WcOpcode {
         match WrOpcode::from_wire(self.wire_opcode) {

@@ -46,6 +46,22 @@ static void vrdma_cq_error(struct vrdma_dev *dev, u32 cqn)
 	vrdma_cq_put(cq);
 }
 
+static void vrdma_srq_event(struct vrdma_dev *dev, u32 srqn, enum ib_event_type type)
+{
+	struct vrdma_srq *srq = vrdma_srq_get(dev, srqn);
+	struct ib_event event = {
+		.device = &dev->ibdev,
+		.event = type,
+	};
+
+	if (!srq)
+		return;
+	event.element.srq = &srq->ibsrq;
+	if (srq->ibsrq.event_handler)
+		srq->ibsrq.event_handler(&event, srq->ibsrq.srq_context);
+	vrdma_srq_put(srq);
+}
+
 static void vrdma_completion(struct vrdma_dev *dev, u32 cqn)
 {
 	struct vrdma_cq *cq = vrdma_cq_get(dev, cqn);
@@ -99,6 +115,12 @@ static void vrdma_handle_event(struct vrdma_dev *dev, const struct virtio_rdma_e
 		break;
 	case VIRTIO_RDMA_EVENT_LAST_WQE_REACHED:
 		vrdma_qp_event(dev, number, IB_EVENT_QP_LAST_WQE_REACHED);
+		break;
+	case VIRTIO_RDMA_EVENT_SRQ_ERROR:
+		vrdma_srq_event(dev, number, IB_EVENT_SRQ_ERR);
+		break;
+	case VIRTIO_RDMA_EVENT_SRQ_LIMIT:
+		vrdma_srq_event(dev, number, IB_EVENT_SRQ_LIMIT_REACHED);
 		break;
 	case VIRTIO_RDMA_EVENT_DEVICE_FATAL:
 		vrdma_device_fatal(dev);

@@ -237,6 +237,7 @@ static void vrdma_free(struct vrdma_dev *dev)
 	ida_destroy(&dev->ah_ida);
 	xa_destroy(&dev->cqs);
 	xa_destroy(&dev->qps);
+	xa_destroy(&dev->srqs);
 	kfree(dev->doorbellqs);
 	kfree(dev->eventqs);
 	kfree(dev->vqs);
@@ -261,6 +262,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	ida_init(&dev->ah_ida);
 	xa_init_flags(&dev->cqs, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&dev->qps, XA_FLAGS_LOCK_IRQ);
+	xa_init_flags(&dev->srqs, XA_FLAGS_LOCK_IRQ);
 	vdev->priv = dev;
 	return dev;
 }

@@ -46,32 +46,42 @@ static int vrdma_qp_check_init(struct vrdma_dev *dev, const struct ib_qp_init_at
 	const struct ib_device_attr *max = &dev->ibdev.attrs;
 
 	if ((unsigned int)init->qp_type >= 32 || !(dev->attr.qp_types & BIT(init->qp_type)) ||
-	    init->create_flags || init->srq || init->xrcd || init->rwq_ind_tbl)
+	    init->create_flags || init->xrcd || init->rwq_ind_tbl)
 		return -EOPNOTSUPP;
 	if (!init->send_cq || !init->recv_cq)
 		return -EINVAL;
-	if (cap->max_send_wr > max->max_qp_wr || cap->max_recv_wr > max->max_qp_wr ||
-	    cap->max_send_sge > max->max_send_sge || cap->max_recv_sge > max->max_recv_sge ||
+	if (cap->max_send_wr > max->max_qp_wr || cap->max_send_sge > max->max_send_sge ||
 	    cap->max_inline_data > dev->attr.max_inline_data)
+		return -EINVAL;
+	if (init->srq)
+		return 0;
+	if (cap->max_recv_wr > max->max_qp_wr || cap->max_recv_sge > max->max_recv_sge)
 		return -EINVAL;
 	return 0;
 }
 
 /* The capabilities become what the rings have room for, which may be more than was asked for */
-static int vrdma_qp_create_rings(struct vrdma_dev *dev, struct vrdma_qp *qp)
+static int vrdma_qp_create_rings(struct vrdma_dev *dev, struct vrdma_qp *qp, bool shared)
 {
 	struct ib_qp_cap *cap = &qp->cap;
 	u32 payload = max_t(u32, cap->max_send_sge * sizeof(struct rxe_sge), cap->max_inline_data);
 
 	qp->sq = vrdma_ring_create(cap->max_send_wr, sizeof(struct rxe_send_wqe) + payload);
-	qp->rq = vrdma_ring_create(cap->max_recv_wr, sizeof(struct rxe_recv_wqe) +
-				   cap->max_recv_sge * sizeof(struct rxe_sge));
-	if (!qp->sq || !qp->rq)
+	if (!qp->sq)
 		return -ENOMEM;
 	cap->max_send_wr = qp->sq->entries - 1;
-	cap->max_recv_wr = qp->rq->entries - 1;
 	cap->max_send_sge = min_t(u32, payload / sizeof(struct rxe_sge), dev->attr.max_sge);
 	cap->max_inline_data = min(payload, dev->attr.max_inline_data);
+	if (shared) {
+		cap->max_recv_wr = 0;
+		cap->max_recv_sge = 0;
+		return 0;
+	}
+	qp->rq = vrdma_ring_create(cap->max_recv_wr, sizeof(struct rxe_recv_wqe) +
+				   cap->max_recv_sge * sizeof(struct rxe_sge));
+	if (!qp->rq)
+		return -ENOMEM;
+	cap->max_recv_wr = qp->rq->entries - 1;
 	return 0;
 }
 
@@ -92,13 +102,15 @@ static void vrdma_qp_fill_request(struct vrdma_qp *qp, const struct ib_qp_init_a
 	req->sq_sig_all = init->sq_sig_type == IB_SIGNAL_ALL_WR;
 	req->send_cqn = cpu_to_le32(to_vcq(init->send_cq)->cqn);
 	req->recv_cqn = cpu_to_le32(to_vcq(init->recv_cq)->cqn);
-	req->srqn = cpu_to_le32(VIRTIO_RDMA_NO_OBJECT);
+	req->srqn = cpu_to_le32(init->srq ? to_vsrq(init->srq)->srqn : VIRTIO_RDMA_NO_OBJECT);
 	req->max_send_sge = cpu_to_le16(qp->cap.max_send_sge);
 	req->max_recv_sge = cpu_to_le16(qp->cap.max_recv_sge);
 	req->max_inline_data = cpu_to_le32(qp->cap.max_inline_data);
 	vrdma_ring_describe(qp->sq, &req->sq);
-	vrdma_ring_describe(qp->rq, &req->rq);
 	extents += vrdma_pages_extents(&qp->sq->mem, extents);
+	if (!qp->rq)
+		return;
+	vrdma_ring_describe(qp->rq, &req->rq);
 	vrdma_pages_extents(&qp->rq->mem, extents);
 }
 
@@ -120,7 +132,7 @@ static int vrdma_qp_take_answer(struct vrdma_dev *dev, struct vrdma_qp *qp,
 static int vrdma_qp_create_on_device(struct vrdma_dev *dev, struct vrdma_qp *qp,
 				     const struct ib_qp_init_attr *init)
 {
-	u32 num = qp->sq->num_extents + qp->rq->num_extents;
+	u32 num = qp->sq->num_extents + (qp->rq ? qp->rq->num_extents : 0);
 	struct vrdma_cmd *cmd;
 	int ret;
 
@@ -146,7 +158,8 @@ static int vrdma_qp_respond(struct vrdma_qp *qp, struct ib_udata *udata)
 	ret = vrdma_ring_map(qp->sq, udata, &resp.sq_mi);
 	if (ret)
 		return ret;
-	ret = vrdma_ring_map(qp->rq, udata, &resp.rq_mi);
+	if (qp->rq)
+		ret = vrdma_ring_map(qp->rq, udata, &resp.rq_mi);
 	if (ret)
 		return ret;
 	return ib_copy_to_udata(udata, &resp, sizeof(resp));
@@ -172,7 +185,7 @@ int vrdma_create_qp(struct ib_qp *ibqp, struct ib_qp_init_attr *init, struct ib_
 	qp->state = IB_QPS_RESET;
 	qp->sq_sig_type = init->sq_sig_type;
 	qp->cap = init->cap;
-	ret = vrdma_qp_create_rings(dev, qp);
+	ret = vrdma_qp_create_rings(dev, qp, init->srq);
 	if (ret)
 		goto err_rings;
 	ret = vrdma_qp_create_on_device(dev, qp, init);

@@ -38,6 +38,7 @@ static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_devi
 	attr->max_cqe = le32_to_cpu(wire->max_cqe);
 	attr->max_mr = le32_to_cpu(wire->max_mr);
 	attr->max_pd = le32_to_cpu(wire->max_pd);
+	attr->max_srq = le32_to_cpu(wire->max_srq);
 	attr->max_ah = le32_to_cpu(wire->max_ah);
 	attr->max_doorbells = le32_to_cpu(wire->max_doorbells);
 	attr->max_gids = le32_to_cpu(wire->max_gids);
@@ -104,6 +105,11 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_cqe = vrdma_ring_limit(attr->max_cqe);
 	out->max_mr = attr->max_mr;
 	out->max_pd = attr->max_pd;
+	out->max_srq = attr->max_srq;
+	if (attr->max_srq) {
+		out->max_srq_wr = out->max_qp_wr;
+		out->max_srq_sge = attr->max_sge;
+	}
 	out->max_ah = attr->max_ah - 1;
 	out->max_qp_rd_atom = attr->max_rd_atomic;
 	out->max_qp_init_rd_atom = attr->max_rd_atomic;
@@ -224,6 +230,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.create_ah = vrdma_create_ah,
 	.create_cq = vrdma_op_create_cq,
 	.create_qp = vrdma_create_qp,
+	.create_srq = vrdma_create_srq,
 	.create_user_ah = vrdma_create_ah,
 	.dealloc_driver = vrdma_dealloc_driver,
 	.dealloc_pd = vrdma_dealloc_pd,
@@ -233,6 +240,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.destroy_ah = vrdma_destroy_ah,
 	.destroy_cq = vrdma_destroy_cq,
 	.destroy_qp = vrdma_destroy_qp,
+	.destroy_srq = vrdma_destroy_srq,
 	.disassociate_ucontext = vrdma_disassociate_ucontext,
 	.get_dev_fw_str = vrdma_get_fw_str,
 	.get_link_layer = vrdma_get_link_layer,
@@ -242,12 +250,14 @@ static const struct ib_device_ops vrdma_ops = {
 	.mmap_free = vrdma_mmap_free,
 	.modify_ah = vrdma_modify_ah,
 	.modify_qp = vrdma_modify_qp,
+	.modify_srq = vrdma_modify_srq,
 	.post_send = vrdma_post_send,
 	.query_ah = vrdma_query_ah,
 	.query_device = vrdma_query_device,
 	.query_pkey = vrdma_query_pkey,
 	.query_port = vrdma_query_port,
 	.query_qp = vrdma_query_qp,
+	.query_srq = vrdma_query_srq,
 	.reg_user_mr = vrdma_op_reg_user_mr,
 	.req_notify_cq = vrdma_req_notify_cq,
 	.rereg_user_mr = vrdma_rereg_user_mr,
@@ -256,6 +266,7 @@ static const struct ib_device_ops vrdma_ops = {
 	INIT_RDMA_OBJ_SIZE(ib_cq, vrdma_cq, ibcq),
 	INIT_RDMA_OBJ_SIZE(ib_pd, vrdma_pd, ibpd),
 	INIT_RDMA_OBJ_SIZE(ib_qp, vrdma_qp, ibqp),
+	INIT_RDMA_OBJ_SIZE(ib_srq, vrdma_srq, ibsrq),
 	INIT_RDMA_OBJ_SIZE(ib_ucontext, vrdma_ucontext, ibuc),
 };
 

@@ -14,7 +14,7 @@
 #define VIRTIO_RDMA_ID			42	/* reserved by the virtio specification */
 #define VIRTIO_RDMA_ID_ALT		38	/* for VMMs that have no name for 42 */
 #define VIRTIO_RDMA_MAGIC		0x41445246	/* "FRDA" */
-#define VIRTIO_RDMA_ABI_VERSION		2
+#define VIRTIO_RDMA_ABI_VERSION		3
 #define VIRTIO_RDMA_PAGE_SIZE		4096
 #define VIRTIO_RDMA_CONFIG_LINK_UP	1	/* bit of virtio_rdma_config.status */
 
@@ -39,6 +39,10 @@ enum {
 	VIRTIO_RDMA_CMD_MODIFY_QP = 0x0402,
 	VIRTIO_RDMA_CMD_QUERY_QP = 0x0403,
 	VIRTIO_RDMA_CMD_DESTROY_QP = 0x0404,
+	VIRTIO_RDMA_CMD_CREATE_SRQ = 0x0501,
+	VIRTIO_RDMA_CMD_MODIFY_SRQ = 0x0502,
+	VIRTIO_RDMA_CMD_QUERY_SRQ = 0x0503,
+	VIRTIO_RDMA_CMD_DESTROY_SRQ = 0x0504,
 };
 
 enum {
@@ -78,7 +82,6 @@ enum {
 };
 
 /* First command numbers of ranges that are reserved */
-#define VIRTIO_RDMA_CMDS_SRQ		0x0500
 #define VIRTIO_RDMA_CMDS_MW		0x0600
 #define VIRTIO_RDMA_CMDS_MCAST		0x0700
 #define VIRTIO_RDMA_CMDS_STREAM		0x0800
@@ -320,6 +323,27 @@ struct virtio_rdma_modify_qp {
 	__le32 qpn;	/* QP number */
 	__le32 attr_mask;	/* QpMask bits: which attributes count */
 	struct virtio_rdma_qp_attr attr;	/* The attributes */
+};
+
+/* CREATE_SRQ; the extents of the ring follow */
+struct virtio_rdma_create_srq {
+	__le32 pdn;	/* Receives are held to it, whatever that of the QP is */
+	__le16 max_sge;
+	__le16 reserved;
+	__le32 limit;
+	__le32 reserved1;
+	struct virtio_rdma_ring_desc ring;
+};
+
+/* MODIFY_SRQ: an event when fewer receives than the limit are left, once; zero for none */
+struct virtio_rdma_modify_srq {
+	__le32 srqn;
+	__le32 limit;
+};
+
+struct virtio_rdma_srq_attr {
+	__le32 limit;	/* Zero once its event was raised */
+	__le32 reserved;
 };
 
 /* One address handle (IBA 11.2.2.1) */

@@ -95,6 +95,7 @@ struct vrdma_attr {
 	u32 max_cqe;
 	u32 max_mr;
 	u32 max_pd;
+	u32 max_srq;
 	u32 max_ah;
 	u32 max_doorbells;
 	u32 max_gids;
@@ -127,6 +128,7 @@ struct vrdma_dev {
 
 	struct xarray cqs;
 	struct xarray qps;
+	struct xarray srqs;
 
 	struct notifier_block netdev_nb;
 	spinlock_t netdev_lock;		/* the two below */
@@ -184,12 +186,21 @@ struct vrdma_cq {
 	struct completion idle;
 };
 
+struct vrdma_srq {
+	struct ib_srq ibsrq;
+	u32 srqn;
+	u32 max_sge;
+	struct vrdma_ring *ring;
+	refcount_t ref;
+	struct completion idle;
+};
+
 struct vrdma_qp {
 	struct ib_qp ibqp;
 	struct vrdma_doorbellq *dbq;
 	u32 doorbell;
 	struct vrdma_ring *sq;
-	struct vrdma_ring *rq;
+	struct vrdma_ring *rq;	/* NULL with an SRQ */
 	struct mutex modify_lock;	/* state follows the device's */
 	enum ib_qp_state state;
 	struct ib_qp_cap cap;
@@ -221,6 +232,11 @@ static inline struct vrdma_mr *to_vmr(struct ib_mr *ibmr)
 static inline struct vrdma_cq *to_vcq(struct ib_cq *ibcq)
 {
 	return container_of(ibcq, struct vrdma_cq, ibcq);
+}
+
+static inline struct vrdma_srq *to_vsrq(struct ib_srq *ibsrq)
+{
+	return container_of(ibsrq, struct vrdma_srq, ibsrq);
 }
 
 static inline struct vrdma_qp *to_vqp(struct ib_qp *ibqp)
@@ -333,5 +349,14 @@ int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
 		    const struct ib_send_wr **bad_wr);
 struct vrdma_qp *vrdma_qp_get(struct vrdma_dev *dev, u32 qpn);
 void vrdma_qp_put(struct vrdma_qp *qp);
+
+/* srq.c */
+int vrdma_create_srq(struct ib_srq *ibsrq, struct ib_srq_init_attr *init, struct ib_udata *udata);
+int vrdma_modify_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr, enum ib_srq_attr_mask mask,
+		     struct ib_udata *udata);
+int vrdma_query_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr);
+int vrdma_destroy_srq(struct ib_srq *ibsrq, struct ib_udata *udata);
+struct vrdma_srq *vrdma_srq_get(struct vrdma_dev *dev, u32 srqn);
+void vrdma_srq_put(struct vrdma_srq *srq);
 
 #endif

@@ -91,6 +91,9 @@ fn structures_agree_with_the_drivers_header() {
     structure::<AddressVector>(&mut c);
     structure::<QpAttr>(&mut c);
     structure::<ModifyQp>(&mut c);
+    structure::<CreateSrq>(&mut c);
+    structure::<ModifySrq>(&mut c);
+    structure::<SrqAttr>(&mut c);
     structure::<AddressHandle>(&mut c);
     structure::<Event>(&mut c);
     compile(&c);
@@ -108,7 +111,6 @@ fn numbers_agree_with_the_drivers_header() {
         ("VIRTIO_RDMA_CONFIG_LINK_UP", config::STATUS_LINK_UP as usize),
         ("VIRTIO_RDMA_MAX_REQUEST", MAX_REQUEST),
         ("VIRTIO_RDMA_MAX_RESPONSE", MAX_RESPONSE),
-        ("VIRTIO_RDMA_CMDS_SRQ", OPCODES_SRQ as usize),
         ("VIRTIO_RDMA_CMDS_MW", OPCODES_MW as usize),
         ("VIRTIO_RDMA_CMDS_MCAST", OPCODES_MCAST as usize),
         ("VIRTIO_RDMA_CMDS_STREAM", OPCODES_STREAM as usize),

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use virtio_rdma::PAGE_SIZE;
 use virtio_rdma::ctrl::{ObjectResponse, REREG_ACCESS, REREG_PD, REREG_TRANS, RegMr, ReregMr};
 use virtio_rdma::ib::Access;
 
@@ -40,7 +41,7 @@ struct Region {
 }
 
 #[derive(Debug)]
-enum Memory {
+pub(super) enum Memory {
     /// Extents are still to come.
     Draft(Layout),
     /// Complete and working.
@@ -93,6 +94,7 @@ impl Control {
         if flags & REREG_PD != 0 {
             self.check_pd(new_pd)?;
         }
+        let before = self.layout(args.key.get());
         self.change(args.key.get(), |control, region| {
             let access = if flags & REREG_ACCESS != 0 { check_access(args.access.get())? } else { region.access };
             let (iova, length) =
@@ -118,7 +120,16 @@ impl Control {
             self.enter_pd(new_pd);
         }
         self.engine.quiesce().wait();
+        // Freed here and not by a worker, which may have been the last to use it.
+        drop(before);
         Ok(nothing())
+    }
+
+    fn layout(&self, key: u32) -> Option<Arc<Layout>> {
+        match &self.regions.by_key.get(&key)?.memory {
+            Memory::Live(layout) => Some(layout.clone()),
+            _ => None,
+        }
     }
 
     pub(super) fn dereg_mr(&mut self, key: u32) -> Answer {
@@ -127,6 +138,7 @@ impl Control {
         self.regions.extents -= region.extents;
         self.leave_pd(region.pdn);
         self.engine.quiesce().wait();
+        drop(region);
         Ok(nothing())
     }
 
@@ -150,6 +162,9 @@ impl Control {
         let count = extents.len() as u64;
         if self.regions.extents + count > max {
             return Err(Refusal::Quota("extents"));
+        }
+        if !is_paged(extents, layout.length(), region.length) {
+            return Err(Refusal::Value("extents: pages in the middle must be whole"));
         }
         let found = resolve(&self.map, extents)?;
         let added: u64 = found.iter().map(Extent::len).sum();
@@ -180,9 +195,10 @@ impl Control {
         }
     }
 
-    /// Regions whose memory is gone work no longer.
-    pub(super) fn drop_lost_regions(&mut self) {
+    /// Regions whose memory is gone work no longer. Returns what is to be freed when no worker uses it any more.
+    pub(super) fn drop_lost_regions(&mut self) -> Vec<Memory> {
         let map = &self.map;
+        let mut freed = Vec::new();
         for (&key, region) in &mut self.regions.by_key {
             let lost = match &region.memory {
                 Memory::Draft(layout) => !layout.is_in(map),
@@ -190,10 +206,11 @@ impl Control {
                 Memory::Lost => false,
             };
             if lost {
-                region.memory = Memory::Lost;
+                freed.push(std::mem::replace(&mut region.memory, Memory::Lost));
                 self.nic.keys.remove(key);
             }
         }
+        freed
     }
 }
 
@@ -215,6 +232,19 @@ fn check_range(access: Access, iova: u64, length: u64) -> Result<(), Refusal> {
         return Err(Refusal::Value("address of a zero-based region"));
     }
     Ok(())
+}
+
+/// Whether only the first and the last page of a region of `length` bytes are cut, so that no amount of bytes lies in more pieces than pages;
+/// `before` bytes were described before.
+fn is_paged(extents: &[RawExtent], before: u64, length: u64) -> bool {
+    let mut offset = before;
+    extents.iter().all(|&(addr, len)| {
+        let first = offset == 0;
+        offset = offset.saturating_add(len);
+        let last = offset == length;
+        let whole = |at: u64| at.is_multiple_of(PAGE_SIZE as u64);
+        (first || whole(addr)) && (last || whole(addr.wrapping_add(len)))
+    })
 }
 
 fn resolve(map: &Map, extents: &[RawExtent]) -> Result<Vec<Extent>, Refusal> {

@@ -7,6 +7,7 @@ mod area;
 mod memory;
 pub mod parse;
 mod queues;
+mod shared;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::cq::Cq;
 use crate::engine::Engine;
 use crate::mem::{Map, Pages};
 use crate::nic::Nic;
+use crate::srq::Srq;
 
 /// Why a command was refused: what the host's log says. The guest sees [`status`](Self::status).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -100,7 +102,10 @@ pub struct Control {
     next_pd: u32,
     regions: Regions,
     cqs: Vec<Option<Arc<Cq>>>,
+    srqs: Vec<Option<Arc<Srq>>>,
     arm: Option<Arc<Pages>>,
+    /// Bytes of guest memory that all rings take.
+    ring_bytes: u64,
     /// QPs created, for spreading them over doorbell queues.
     qps_created: usize,
 }
@@ -116,7 +121,9 @@ impl Control {
             next_pd: 1,
             regions: Regions::default(),
             cqs: Vec::new(),
+            srqs: Vec::new(),
             arm: None,
+            ring_bytes: 0,
             qps_created: 0,
         }
     }
@@ -179,12 +186,16 @@ impl Control {
             Command::ModifyQp(args) => self.modify_qp(&args),
             Command::QueryQp(qpn) => self.query_qp(qpn),
             Command::DestroyQp(qpn) => self.destroy_qp(qpn),
+            Command::CreateSrq(args, extents) => self.create_srq(&args, &extents),
+            Command::ModifySrq(args) => self.modify_srq(args),
+            Command::QuerySrq(srqn) => self.query_srq(srqn),
+            Command::DestroySrq(srqn) => self.destroy_srq(srqn),
         }
     }
 
     /// Frees every object. When it returns no worker touches anything that was there.
     pub fn reset(&mut self) {
-        self.nic.keys.retain(|_| false);
+        let keys = self.nic.keys.take();
         let qps: Vec<_> = self.nic.qps.write().drain().map(|(_, qp)| qp).collect();
         for queue in &self.nic.doorbells {
             queue.slots.write().clear();
@@ -199,13 +210,19 @@ impl Control {
         for cq in self.cqs.drain(..).flatten() {
             cq.close();
         }
+        for srq in self.srqs.drain(..).flatten() {
+            srq.close();
+        }
         self.engine.quiesce().wait();
         for queue in &self.nic.events {
             queue.clear();
         }
+        // Workers have nothing of these any more: what takes long to free is freed here.
+        drop((keys, qps));
         self.pds.clear();
         self.regions = Regions::default();
         self.arm = None;
+        self.ring_bytes = 0;
     }
 
     /// Number of protection domains, regions and CQs.
@@ -215,11 +232,12 @@ impl Control {
 
     /// Guest memory has changed. What lies in memory that went fails; nothing else notices. When it returns no worker touches what went.
     pub fn set_map(&mut self, map: Arc<Map>) {
-        self.map = map;
+        let before = std::mem::replace(&mut self.map, map);
         self.drop_lost_areas();
-        self.drop_lost_regions();
+        let lost = self.drop_lost_regions();
         self.drop_lost_queues();
-        self.engine.ports_changed();
-        self.engine.quiesce().wait();
+        self.engine.wait_refreshed();
+        // Last: unmapping and freeing take long, which workers must not be the ones to do.
+        drop((lost, before));
     }
 }

@@ -2,8 +2,8 @@
 
 use virtio_rdma::area::AreaKind;
 use virtio_rdma::ctrl::{
-    AddGid, CreateCq, CreateQp, CreateQpResponse, DelGid, DeviceAttr, ExtendMr, Extent, Header, MAX_REQUEST, ModifyQp,
-    ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr, SetArea,
+    AddGid, CreateCq, CreateQp, CreateQpResponse, CreateSrq, DelGid, DeviceAttr, ExtendMr, Extent, Header, MAX_REQUEST,
+    ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr, SetArea, SrqAttr,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -49,6 +49,14 @@ pub enum Command {
     QueryQp(u32),
     /// `DESTROY_QP`
     DestroyQp(u32),
+    /// `CREATE_SRQ`
+    CreateSrq(CreateSrq, Vec<RawExtent>),
+    /// `MODIFY_SRQ`
+    ModifySrq(ModifySrq),
+    /// `QUERY_SRQ`
+    QuerySrq(u32),
+    /// `DESTROY_SRQ`
+    DestroySrq(u32),
 }
 
 impl Command {
@@ -79,9 +87,10 @@ impl Command {
     pub fn response_size(&self) -> usize {
         match self {
             Self::QueryDevice => size_of::<DeviceAttr>(),
-            Self::AllocPd | Self::RegMr(..) | Self::CreateCq(..) => size_of::<ObjectResponse>(),
+            Self::AllocPd | Self::RegMr(..) | Self::CreateCq(..) | Self::CreateSrq(..) => size_of::<ObjectResponse>(),
             Self::CreateQp(..) => size_of::<CreateQpResponse>(),
             Self::QueryQp(_) => size_of::<QpAttr>(),
+            Self::QuerySrq(_) => size_of::<SrqAttr>(),
             _ => 0,
         }
     }
@@ -126,6 +135,13 @@ impl Body<'_> {
             Opcode::ModifyQp => Command::ModifyQp(self.take()?),
             Opcode::QueryQp => Command::QueryQp(self.object()?),
             Opcode::DestroyQp => Command::DestroyQp(self.object()?),
+            Opcode::CreateSrq => {
+                let args: CreateSrq = self.take()?;
+                Command::CreateSrq(args, self.extents(args.ring.num_extents.get())?)
+            }
+            Opcode::ModifySrq => Command::ModifySrq(self.take()?),
+            Opcode::QuerySrq => Command::QuerySrq(self.object()?),
+            Opcode::DestroySrq => Command::DestroySrq(self.object()?),
         })
     }
 
@@ -194,7 +210,7 @@ mod tests {
     #[test]
     fn unknown_commands_are_told_apart_from_malformed_ones() {
         let mut bytes = request(Opcode::AllocPd, &[]);
-        for unknown in [0u16, 0x0105, 0x0500, 0xffff] {
+        for unknown in [0u16, 0x0105, 0x0600, 0xffff] {
             bytes[..2].copy_from_slice(&unknown.to_le_bytes());
             assert_eq!(refused(&bytes), Status::Unsupported);
         }
@@ -202,7 +218,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256), opcode in 0usize..17) {
+        fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..256), opcode in 0..Opcode::ALL.len()) {
             let _ = Command::parse(&bytes);
             let _ = Command::parse(&request(Opcode::ALL[opcode], &bytes));
         }

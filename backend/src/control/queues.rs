@@ -14,7 +14,7 @@ use crate::cq::Cq;
 use crate::nic::keys::random_qpn;
 use crate::profile::Profile;
 use crate::qp::state::allowed;
-use crate::qp::{Identity, Qp, RecvQueue, SendQueue};
+use crate::qp::{Identity, Qp, RecvQueue, RecvRing, RecvSource, SendQueue};
 use crate::ring::rxe::Caps;
 use crate::ring::{Geometry, Ring};
 
@@ -33,7 +33,8 @@ impl Control {
         let max_entries = (profile.max_cqe + 1).next_power_of_two();
         let geometry = Geometry::parse(&args.ring, max_entries, RXE_CQE_STRIDE as usize);
         let geometry = geometry.ok_or(Refusal::Value("completion ring"))?;
-        let ring = Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory("completion ring"))?;
+        let ring = self.new_ring(geometry, extents, "completion ring")?;
+        self.ring_bytes += geometry.size() as u64;
         self.cqs[cqn] = Some(Arc::new(Cq::new(cqn as u32, vector, ring, arm)));
         Ok(answer(&ObjectResponse { number: (cqn as u32).into(), ..ObjectResponse::default() }))
     }
@@ -44,6 +45,7 @@ impl Control {
             return Err(Refusal::Busy("completion queue"));
         }
         cq.close();
+        self.ring_bytes -= cq.ring_bytes;
         self.cqs[cqn as usize] = None;
         self.engine.quiesce().wait();
         Ok(nothing())
@@ -60,24 +62,32 @@ impl Control {
         let send_caps = caps(args.max_send_sge.get(), args.max_inline_data.get());
         let recv_caps = caps(args.max_recv_sge.get(), 0);
         let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;
-        let recv_ring = self.ring(&args.rq, rq, recv_caps.recv_element())?;
+        let source = self.recv_source(args, rq, recv_caps)?;
+        let srq = source.srq().cloned();
+        let ring_bytes = (send_ring.geometry().size() + source.ring_size()) as u64;
+        self.check_ring_bytes(ring_bytes)?;
         let (send_cq, recv_cq) = (self.cq(args.send_cqn.get())?, self.cq(args.recv_cqn.get())?);
         let queue = self.qps_created % self.nic.doorbells.len();
         let doorbell = self.free_doorbell(queue)?;
         let qpn = random_qpn(|n| self.nic.qps.read().contains_key(&n));
         send_cq.users.fetch_add(1, Ordering::Relaxed);
         recv_cq.users.fetch_add(1, Ordering::Relaxed);
+        if let Some(srq) = &srq {
+            srq.users.fetch_add(1, Ordering::Relaxed);
+        }
         let id = Identity {
             qpn,
             kind,
             pdn: args.pdn.get(),
+            srq,
             doorbell_queue: queue,
             doorbell,
+            ring_bytes,
             signal_all: args.sq_sig_all == 1,
             send_cq,
             recv_cq,
         };
-        let qp = Qp::new(id, SendQueue::new(send_ring, send_caps), RecvQueue::new(Some(recv_ring), recv_caps));
+        let qp = Qp::new(id, SendQueue::new(send_ring, send_caps), RecvQueue::new(source));
         self.insert_qp(Arc::new(qp));
         Ok(answer(&CreateQpResponse {
             qpn: qpn.into(),
@@ -87,14 +97,24 @@ impl Control {
         }))
     }
 
+    /// Where the receives of a new QP come from.
+    fn recv_source(&self, args: &CreateQp, rq: &[RawExtent], caps: Caps) -> Result<RecvSource, Refusal> {
+        if args.srqn.get() == NO_OBJECT {
+            let ring = self.ring(&args.rq, rq, caps.recv_element())?;
+            return Ok(RecvSource::Own(RecvRing::new(ring, caps)));
+        }
+        let srq = self.srq(args.srqn.get())?;
+        if args.rq.entries.get() != 0 || !rq.is_empty() {
+            return Err(Refusal::Value("a receive ring beside a shared receive queue"));
+        }
+        Ok(RecvSource::Shared(srq))
+    }
+
     fn check_create(&self, args: &CreateQp) -> Result<QpType, Refusal> {
         let profile = &self.nic.config.profile;
         let kind = QpType::from_wire(args.qp_type).ok_or(Refusal::Value("QP type"))?;
         if !Profile::QP_TYPES.contains(&kind) {
             return Err(Refusal::NotOffered("this QP type"));
-        }
-        if args.srqn.get() != NO_OBJECT {
-            return Err(Refusal::NotOffered("a shared receive queue"));
         }
         if args.sq_sig_all > 1 || args.reserved0.get() != 0 || args.reserved1.iter().any(|r| r.get() != 0) {
             return Err(Refusal::Reserved);
@@ -110,10 +130,21 @@ impl Control {
         Ok(kind)
     }
 
-    fn ring(&self, desc: &RingDesc, extents: &[RawExtent], element: usize) -> Result<Ring, Refusal> {
+    pub(super) fn ring(&self, desc: &RingDesc, extents: &[RawExtent], element: usize) -> Result<Ring, Refusal> {
         let max_entries = (self.nic.config.profile.max_qp_wr + 1).next_power_of_two();
         let geometry = Geometry::parse(desc, max_entries, element).ok_or(Refusal::Value("work ring"))?;
-        Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory("work ring"))
+        self.new_ring(geometry, extents, "work ring")
+    }
+
+    /// Rings that lie in different memory are together no larger than guest memory. More than that is the same memory many
+    /// times, and would cost the host without bound.
+    fn check_ring_bytes(&self, more: u64) -> Result<(), Refusal> {
+        if self.ring_bytes + more > self.map.size() { Err(Refusal::Quota("memory of rings")) } else { Ok(()) }
+    }
+
+    fn new_ring(&self, geometry: Geometry, extents: &[RawExtent], what: &'static str) -> Result<Ring, Refusal> {
+        self.check_ring_bytes(geometry.size() as u64)?;
+        Ring::new(&self.map, geometry, extents).ok_or(Refusal::Memory(what))
     }
 
     fn free_doorbell(&self, queue: usize) -> Result<u32, Refusal> {
@@ -128,6 +159,7 @@ impl Control {
     fn insert_qp(&mut self, qp: Arc<Qp>) {
         self.enter_pd(qp.id.pdn);
         self.qps_created += 1;
+        self.ring_bytes += qp.id.ring_bytes;
         self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = Some(qp.clone());
         self.nic.qps.write().insert(qp.id.qpn, qp);
     }
@@ -142,8 +174,12 @@ impl Control {
         qp.close();
         self.engine.quiesce().wait();
         self.leave_pd(qp.id.pdn);
+        self.ring_bytes -= qp.id.ring_bytes;
         qp.id.send_cq.users.fetch_sub(1, Ordering::Relaxed);
         qp.id.recv_cq.users.fetch_sub(1, Ordering::Relaxed);
+        if let Some(srq) = &qp.id.srq {
+            srq.users.fetch_sub(1, Ordering::Relaxed);
+        }
         Ok(nothing())
     }
 
@@ -180,22 +216,36 @@ impl Control {
         if !allowed(qp.id.kind, from, to, mask, named) {
             return Err(Refusal::State("this transition"));
         }
-        if to == QpState::Reset {
-            qp.start_over();
-            send.reset();
-            qp.recv.lock().reset();
-        } else {
-            qp.change_attrs(|old| apply(mask, attr, old));
+        if matches!(to, QpState::Reset | QpState::Err) {
+            drop(send);
+            self.end_life(&qp, to);
+            return Ok(nothing());
         }
+        qp.change_attrs(|old| apply(mask, attr, old));
         let notify = mask.contains(QpMask::EN_SQD_ASYNC_NOTIFY) && attr.en_sqd_async_notify != 0;
-        send.notify_drained = to == QpState::Sqd && notify;
+        send.notify_drained = to == QpState::Sqd && (notify || (now == QpState::Sqd && send.notify_drained));
         if mask.contains(QpMask::AV) {
             send.binding = None;
         }
-        qp.set_state(to);
+        if !qp.change_state(now, to) {
+            return Err(Refusal::State("the QP has failed meanwhile"));
+        }
         drop(send);
         self.engine.attend(&self.nic, &qp);
         Ok(nothing())
+    }
+
+    /// Takes a QP to RESET or ERR. When this returns no message of before is still moving.
+    fn end_life(&self, qp: &Arc<Qp>, to: QpState) {
+        qp.set_state(to);
+        self.engine.quiesce().wait();
+        if to == QpState::Reset {
+            let mut send = qp.send.lock();
+            qp.start_over();
+            send.reset();
+            qp.recv.lock().reset();
+        }
+        self.engine.attend(&self.nic, qp);
     }
 
     /// Queues whose memory is gone fail.
@@ -205,6 +255,7 @@ impl Control {
                 self.nic.raise(EventType::CqError, cq.cqn);
             }
         }
+        self.drop_lost_srqs();
         let qps: Vec<_> = self.nic.qps.read().values().cloned().collect();
         for qp in qps {
             let send_gone = qp.send.lock().close_if_gone(&self.map);
@@ -273,7 +324,7 @@ fn check_attributes(mask: QpMask, attr: &QpAttr, max_rd_atomic: u32, max_gids: u
 }
 
 /// The first free slot, in a table of at most `max`.
-fn free_slot<T>(slots: &mut Vec<Option<T>>, max: u32) -> Option<usize> {
+pub(super) fn free_slot<T>(slots: &mut Vec<Option<T>>, max: u32) -> Option<usize> {
     let index = slots.iter().position(Option::is_none).unwrap_or(slots.len());
     if index == slots.len() {
         if index >= max as usize {

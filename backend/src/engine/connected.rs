@@ -9,8 +9,8 @@ use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
 use super::context::{Budget, Context, Gather, Side};
 use super::job::Job;
-use super::serve::{RecvDone, complete_recv, fatal};
-use crate::mem::{self, AtomicOp, Seg};
+use super::serve::{RecvDone, complete_recv, fatal, note_limit};
+use crate::mem::{self, AtomicOp, Source};
 use crate::mr::KeyError;
 use crate::nic::Nic;
 use crate::overlay::Gid;
@@ -51,12 +51,16 @@ pub(super) fn step(
     let Some(peer) = bind(ctx, nic, qp, send) else {
         return Progress::NotThere;
     };
+    if !job.resume_receive() {
+        return Progress::NotThere;
+    }
     let result = exchange(ctx, nic, qp, &peer, job, budget);
     let progress = match result {
         Ok(progress) => progress,
         Err(Failure::Local(status)) => Progress::Local(status),
         Err(Failure::Remote(fault)) => return Progress::Refused(peer, fault),
     };
+    job.rest_receive();
     send.binding = Some(peer);
     progress
 }
@@ -146,8 +150,8 @@ fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     if peer.id.kind != qp.id.kind || !peer.responds() {
         return None;
     }
-    let incarnation = peer.incarnation();
     let mut theirs = peer.attrs.lock();
+    let incarnation = peer.incarnation();
     let names_us = theirs.attr.dest_qpn.get() == qp.id.qpn && Gid(theirs.attr.av.dgid) == source;
     // A UC responder takes any PSN at the start of a message (IBA 9.8.2.2).
     let reliable = qp.id.kind == QpType::Rc;
@@ -227,7 +231,8 @@ fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job) -> Result<(), Faul
 }
 
 fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Fault> {
-    let taken = peer.qp.recv.lock().take(None, &mut job.recv);
+    let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
+    note_limit(&peer.nic, &peer.qp);
     match taken {
         Taken::Empty | Taken::TooShort => return Ok(Admission::NotReady),
         Taken::Broken(reason) => {
@@ -236,10 +241,10 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admi
             return Err(Fault::OPERATION);
         }
         Taken::Malformed => {
-            job.recv_of = Some(peer.qp.clone());
+            job.recv_of = Some((peer.qp.clone(), ticket));
             return Err(Fault::MALFORMED);
         }
-        Taken::Yes => job.recv_of = Some(peer.qp.clone()),
+        Taken::Yes => job.recv_of = Some((peer.qp.clone(), ticket)),
     }
     if matches!(job.wqe.op, Op::Write { .. }) {
         return Ok(Admission::Accepted);
@@ -247,7 +252,7 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admi
     if job.wqe.length > job.recv.sges.total() {
         return Err(Fault::TOO_LONG);
     }
-    ctx.check_sges(&peer.nic, peer.qp.id.pdn, Access::LOCAL_WRITE, job.recv.sges.as_slice())
+    ctx.check_sges(&peer.nic, peer.qp.id.recv_pdn(), Access::LOCAL_WRITE, job.recv.sges.as_slice())
         .map_err(|_| Fault::OPERATION)?;
     Ok(Admission::Accepted)
 }
@@ -265,10 +270,11 @@ fn move_piece(
     let last = len == job.left();
     if len > 0 {
         map_piece(ctx, nic, qp, peer, job, len)?;
+        let from = Source { own: &[inline_piece(job, len)], guest: &ctx.src };
         if last {
-            mem::copy_ordered(&ctx.src, &ctx.dst);
+            mem::copy_ordered(from, &ctx.dst);
         } else {
-            mem::copy(&ctx.src, &ctx.dst);
+            mem::copy(from, &ctx.dst);
         }
         job.done += len;
         budget.bytes -= len;
@@ -276,7 +282,7 @@ fn move_piece(
     if !last {
         return Ok(Progress::Paused);
     }
-    if job.recv_of.take().is_some() && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
+    if job.finish_receive() && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
         return Err(Failure::Remote(Fault::OPERATION));
     }
     Ok(Progress::Done)
@@ -303,8 +309,16 @@ fn fetch_atomic(
         _ => None,
     };
     let old = old.ok_or(Failure::Remote(Fault::INVALID))?.to_ne_bytes();
-    mem::copy_ordered(&[Seg::from_own(&old)], &ctx.dst);
+    mem::copy_ordered(Source { own: &[&old], guest: &[] }, &ctx.dst);
     Ok(Progress::Done)
+}
+
+/// The next `len` bytes of inline data, if that is where they are.
+fn inline_piece(job: &Job, len: u64) -> &[u8] {
+    if !job.wqe.is_inline() {
+        return &[];
+    }
+    &job.wqe.inline[job.done as usize..][..len as usize]
 }
 
 fn local(_: KeyError) -> Failure {
@@ -316,19 +330,19 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
     ctx.src.clear();
     ctx.dst.clear();
     let own = |need| Gather { nic, pdn: qp.id.pdn, need, sges: job.wqe.sges.as_slice(), from: job.done, len };
-    let remote = |need, sges| Gather { nic: &peer.nic, pdn: peer.qp.id.pdn, need, sges, from: job.done, len };
     match job.wqe.op {
         Op::Read { remote_addr, rkey } => {
             reach(ctx, peer, Side::Source, (Access::REMOTE_READ, remote_addr, rkey), job.done, len)?;
             ctx.gather(Side::Destination, &own(Access::LOCAL_WRITE)).map_err(local)?;
         }
         Op::Write { remote_addr, rkey, .. } => {
-            source(ctx, job, len, &own(Access::empty()))?;
+            source(ctx, job, &own(Access::empty()))?;
             reach(ctx, peer, Side::Destination, (Access::REMOTE_WRITE, remote_addr, rkey), job.done, len)?;
         }
         _ => {
-            source(ctx, job, len, &own(Access::empty()))?;
-            let target = remote(Access::LOCAL_WRITE, job.recv.sges.as_slice());
+            source(ctx, job, &own(Access::empty()))?;
+            let (pdn, sges) = (peer.qp.id.recv_pdn(), job.recv.sges.as_slice());
+            let target = Gather { nic: &peer.nic, pdn, need: Access::LOCAL_WRITE, sges, from: job.done, len };
             let gone = |_: KeyError| Failure::Remote(Fault::OPERATION);
             ctx.gather(Side::Destination, &target).map_err(gone)?;
         }
@@ -336,9 +350,8 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
     Ok(())
 }
 
-fn source(ctx: &mut Context, job: &Job, len: u64, sges: &Gather<'_>) -> Result<(), Failure> {
-    if job.wqe.flags.contains(SendFlags::INLINE) {
-        ctx.src.push(Seg::from_own(&job.wqe.inline).slice(job.done as usize, len as usize));
+fn source(ctx: &mut Context, job: &Job, sges: &Gather<'_>) -> Result<(), Failure> {
+    if job.wqe.is_inline() {
         return Ok(());
     }
     ctx.gather(Side::Source, sges).map_err(local)

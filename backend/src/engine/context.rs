@@ -21,6 +21,9 @@ pub const QUANTUM_BYTES: u64 = 64 * 1024;
 /// Work requests that one visit to a QP may start.
 pub const QUANTUM_WQES: u32 = 32;
 
+/// Bytes that could be moved in the time that one more SGE takes.
+const BYTES_PER_SGE: u64 = 1024;
+
 /// How often a visit may go on because nobody else waits. It bounds how long a quantum lasts.
 pub const REFILLS: u32 = 15;
 
@@ -47,6 +50,11 @@ impl Budget {
         }
         *self = Self { refills: self.refills - 1, ..Self::full() };
         true
+    }
+
+    /// Looking up keys takes time too: a long list counts like bytes.
+    pub fn charge_sges(&mut self, count: usize) {
+        self.bytes = self.bytes.saturating_sub(count.saturating_sub(1) as u64 * BYTES_PER_SGE);
     }
 
     /// Takes a work request out of the budget; false when it is used up.

@@ -65,6 +65,8 @@ pub struct Engine {
     nics: RwLock<HashMap<NicId, Arc<Nic>>>,
     /// Changes when workers must look at the list of NICs and their areas again.
     version: AtomicU64,
+    /// The version that each worker has taken over.
+    seen: Vec<AtomicU64>,
     quiesce: Quiesce,
     mailboxes: Vec<Mailbox>,
     stop: AtomicBool,
@@ -82,6 +84,7 @@ impl Engine {
             overlay,
             nics: RwLock::default(),
             version: AtomicU64::new(1),
+            seen: (0..workers).map(|_| AtomicU64::new(0)).collect(),
             quiesce: Quiesce::new(workers),
             mailboxes: (0..workers).map(|_| Mailbox::new()).collect::<io::Result<_>>()?,
             stop: AtomicBool::new(false),
@@ -131,8 +134,7 @@ impl Engine {
     /// Serves it no longer. When this returns no worker knows it.
     pub fn remove_nic(&self, id: NicId) {
         self.nics.write().remove(&id);
-        self.ports_changed();
-        self.quiesce.wait();
+        self.wait_refreshed();
     }
 
     /// All virtual NICs, in the order of their numbers.
@@ -152,6 +154,16 @@ impl Engine {
     pub fn ports_changed(&self) {
         self.version.fetch_add(1, Ordering::SeqCst);
         self.wake_all();
+    }
+
+    /// Has workers look again and returns when all have done so and none uses what was there before.
+    pub fn wait_refreshed(&self) {
+        self.ports_changed();
+        let version = self.version.load(Ordering::SeqCst);
+        while !self.stop.load(Ordering::SeqCst) && self.seen.iter().any(|seen| seen.load(Ordering::Acquire) < version) {
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        self.quiesce.wait();
     }
 
     /// The QP's worker visits it soon, without a doorbell.

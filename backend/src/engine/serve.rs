@@ -12,7 +12,7 @@ use super::context::{Budget, Context};
 use super::job::Job;
 use super::{rc, uc, ud};
 use crate::nic::Nic;
-use crate::qp::{Qp, SendQueue, Wait, WaitKind};
+use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
 use crate::wqe::Op;
 
@@ -42,13 +42,22 @@ pub enum Step {
 
 /// Visits a QP of `nic`. `alone` tells whether nobody else waits for the worker.
 pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -> bool) -> Next {
-    let send = qp.send.lock();
+    // The control queue has it: its change is looked at next time, and nobody waits here.
+    let Some(send) = qp.send.try_lock() else {
+        return Next::Again;
+    };
     match qp.state() {
         QpState::Rts => run(ctx, nic, qp, send, alone),
         QpState::Sqd => drain(ctx, nic, qp, send),
         QpState::Err => {
             let more = flush_send(ctx, nic, qp, send);
-            if flush_recv(ctx, nic, qp) || more { Next::Again } else { Next::Idle }
+            if flush_recv(ctx, nic, qp) || more {
+                return Next::Again;
+            }
+            if qp.recv.lock().take_last_event() {
+                nic.raise(EventType::LastWqeReached, qp.id.qpn);
+            }
+            Next::Idle
         }
         QpState::Sqe => {
             if flush_send(ctx, nic, qp, send) {
@@ -90,7 +99,7 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
     let job = match send.job.take() {
         Some(job) => Some(job),
         None => match fetch(ctx, qp, send) {
-            Ok(job) => job,
+            Ok(job) => job.inspect(|job| budget.charge_sges(job.wqe.sges.as_slice().len())),
             Err(reason) => return Some(fatal(nic, qp, reason)),
         },
     };
@@ -175,6 +184,7 @@ fn wait(
         }
         Err(None) => {
             // A datagram whose destination had no receive: dropped, which its sender never learns.
+            ud::starve(ctx, nic, qp, &job);
             nic.counters.messages_dropped.add(1);
             let pushed = complete(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);
@@ -201,32 +211,37 @@ fn count_wait(
             WaitKind::Datagram => (0, false, None),
         }
     };
-    match &mut send.wait {
+    // The first RNR wait is already for a retry; the first lost message is not.
+    let spent = |send: &SendQueue| if kind == WaitKind::Rnr { send.rnr_retries + 1 } else { send.retries };
+    match send.wait {
         Some(wait) if wait.kind == kind => {
             if now >= wait.deadline && !forever {
-                let used = if kind == WaitKind::Rnr { &mut send.rnr_retries } else { &mut send.retries };
-                // The first RNR wait is already for a retry; the first lost message is not.
-                let spent = if kind == WaitKind::Rnr { *used + 1 } else { *used };
-                if spent >= limit {
+                if spent(send) >= limit {
                     return Err(status);
                 }
-                *used += 1;
-                *wait = Wait::new(kind, now, period);
+                send.count_retry(kind);
+                send.wait = Some(Wait::new(kind, now, period));
             }
-            wait.look_later(now);
-            Ok(wait.next_look)
         }
-        _ => {
-            if kind == WaitKind::Rnr && limit == 0 {
+        before => {
+            // A wait of another kind was a try too, or a peer that alternates would be waited for without end.
+            if let Some(wait) = before {
+                send.count_retry(wait.kind);
+            }
+            if spent(send) > limit && !forever && status.is_some() {
                 return Err(status);
             }
             let counter = if kind == WaitKind::Lost { &nic.counters.lost_waits } else { &nic.counters.rnr_waits };
             counter.add(1);
-            let wait = Wait::new(kind, now, period);
-            send.wait = Some(wait);
-            Ok(wait.next_look)
+            send.wait = Some(Wait::new(kind, now, period));
+            return Ok(now + Wait::SHORTEST_LOOK);
         }
     }
+    let Some(wait) = &mut send.wait else {
+        return Ok(now);
+    };
+    wait.look_later(now);
+    Ok(wait.next_look)
 }
 
 /// Completes the request at the head of the ring. False if the completion could not be written.
@@ -238,7 +253,7 @@ fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, jo
         wr_id: job.wqe.wr_id.into(),
         status: status.to_wire().into(),
         opcode: job.wqe.completion_opcode().to_wire().into(),
-        byte_len: (job.wqe.length as u32).into(),
+        byte_len: if status == WcStatus::Success { job.wqe.length as u32 } else { 0 }.into(),
         qp_num: qp.id.qpn.into(),
         port_num: 1,
         ..Cqe::default()
@@ -272,7 +287,7 @@ fn fail(
     if qp.id.kind == QpType::Rc {
         qp.fail();
     } else {
-        qp.set_state(QpState::Sqe);
+        qp.change_state(QpState::Rts, QpState::Sqe);
     }
     Next::Again
 }
@@ -309,14 +324,30 @@ fn flush_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> bool {
     let mut job = ctx.new_job();
     let mut more = true;
     for _ in 0..super::context::QUANTUM_WQES {
+        if qp.state() != QpState::Err {
+            break;
+        }
         let taken = qp.recv.lock().take_for_flush(&mut job.recv);
-        more = taken && complete_recv(ctx, nic, qp, &RecvDone::error(job.recv.wr_id, WcStatus::WrFlushErr));
+        if taken == Flush::Busy {
+            break;
+        }
+        more =
+            taken == Flush::Yes && complete_recv(ctx, nic, qp, &RecvDone::error(job.recv.wr_id, WcStatus::WrFlushErr));
         if !more {
             break;
         }
     }
     ctx.recycle(job);
     more
+}
+
+/// A receive was taken, maybe from a shared queue that runs low now.
+pub(super) fn note_limit(nic: &Nic, qp: &Qp) {
+    if let Some(srq) = &qp.id.srq
+        && srq.take_limit_event()
+    {
+        nic.raise(EventType::SrqLimit, srq.srqn);
+    }
 }
 
 /// What a receive's completion says.

@@ -40,7 +40,7 @@ pub(super) fn step(
 
 /// The receive, if one was taken, is for the next message (as on rxe).
 fn drop_it(nic: &Nic, job: &mut Job) -> Step {
-    job.give_up_receive();
+    job.put_back_receive();
     nic.counters.messages_dropped.add(1);
     Step::Done
 }

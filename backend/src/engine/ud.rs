@@ -9,8 +9,9 @@ use virtio_rdma::ring::GRH_SIZE;
 
 use super::context::{Context, Gather, Side};
 use super::job::Job;
-use super::serve::{RecvDone, Step, complete_recv, fatal};
-use crate::mem::{self, Seg};
+use super::serve::{RecvDone, Step, complete_recv, fatal, note_limit};
+use crate::mem::{self, Source};
+use crate::mr::KeyError;
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::qp::{Qp, Taken, WaitKind};
@@ -18,6 +19,8 @@ use crate::wqe::Op;
 
 /// Bytes of the largest datagram: the port's MTU.
 const MTU: u64 = 4096;
+
+const IPV4_HEADER: u16 = 20;
 
 /// Where a datagram goes, as its address handle says.
 struct Route {
@@ -47,8 +50,14 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     let Some((peer_nic, peer)) = find(ctx, nic, route.destination, qpn, qkey) else {
         return drop_it(nic);
     };
+    // Before a receive is taken for it: what is the sender's fault must not cost the receiver one.
+    if gather_source(ctx, nic, qp, job).is_err() {
+        return Step::Failed(WcStatus::LocProtErr);
+    }
     let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
+    note_limit(&peer_nic, &peer);
     match taken {
+        Taken::Empty if peer.recv.lock().starved => return drop_it(nic),
         Taken::Empty => {
             return Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience);
         }
@@ -65,6 +74,26 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
         Taken::Yes => {}
     }
     deliver(ctx, nic, qp, (&peer_nic, &peer), job, &route, imm)
+}
+
+/// Patience with this datagram's destination has ended: until it posts a receive nobody waits for it again, since what is queued
+/// behind may be for others.
+pub(super) fn starve(ctx: &Context, nic: &Nic, qp: &Qp, job: &Job) {
+    let Op::Datagram { qpn, qkey, ah, .. } = job.wqe.op else {
+        return;
+    };
+    let qkey = if qkey >> 31 == 0 { qkey } else { qp.qkey() };
+    let peer = route(nic, qp, ah).and_then(|route| find(ctx, nic, route.destination, qpn, qkey));
+    if let Some((_, peer)) = peer {
+        peer.recv.lock().starved = true;
+    }
+}
+
+fn gather_source(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), KeyError> {
+    ctx.src.clear();
+    let (pdn, len) = (qp.id.pdn, job.wqe.length);
+    let sges = job.wqe.sges.as_slice();
+    ctx.gather(Side::Source, &Gather { nic, pdn, need: Access::empty(), sges, from: 0, len })
 }
 
 fn drop_it(nic: &Nic) -> Step {
@@ -103,27 +132,16 @@ fn deliver(
     route: &Route,
     imm: bool,
 ) -> Step {
-    let grh = route.header(job.wqe.length as u16);
-    ctx.src.clear();
+    let grh = route.header(job.wqe.length as u16, imm);
     ctx.dst.clear();
-    ctx.src.push(Seg::from_own(&grh));
-    if job.wqe.flags.contains(SendFlags::INLINE) {
-        ctx.src.push(Seg::from_own(&job.wqe.inline));
-    } else {
-        let (pdn, len) = (qp.id.pdn, job.wqe.length);
-        let from = Gather { nic, pdn, need: Access::empty(), sges: job.wqe.sges.as_slice(), from: 0, len };
-        if ctx.gather(Side::Source, &from).is_err() {
-            return Step::Failed(WcStatus::LocProtErr);
-        }
-    }
     let len = GRH_SIZE as u64 + job.wqe.length;
     let sges = job.recv.sges.as_slice();
-    let to = Gather { nic: peer_nic, pdn: peer.id.pdn, need: Access::LOCAL_WRITE, sges, from: 0, len };
+    let to = Gather { nic: peer_nic, pdn: peer.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
     if ctx.gather(Side::Destination, &to).is_err() {
         refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
         return drop_it(nic);
     }
-    mem::copy(&ctx.src, &ctx.dst);
+    mem::copy(Source { own: &[&grh, &job.wqe.inline], guest: &ctx.src }, &ctx.dst);
     let done = RecvDone {
         wr_id: job.recv.wr_id,
         status: WcStatus::Success,
@@ -146,20 +164,30 @@ fn refuse(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, wr_id: u64, status: W
     }
 }
 
+/// Bytes of the UDP datagram that a RoCE v2 NIC would have sent (IBA annex A17.3): headers, padding and ICRC are in its length.
+fn datagram_length(payload: u16, imm: bool) -> u16 {
+    const UDP: u16 = 8;
+    const BTH: u16 = 12;
+    const DETH: u16 = 8;
+    const ICRC: u16 = 4;
+    UDP + BTH + DETH + if imm { 4 } else { 0 } + payload.next_multiple_of(4) + ICRC
+}
+
 impl Route {
     /// The 40 bytes in front of the payload (IBA 8.3, annex A17.4.5.1).
-    fn header(&self, payload: u16) -> [u8; GRH_SIZE] {
+    fn header(&self, payload: u16, imm: bool) -> [u8; GRH_SIZE] {
+        let datagram = datagram_length(payload, imm);
         match (self.source.address(), self.destination.address()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => self.ipv4(payload, from.octets(), to.octets()),
-            _ => self.ipv6(payload),
+            (IpAddr::V4(from), IpAddr::V4(to)) => self.ipv4(datagram, from.octets(), to.octets()),
+            _ => self.ipv6(datagram),
         }
     }
 
-    fn ipv4(&self, payload: u16, from: [u8; 4], to: [u8; 4]) -> [u8; GRH_SIZE] {
+    fn ipv4(&self, datagram: u16, from: [u8; 4], to: [u8; 4]) -> [u8; GRH_SIZE] {
         let mut header = [0; GRH_SIZE];
         let ip = &mut header[20..];
         (ip[0], ip[1]) = (0x45, self.traffic_class);
-        ip[2..4].copy_from_slice(&(20 + 8 + payload).to_be_bytes());
+        ip[2..4].copy_from_slice(&(IPV4_HEADER + datagram).to_be_bytes());
         ip[6] = 0x40;
         (ip[8], ip[9]) = (self.hop_limit, 17);
         ip[12..16].copy_from_slice(&from);
@@ -171,11 +199,11 @@ impl Route {
         header
     }
 
-    fn ipv6(&self, payload: u16) -> [u8; GRH_SIZE] {
+    fn ipv6(&self, datagram: u16) -> [u8; GRH_SIZE] {
         let mut header = [0; GRH_SIZE];
         let first = 6 << 28 | u32::from(self.traffic_class) << 20 | (self.flow_label & 0xf_ffff);
         header[..4].copy_from_slice(&first.to_be_bytes());
-        header[4..6].copy_from_slice(&(8 + payload).to_be_bytes());
+        header[4..6].copy_from_slice(&datagram.to_be_bytes());
         (header[6], header[7]) = (17, self.hop_limit);
         header[8..24].copy_from_slice(&self.source.0);
         header[24..].copy_from_slice(&self.destination.0);
@@ -194,8 +222,9 @@ mod tests {
 
     #[test]
     fn an_ipv4_header_is_at_the_end_and_sums_to_zero() {
-        let header = route("10.0.0.1", "10.0.0.2").header(100);
+        let header = route("10.0.0.1", "10.0.0.2").header(99, false);
         assert_eq!(header[..20], [0; 20]);
+        assert_eq!(header[22..24], (20 + 8 + 12 + 8 + 100 + 4u16).to_be_bytes());
         assert_eq!(header[32..36], [10, 0, 0, 1]);
         let sum: u32 = header[20..].chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum();
         assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff);
@@ -203,7 +232,7 @@ mod tests {
 
     #[test]
     fn an_ipv6_header_fills_the_grh() {
-        let header = route("fd00::1", "fd00::2").header(100);
+        let header = route("fd00::1", "fd00::2").header(99, false);
         assert_eq!(header[..4], [0x60, 0x31, 0x23, 0x45]);
         assert_eq!(header[8..10], [0xfd, 0]);
         assert_eq!(header[39], 2);

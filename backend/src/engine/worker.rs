@@ -24,6 +24,8 @@ const WORDS_PER_ROUND: usize = 2;
 const ROUNDS_PER_CLOCK: u32 = 16;
 /// Posts from other threads that one round takes.
 const POSTS_PER_ROUND: usize = 64;
+/// Timers that one round takes.
+const TIMERS_PER_ROUND: usize = 64;
 
 /// Starts worker `index`.
 pub fn spawn(engine: Arc<Engine>, index: usize) -> io::Result<JoinHandle<()>> {
@@ -135,6 +137,8 @@ impl Worker {
                 }
             }
         }
+        drop(old);
+        self.engine.seen[self.index].store(version, Ordering::Release);
         true
     }
 
@@ -152,7 +156,10 @@ impl Worker {
 
     fn take_timers(&mut self) -> bool {
         let mut any = false;
-        while let Some((nic, qp)) = self.timers.pop_due(self.ctx.now) {
+        for _ in 0..TIMERS_PER_ROUND {
+            let Some((nic, qp)) = self.timers.pop_due(self.ctx.now) else {
+                break;
+            };
             self.schedule(nic.id, qp);
             any = true;
         }
@@ -242,11 +249,13 @@ impl Port {
             (None, None) => true,
             _ => false,
         };
-        if let Some(port) = old.filter(same) {
-            return port;
-        }
         let words = area.as_ref().map_or(0, |a| a.summary_words());
-        Self { nic: nic.clone(), queue, area, pending: vec![0; words], run: VecDeque::new(), hot: None }
+        match old.filter(|port| Arc::ptr_eq(&port.nic, nic)) {
+            Some(port) if same(&port) => port,
+            // QPs that wait to be visited still do.
+            Some(port) => Self { area, pending: vec![0; words], ..port },
+            None => Self { nic: nic.clone(), queue, area, pending: vec![0; words], run: VecDeque::new(), hot: None },
+        }
     }
 
     fn schedule(&mut self, qp: Arc<Qp>) {

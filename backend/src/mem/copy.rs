@@ -8,10 +8,28 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fen
 
 use super::Seg;
 
-/// Copies the bytes of `src` over those of `dst`, as many as the shorter of the two lists has. The two may overlap.
-pub fn copy(src: &[Seg], dst: &[Seg]) {
+/// Where bytes come from: first our own, then a guest's.
+#[derive(Debug, Clone, Copy)]
+pub struct Source<'a> {
+    /// Headers and inline data.
+    pub own: &'a [&'a [u8]],
+    /// Guest memory.
+    pub guest: &'a [Seg],
+}
+
+impl Source<'_> {
+    /// All of it as segments, to be read from only.
+    fn segs(&self) -> impl Iterator<Item = Seg> + Clone {
+        let own = self.own.iter().map(|bytes| Seg { ptr: bytes.as_ptr().cast_mut(), len: bytes.len() });
+        own.chain(self.guest.iter().copied())
+    }
+}
+
+/// Copies the bytes of `src` over those of `dst`, as many as the shorter of the two has. The two may overlap.
+pub fn copy(src: Source<'_>, dst: &[Seg]) {
     walk(src, dst, |from, to, len| {
-        // SAFETY: `walk` gives addresses inside segments, which lie in live mappings; `copy` allows overlap.
+        // SAFETY: `walk` gives addresses inside segments, which lie in live mappings or in borrowed bytes of our own, and the
+        // latter only to read from; `copy` allows overlap.
         unsafe { std::ptr::copy(from, to, len) };
     });
 }
@@ -20,8 +38,8 @@ pub fn copy(src: &[Seg], dst: &[Seg]) {
 ///
 /// Applications poll the last bytes of a buffer to see that an RDMA WRITE has arrived (IBA leaves it
 /// open, every NIC provides it).
-pub fn copy_ordered(src: &[Seg], dst: &[Seg]) {
-    let total = src.iter().map(Seg::len).sum::<usize>().min(dst.iter().map(Seg::len).sum());
+pub fn copy_ordered(src: Source<'_>, dst: &[Seg]) {
+    let total = src.segs().map(|seg| seg.len).sum::<usize>().min(dst.iter().map(Seg::len).sum());
     let Some(last) = last_word(dst, total) else {
         return;
     };
@@ -71,8 +89,8 @@ fn last_word(dst: &[Seg], total: usize) -> Option<Seg> {
     Some(seg.slice(seg.len - size, size))
 }
 
-fn read_at(segs: &[Seg], mut offset: usize, mut buf: &mut [u8]) {
-    for seg in segs {
+fn read_at(src: Source<'_>, mut offset: usize, mut buf: &mut [u8]) {
+    for seg in src.segs() {
         if offset >= seg.len {
             offset -= seg.len;
             continue;
@@ -105,7 +123,7 @@ fn store_word(seg: Seg, bytes: &[u8]) {
     }
 }
 
-fn walk_limited(src: &[Seg], dst: &[Seg], limit: usize) {
+fn walk_limited(src: Source<'_>, dst: &[Seg], limit: usize) {
     let mut left = limit;
     walk(src, dst, |from, to, len| {
         let now = len.min(left);
@@ -116,8 +134,8 @@ fn walk_limited(src: &[Seg], dst: &[Seg], limit: usize) {
 }
 
 /// Calls `f(from, to, len)` for the longest runs that are contiguous on both sides.
-fn walk(src: &[Seg], dst: &[Seg], mut f: impl FnMut(*const u8, *mut u8, usize)) {
-    let (mut sources, mut targets) = (src.iter().copied(), dst.iter().copied());
+fn walk(src: Source<'_>, dst: &[Seg], mut f: impl FnMut(*const u8, *mut u8, usize)) {
+    let (mut sources, mut targets) = (src.segs(), dst.iter().copied());
     let (mut from, mut to) = (sources.next(), targets.next());
     while let (Some(s), Some(t)) = (from, to) {
         let len = s.len.min(t.len);
@@ -148,10 +166,11 @@ mod tests {
                     let src = [seg(a), seg(b)];
                     let (c, d) = to[skew..].split_at_mut(256 - cut);
                     let dst = [seg(c), seg(d)];
+                    let src = Source { own: &[], guest: &src };
                     if ordered {
-                        copy_ordered(&src, &dst);
+                        copy_ordered(src, &dst);
                     } else {
-                        copy(&src, &dst);
+                        copy(src, &dst);
                     }
                     assert_eq!(to[skew..], from[..], "cut {cut} skew {skew} ordered {ordered}");
                 }
@@ -161,20 +180,21 @@ mod tests {
 
     #[test]
     fn copies_no_more_than_the_shorter_side_has() {
-        let (mut from, mut to) = (vec![1u8; 10], vec![0u8; 20]);
-        copy_ordered(&[seg(&mut from)], &[seg(&mut to)]);
+        let (from, mut to) = (vec![1u8; 10], vec![0u8; 20]);
+        copy_ordered(Source { own: &[&from], guest: &[] }, &[seg(&mut to)]);
         assert_eq!(to.iter().map(|&b| usize::from(b)).sum::<usize>(), 10);
-        let (mut from, mut to) = (vec![1u8; 20], vec![0u8; 30]);
-        copy_ordered(&[seg(&mut from)], &[seg(&mut to[..10])]);
+        let (from, mut to) = (vec![1u8; 20], vec![0u8; 30]);
+        copy_ordered(Source { own: &[&from], guest: &[] }, &[seg(&mut to[..10])]);
         assert_eq!(to.iter().map(|&b| usize::from(b)).sum::<usize>(), 10);
     }
 
     #[test]
     fn nothing_to_copy_is_fine() {
-        copy(&[], &[]);
-        copy_ordered(&[], &[]);
+        let nothing = Source { own: &[], guest: &[] };
+        copy(nothing, &[]);
+        copy_ordered(nothing, &[]);
         let mut one = [7u8];
-        copy_ordered(&[], &[seg(&mut one)]);
+        copy_ordered(nothing, &[seg(&mut one)]);
         assert_eq!(one, [7]);
     }
 }

@@ -66,13 +66,6 @@ unsafe impl Send for Seg {}
 unsafe impl Sync for Seg {}
 
 impl Seg {
-    /// Memory of our own as a segment: inline data of a work request.
-    ///
-    /// The caller keeps `bytes` alive and unmoved until it has finished copying, and only copies from it.
-    pub fn from_own(bytes: &[u8]) -> Self {
-        Self { ptr: bytes.as_ptr().cast_mut(), len: bytes.len() }
-    }
-
     /// Bytes.
     pub fn len(&self) -> usize {
         self.len

@@ -73,7 +73,10 @@ impl Guard {
         let start = start.addr();
         let slot = SLOTS
             .iter()
-            .position(|slot| slot.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok())
+            .position(|slot| {
+                slot.start.load(Ordering::Relaxed) == 0
+                    && slot.start.compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            })
             .ok_or_else(|| io::Error::other("too many memory regions"))?;
         SLOTS[slot].alarm.store(alarm.as_ref().map_or(-1, Alarm::as_raw_fd), Ordering::Relaxed);
         // Last: a slot without length contains no address.
@@ -122,7 +125,11 @@ fn install() -> io::Result<()> {
 
 extern "C" fn handle(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
     // SAFETY: the kernel passes a valid `info` to a handler installed with SA_SIGINFO.
-    let address = unsafe { (*info).si_addr() }.addr();
+    let (code, address) = unsafe { ((*info).si_code, (*info).si_addr().addr()) };
+    if code <= 0 {
+        // Sent by a process: there is no address.
+        return give_back_and_repeat();
+    }
     let slot = SLOTS.iter().find(|slot| {
         let start = slot.start.load(Ordering::Acquire);
         start != 0 && address.checked_sub(start).is_some_and(|offset| offset < slot.len.load(Ordering::Acquire))
@@ -156,6 +163,13 @@ fn replace(slot: &Slot) {
 
 /// What an alarm's eventfd takes.
 static ONE: u64 = 1;
+
+/// Somebody wants us to have SIGBUS: whoever handled it before decides.
+fn give_back_and_repeat() {
+    give_back();
+    // SAFETY: `raise` is a plain system call; the signal is blocked until this handler returns.
+    unsafe { libc::raise(libc::SIGBUS) };
+}
 
 /// Not ours: the access is repeated with the handler that was there before.
 fn give_back() {

@@ -28,6 +28,15 @@ pub enum MapError {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// The file does not live in memory. Others could make whoever touches it wait, for a disk, a network or the VMM.
+    #[error("memory region at guest address {gpa:#x} is not of a memory file")]
+    NotMemory {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// More regions than were offered.
+    #[error("more than {} memory regions", Map::MAX_REGIONS)]
+    TooMany,
     /// The file cannot be mapped.
     #[error("cannot map guest memory")]
     Map(#[from] vm_memory::mmap::MmapRegionError),
@@ -69,7 +78,7 @@ impl Region {
     /// Maps `id.size` bytes of `file`. Should they go away later, `alarm` rings.
     ///
     /// # Errors
-    /// When the file is shorter than that, or cannot be mapped.
+    /// When the file is shorter than that, does not live in memory, or cannot be mapped.
     pub fn map(id: RegionId, file: File, alarm: Option<Alarm>) -> Result<Arc<Self>, MapError> {
         let layout = MapError::Layout { gpa: id.gpa, size: id.size };
         let end = id.offset.checked_add(id.size);
@@ -79,6 +88,9 @@ impl Region {
         let aligned = [id.gpa, id.size, id.vmm_addr, id.offset].iter().all(|n| n.is_multiple_of(PAGE_SIZE as u64));
         if !aligned || id.size == 0 {
             return Err(layout);
+        }
+        if !is_memory(&file) {
+            return Err(MapError::NotMemory { gpa: id.gpa });
         }
         let meta = file.metadata()?;
         if meta.len() < end {
@@ -102,12 +114,18 @@ impl Region {
 
     /// Whether `id` of `file` is just what is mapped here.
     fn is(&self, id: RegionId, file: &File) -> bool {
-        self.id == id && file.metadata().is_ok_and(|m| (m.dev(), m.ino()) == self.file)
+        self.id == id && is_memory(file) && file.metadata().is_ok_and(|m| (m.dev(), m.ino()) == self.file)
     }
 
     pub(super) fn host_address(&self) -> *mut u8 {
         self.mmap.as_ptr()
     }
+}
+
+/// Whether a file is one of tmpfs or hugetlbfs, as memfds are. Only those have seals, and asking for these asks nobody
+/// but the kernel, whereas even fstatfs(2) could wait for a file system that the VMM itself serves.
+fn is_memory(file: &File) -> bool {
+    rustix::fs::fcntl_get_seals(file).is_ok()
 }
 
 /// All regions of a guest. A value: changes make a new one.
@@ -119,6 +137,9 @@ pub struct Map {
 }
 
 impl Map {
+    /// Most regions of a guest: what KVM has slots for. Each is a mapping and a descriptor of ours.
+    pub const MAX_REGIONS: usize = 509;
+
     /// No memory yet. When some that is added goes away, other than by this table, `alarm` rings.
     pub fn new(alarm: Alarm) -> Self {
         Self { alarm: Some(alarm), ..Self::default() }
@@ -137,8 +158,11 @@ impl Map {
     /// same mapping, so that what refers to it goes on.
     ///
     /// # Errors
-    /// When a region cannot be mapped or two overlap.
+    /// When there are too many, a region cannot be mapped, or two overlap.
     pub fn replaced(&self, table: Vec<(RegionId, File)>) -> Result<Self, MapError> {
+        if table.len() > Self::MAX_REGIONS {
+            return Err(MapError::TooMany);
+        }
         let mut regions = Vec::with_capacity(table.len());
         for (id, file) in table {
             let known = self.regions.iter().find(|r| r.is(id, &file)).cloned();
@@ -150,8 +174,11 @@ impl Map {
     /// This table and one more region.
     ///
     /// # Errors
-    /// When it cannot be mapped or overlaps another.
+    /// When there are too many, it cannot be mapped, or it overlaps another.
     pub fn with(&self, id: RegionId, file: File) -> Result<Self, MapError> {
+        if self.regions.len() >= Self::MAX_REGIONS {
+            return Err(MapError::TooMany);
+        }
         let mut regions = self.regions.clone();
         regions.push(Region::map(id, file, self.alarm.clone())?);
         self.with_regions(regions)
@@ -172,6 +199,11 @@ impl Map {
     /// The same memory for the virtqueue library.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// Bytes of all regions.
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|r| r.id.size).sum()
     }
 
     /// Whether this very mapping is part of the table.
@@ -208,5 +240,37 @@ impl Map {
         let offset = gpa - region.id.gpa;
         let there = region.id.size.checked_sub(offset).filter(|&n| n > 0)?;
         Some(Extent::new(region, offset, len.min(there)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_memory_files() {
+        // A file of some size that is no memory file, wherever this runs.
+        let file = || File::open("/sys/devices/system/cpu/online").unwrap();
+        let id = RegionId { gpa: 0, size: 4096, vmm_addr: 0, offset: 0 };
+        assert!(matches!(Map::default().with(id, file()), Err(MapError::NotMemory { gpa: 0 })));
+        assert!(matches!(Map::default().replaced(vec![(id, file())]), Err(MapError::NotMemory { gpa: 0 })));
+        let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(4096).unwrap();
+        assert!(Map::default().with(id, memory).is_ok());
+    }
+
+    #[test]
+    fn no_more_regions_than_offered() {
+        let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(4096).unwrap();
+        let region = |n: usize| {
+            let gpa = 4096 * n as u64;
+            (RegionId { gpa, size: 4096, vmm_addr: gpa, offset: 0 }, memory.try_clone().unwrap())
+        };
+        let full = Map::default().replaced((0..Map::MAX_REGIONS).map(region).collect()).unwrap();
+        let (id, file) = region(Map::MAX_REGIONS);
+        assert!(matches!(full.with(id, file), Err(MapError::TooMany)));
+        let more = (0..=Map::MAX_REGIONS).map(region).collect();
+        assert!(matches!(Map::default().replaced(more), Err(MapError::TooMany)));
     }
 }

@@ -12,7 +12,7 @@ mod map;
 mod pages;
 
 pub use atomic::{AtomicOp, atomic};
-pub use copy::{copy, copy_ordered, read, write};
+pub use copy::{Source, copy, copy_ordered, read, write};
 pub use extent::{Extent, Seg};
 pub use fault::Alarm;
 pub use map::{Map, MapError, Region, RegionId};

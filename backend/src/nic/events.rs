@@ -1,13 +1,14 @@
 //! Event queues: how the guest learns that something happened (`docs/device.md`, 5).
 
 use std::collections::{HashSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use virtio_rdma::event::{Event, EventType};
+use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
-use crate::vhost::vring::Vring;
+use crate::vhost::vring::{Given, Vring};
 
 /// Something that happened to an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -21,11 +22,26 @@ pub struct Notice {
 /// Notices kept for one queue while the guest has no buffer for them. A guest that gives none loses only its own.
 const MAX_PENDING: usize = 1 << 17;
 
+/// Notices given out at a time, since workers do it too.
+const PER_FLUSH: u64 = 32;
+
+/// What [`EventQueue::flush`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flushed {
+    /// Notices given out.
+    pub sent: u64,
+    /// Whether it stopped before the notices or the buffers were used up.
+    pub more: bool,
+}
+
 /// One event queue: its virtqueue, and what waits for a buffer.
 #[derive(Debug)]
 pub struct EventQueue {
     vring: Arc<Mutex<Vring>>,
     pending: Mutex<Pending>,
+    /// Wakes the virtual NIC's thread, which gives out what a worker left. Nobody but us has it, so writing to it does
+    /// not block.
+    helper: OnceLock<Arc<EventFd>>,
 }
 
 #[derive(Debug, Default)]
@@ -37,32 +53,43 @@ struct Pending {
 impl EventQueue {
     /// Over this virtqueue.
     pub fn new(vring: Arc<Mutex<Vring>>) -> Self {
-        Self { vring, pending: Mutex::default() }
+        Self { vring, pending: Mutex::default(), helper: OnceLock::new() }
     }
 
-    /// Gives a notice to the guest now, or keeps it until there is a buffer. True if it went out.
+    /// Names whom to wake when there is more to give out than a worker has time for.
+    pub fn set_helper(&self, helper: Arc<EventFd>) {
+        self.helper.get_or_init(|| helper);
+    }
+
+    /// Gives a notice to the guest now, or keeps it until there is a buffer. True if any went out.
     pub fn raise(&self, notice: Notice) -> bool {
         self.pending.lock().push(notice);
-        self.flush() > 0
+        let flushed = self.flush();
+        if let (true, Some(helper)) = (flushed.more, self.helper.get()) {
+            // Fails only when the counter is full, and then the helper is being woken.
+            let _ = helper.write(1);
+        }
+        flushed.sent > 0
     }
 
-    /// Gives out what waits, as far as there are buffers. Returns how many.
-    pub fn flush(&self) -> u64 {
-        let mut sent = 0;
+    /// Gives out what waits, as far as there are buffers, but only some at a time.
+    pub fn flush(&self) -> Flushed {
         let mut pending = self.pending.lock();
         let mut vring = self.vring.lock();
+        let mut flushed = Flushed { sent: 0, more: false };
         while let Some(notice) = pending.order.front().copied() {
-            if !vring.give(wire(notice).as_bytes()) {
+            let given = if flushed.sent < PER_FLUSH { vring.give(wire(notice).as_bytes()) } else { Given::NotYet };
+            if given != Given::Yes {
+                flushed.more = given == Given::NotYet;
                 break;
             }
-            pending.order.pop_front();
-            pending.known.remove(&notice);
-            sent += 1;
+            pending.pop();
+            flushed.sent += 1;
         }
-        if sent > 0 {
+        if flushed.sent > 0 {
             vring.signal();
         }
-        sent
+        flushed
     }
 
     /// Forgets what waits.
@@ -75,6 +102,12 @@ impl Pending {
     fn push(&mut self, notice: Notice) {
         if self.order.len() < MAX_PENDING && self.known.insert(notice) {
             self.order.push_back(notice);
+        }
+    }
+
+    fn pop(&mut self) {
+        if let Some(notice) = self.order.pop_front() {
+            self.known.remove(&notice);
         }
     }
 }

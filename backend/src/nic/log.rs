@@ -31,11 +31,11 @@ impl LimitedLog {
         Self { name: name.to_owned(), window: Mutex::new(window) }
     }
 
-    /// Writes a warning unless there were too many.
-    pub fn warn(&self, suppressed: &Counter, line: fmt::Arguments<'_>) {
+    /// Writes a line unless there were too many.
+    pub fn write(&self, level: log::Level, suppressed: &Counter, line: fmt::Arguments<'_>) {
         match self.window.lock().admit(Instant::now()) {
-            Some(0) => log::warn!("{}: {line}", self.name),
-            Some(n) => log::warn!("{}: {line} ({n} lines before this were suppressed)", self.name),
+            Some(0) => log::log!(level, "{}: {line}", self.name),
+            Some(n) => log::log!(level, "{}: {line} ({n} lines before this were suppressed)", self.name),
             None => suppressed.add(1),
         }
     }

@@ -161,6 +161,11 @@ impl Nic {
 
     /// A warning for the host's log, limited.
     pub fn warn(&self, line: std::fmt::Arguments<'_>) {
-        self.log.warn(&self.counters.log_suppressed, line);
+        self.log.write(::log::Level::Warn, &self.counters.log_suppressed, line);
+    }
+
+    /// A line for the host's log, limited together with the warnings.
+    pub fn info(&self, line: std::fmt::Arguments<'_>) {
+        self.log.write(::log::Level::Info, &self.counters.log_suppressed, line);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A QP has one owner, the worker that serves its send queue; the `send` lock is how the control queue
 //! gets a word in. The receive queue is taken from by whoever sends to the QP, under its own short lock. No thread takes a `send` lock
-//! while it holds another lock, and no receive or completion lock is held while another is taken.
+//! while it holds another lock, and no receive or completion lock is held while another is taken, except that of the SRQ behind a receive queue.
 
 mod recv;
 mod send;
@@ -15,10 +15,11 @@ use parking_lot::Mutex;
 use virtio_rdma::ctrl::QpAttr;
 use virtio_rdma::ib::{Access, QpState, QpType};
 
-pub use recv::{RecvQueue, Taken};
+pub use recv::{Flush, RecvQueue, RecvRing, RecvSource, Taken, Ticket};
 pub use send::{Binding, SendQueue, Wait, WaitKind};
 
 use crate::cq::Cq;
+use crate::srq::Srq;
 
 /// What never changes about a QP.
 #[derive(Debug)]
@@ -29,16 +30,27 @@ pub struct Identity {
     pub kind: QpType,
     /// Protection domain.
     pub pdn: u32,
+    /// Shared receive queue, if its receives come from one.
+    pub srq: Option<Arc<Srq>>,
     /// Doorbell queue, counted from 0.
     pub doorbell_queue: usize,
     /// Bit in that queue's doorbell area.
     pub doorbell: u32,
+    /// Bytes of guest memory that its rings take.
+    pub ring_bytes: u64,
     /// Every send work request makes a completion.
     pub signal_all: bool,
     /// CQ of the send queue.
     pub send_cq: Arc<Cq>,
     /// CQ of the receive queue.
     pub recv_cq: Arc<Cq>,
+}
+
+impl Identity {
+    /// Protection domain that its receives are held to.
+    pub fn recv_pdn(&self) -> u32 {
+        self.srq.as_ref().map_or(self.pdn, |srq| srq.pdn)
+    }
 }
 
 /// A queue pair.
@@ -122,8 +134,10 @@ impl Qp {
 
     /// Starts a new life without attributes; the caller holds the `send` lock.
     pub fn start_over(&self) {
-        *self.attrs.lock() = Attrs::default();
+        let mut attrs = self.attrs.lock();
+        *attrs = Attrs::default();
         self.incarnation.store(new_incarnation(), Ordering::Release);
+        drop(attrs);
         self.access.store(0, Ordering::Release);
         self.qkey.store(0, Ordering::Release);
     }
@@ -136,6 +150,12 @@ impl Qp {
     /// Sets the state; the caller holds the `send` lock.
     pub fn set_state(&self, state: QpState) {
         self.state.store(state.to_wire(), Ordering::Release);
+    }
+
+    /// Sets the state unless it is no longer `from`: a peer's worker may have failed the QP. False then.
+    pub fn change_state(&self, from: QpState, to: QpState) -> bool {
+        let (from, to) = (from.to_wire(), to.to_wire());
+        self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// Moves a working QP to ERR; false if it was not working (RESET, INIT and ERR stay).

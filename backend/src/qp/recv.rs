@@ -1,8 +1,11 @@
 //! The receive queue of a QP.
 
+use std::sync::Arc;
+
 use crate::mem::Map;
 use crate::ring::Ring;
 use crate::ring::rxe::{Caps, parse_recv};
+use crate::srq::Srq;
 use crate::wqe::Recv;
 
 /// What taking a receive came to.
@@ -20,39 +23,55 @@ pub enum Taken {
     Malformed,
 }
 
-/// Receive ring, our side of it.
+/// What looking for a receive to flush came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flush {
+    /// One was taken.
+    Yes,
+    /// There is none.
+    Empty,
+    /// A sender is filling one at this moment: look again.
+    Busy,
+}
+
+/// Names one filling of one receive; a later life of the QP gives out others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+/// The receive that a message on its way goes into. It stays the queue's: whoever flushes or resets the queue takes it from the sender.
 #[derive(Debug)]
-pub struct RecvQueue {
+struct Filling {
+    ticket: Ticket,
+    wr_id: u64,
+    /// The sender's worker is at it.
+    busy: bool,
+}
+
+/// Receives in a ring, our side of it.
+#[derive(Debug)]
+pub struct RecvRing {
+    /// `None` once its memory is gone or nobody may touch it.
     ring: Option<Ring>,
     caps: Caps,
     consumer: u32,
-    /// A receive whose message was given up half-way: the next one to be taken.
-    held: Option<Box<Recv>>,
 }
 
-impl RecvQueue {
-    /// Over this ring; `None` for a QP without receives.
-    pub fn new(ring: Option<Ring>, caps: Caps) -> Self {
-        Self { ring, caps, consumer: 0, held: None }
+impl RecvRing {
+    /// Over this ring.
+    pub fn new(ring: Ring, caps: Caps) -> Self {
+        Self { ring: Some(ring), caps, consumer: 0 }
     }
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
-        if let Some(held) = self.held.take() {
-            *out = *held;
-            return Taken::Yes;
-        }
         let Some(ring) = &self.ring else {
             return Taken::Empty;
         };
-        let producer = match ring.producer() {
+        match ring.producer() {
             Ok(index) if index == self.consumer => return Taken::Empty,
-            Ok(index) => index,
-            Err(_) => {
-                return Taken::Broken("producer index of the receive ring is outside the ring");
-            }
-        };
-        debug_assert_ne!(producer, self.consumer);
+            Ok(_) => {}
+            Err(_) => return Taken::Broken("producer index of the receive ring is outside the ring"),
+        }
         let parsed = parse_recv(ring, self.consumer, self.caps, out);
         if parsed.is_ok() && at_least.is_some_and(|n| out.sges.total() < n) {
             return Taken::TooShort;
@@ -62,20 +81,21 @@ impl RecvQueue {
         if parsed.is_ok() { Taken::Yes } else { Taken::Malformed }
     }
 
-    /// Takes a receive in order to flush it. False when there is none.
-    pub fn take_for_flush(&mut self, out: &mut Recv) -> bool {
-        matches!(self.take(None, out), Taken::Yes | Taken::Malformed)
+    /// Receives that are posted. Of a ring with an index that makes no sense: none.
+    pub fn left(&self) -> u32 {
+        let Some(ring) = &self.ring else {
+            return 0;
+        };
+        ring.producer().map_or(0, |index| index.wrapping_sub(self.consumer) & self.capacity())
     }
 
-    /// Takes back a receive that a sender had taken and gave up on.
-    pub fn hold(&mut self, recv: Recv) {
-        self.held = Some(Box::new(recv));
+    /// Receives that it can hold.
+    pub fn capacity(&self) -> u32 {
+        self.ring.as_ref().map_or(0, |ring| ring.geometry().entries - 1)
     }
 
-    /// Empties the ring, as a transition to RESET does.
-    pub fn reset(&mut self) {
+    fn reset(&mut self) {
         self.consumer = 0;
-        self.held = None;
         if let Some(ring) = &self.ring {
             ring.set_consumer(0);
             ring.set_producer(0);
@@ -84,7 +104,6 @@ impl RecvQueue {
 
     /// Lets go of the ring.
     pub fn close(&mut self) {
-        self.held = None;
         self.ring = None;
     }
 
@@ -95,5 +114,176 @@ impl RecvQueue {
             self.ring = None;
         }
         gone
+    }
+}
+
+/// Where a QP's receives are posted.
+#[derive(Debug)]
+pub enum RecvSource {
+    /// In a ring of its own.
+    Own(RecvRing),
+    /// In a shared receive queue.
+    Shared(Arc<Srq>),
+}
+
+impl RecvSource {
+    /// The shared receive queue, if it is one.
+    pub fn srq(&self) -> Option<&Arc<Srq>> {
+        match self {
+            Self::Own(_) => None,
+            Self::Shared(srq) => Some(srq),
+        }
+    }
+
+    /// Bytes of the QP's own ring.
+    pub fn ring_size(&self) -> usize {
+        match self {
+            Self::Own(own) => own.ring.as_ref().map_or(0, |ring| ring.geometry().size()),
+            Self::Shared(_) => 0,
+        }
+    }
+}
+
+/// The receive queue of a QP.
+#[derive(Debug)]
+pub struct RecvQueue {
+    source: RecvSource,
+    tickets: u64,
+    filling: Option<Filling>,
+    /// A receive whose message was dropped: the next one to be taken.
+    held: Option<Box<Recv>>,
+    /// A datagram was dropped after waiting for a receive, and none was posted since.
+    pub starved: bool,
+    /// ERR, with an SRQ: the guest was told that no more of its receives will complete here.
+    last_told: bool,
+}
+
+impl RecvQueue {
+    /// With receives from there.
+    pub fn new(source: RecvSource) -> Self {
+        Self { source, tickets: 0, filling: None, held: None, starved: false, last_told: false }
+    }
+
+    /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
+    pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
+        if let Some(held) = self.held.take() {
+            *out = *held;
+            return Taken::Yes;
+        }
+        let taken = match &mut self.source {
+            RecvSource::Own(ring) => ring.take(at_least, out),
+            RecvSource::Shared(srq) => srq.take(at_least, out),
+        };
+        self.starved &= taken == Taken::Empty;
+        taken
+    }
+
+    /// Takes the next receive for a message that may need several visits, beginning with this one. Until [`finish`](Self::finish) it
+    /// is flushed like those that are still in the ring.
+    pub fn begin(&mut self, out: &mut Recv) -> (Taken, Ticket) {
+        let ticket = Ticket(self.tickets);
+        if self.filling.is_some() {
+            // Left behind by a sender that went away; a connected QP has one sender in its life.
+            return (Taken::Empty, ticket);
+        }
+        let taken = self.take(None, out);
+        if matches!(taken, Taken::Yes | Taken::Malformed) {
+            self.tickets += 1;
+            self.filling = Some(Filling { ticket, wr_id: out.wr_id, busy: true });
+        }
+        (taken, ticket)
+    }
+
+    /// The sender goes on. False if the receive was taken from it: the message has nowhere to go.
+    pub fn resume(&mut self, ticket: Ticket) -> bool {
+        self.filled_by(ticket).map(|filling| filling.busy = true).is_some()
+    }
+
+    /// The sender pauses, or gives up.
+    pub fn rest(&mut self, ticket: Ticket) {
+        if let Some(filling) = self.filled_by(ticket) {
+            filling.busy = false;
+        }
+    }
+
+    /// The receive is the sender's to complete. False if it was taken from it.
+    pub fn finish(&mut self, ticket: Ticket) -> bool {
+        let valid = self.filled_by(ticket).is_some();
+        if valid {
+            self.filling = None;
+        }
+        valid
+    }
+
+    /// The message was dropped: its receive is for the next one.
+    pub fn put_back(&mut self, ticket: Ticket, recv: Recv) {
+        if self.finish(ticket) {
+            self.held = Some(Box::new(recv));
+        }
+    }
+
+    fn filled_by(&mut self, ticket: Ticket) -> Option<&mut Filling> {
+        self.filling.as_mut().filter(|filling| filling.ticket == ticket)
+    }
+
+    /// Takes a receive in order to flush it: the one being filled first. With a shared queue that is all.
+    pub fn take_for_flush(&mut self, out: &mut Recv) -> Flush {
+        match &self.filling {
+            Some(Filling { busy: true, .. }) => return Flush::Busy,
+            Some(Filling { wr_id, .. }) => {
+                out.wr_id = *wr_id;
+                self.filling = None;
+                return Flush::Yes;
+            }
+            None => {}
+        }
+        if let Some(held) = self.held.take() {
+            *out = *held;
+            return Flush::Yes;
+        }
+        // What is in a shared queue is for its other QPs.
+        let RecvSource::Own(ring) = &mut self.source else {
+            return Flush::Empty;
+        };
+        match ring.take(None, out) {
+            Taken::Yes | Taken::Malformed => Flush::Yes,
+            _ => Flush::Empty,
+        }
+    }
+
+    /// After the flush: whether the guest is to be told that this QP has taken its last receive from the shared queue. True once.
+    pub fn take_last_event(&mut self) -> bool {
+        self.source.srq().is_some() && !std::mem::replace(&mut self.last_told, true)
+    }
+
+    /// Empties the ring, as a transition to RESET does.
+    pub fn reset(&mut self) {
+        self.forget();
+        if let RecvSource::Own(ring) = &mut self.source {
+            ring.reset();
+        }
+    }
+
+    /// Lets go of the ring.
+    pub fn close(&mut self) {
+        self.forget();
+        if let RecvSource::Own(ring) = &mut self.source {
+            ring.close();
+        }
+    }
+
+    /// Lets go of the ring if its memory is no longer there; true if it did.
+    pub fn close_if_gone(&mut self, map: &Map) -> bool {
+        match &mut self.source {
+            RecvSource::Own(ring) => ring.close_if_gone(map),
+            RecvSource::Shared(_) => false,
+        }
+    }
+
+    fn forget(&mut self) {
+        self.filling = None;
+        self.held = None;
+        self.starved = false;
+        self.last_told = false;
     }
 }

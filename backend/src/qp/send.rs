@@ -40,8 +40,9 @@ impl Wait {
         Self { kind, since: now, deadline: now + period, next_look: now + Self::SHORTEST_LOOK }
     }
 
-    const SHORTEST_LOOK: Duration = Duration::from_micros(2);
-    const LONGEST_LOOK: Duration = Duration::from_millis(10);
+    /// The first look.
+    pub const SHORTEST_LOOK: Duration = Duration::from_micros(2);
+    const LONGEST_LOOK: Duration = Duration::from_millis(100);
 
     /// Sets when to look again: soon at first, later the longer it takes, and when this try is over.
     pub fn look_later(&mut self, now: Instant) {
@@ -122,6 +123,12 @@ impl SendQueue {
         };
         let producer = ring.producer()?;
         Ok((producer != self.consumer).then_some((ring, self.consumer)))
+    }
+
+    /// A try of the present work request has ended without success.
+    pub fn count_retry(&mut self, kind: WaitKind) {
+        let used = if kind == WaitKind::Rnr { &mut self.rnr_retries } else { &mut self.retries };
+        *used = used.saturating_add(1);
     }
 
     /// The present work request is complete: the guest may use its element again.

@@ -56,6 +56,7 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
     wqe.flags = SendFlags::from_bits_truncate(raw.send_flags.get());
     wqe.imm = raw.imm_data.get();
     wqe.wire_opcode = raw.opcode.get();
+    wqe.length = 0;
     wqe.sges.clear();
     wqe.inline.clear();
     wqe.op = operation(&raw, caps)?;

@@ -18,8 +18,10 @@ use virtio_rdma::config::{Config, MAGIC, NUM_CTRL_QUEUES, STATUS_LINK_UP};
 use virtio_rdma::{ABI_VERSION, zerocopy::IntoBytes};
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::vring::Vring;
+use super::call::{Call, Courier, is_eventfd};
+use super::vring::{Next, Vring};
 use crate::control::Control;
 use crate::engine::Engine;
 use crate::mem::{Alarm, Map, RegionId};
@@ -28,8 +30,6 @@ use crate::overlay::eui64;
 
 /// Requests of the control queue that are executed before the VMM's messages are looked at again.
 const REQUESTS_PER_TURN: usize = 64;
-/// Memory regions that a VMM may add; each is a mapping.
-const MAX_MEM_SLOTS: u64 = 509;
 /// Size of the configuration space that VMMs may read; beyond ours it is zero.
 const CONFIG_SPACE: usize = 256;
 
@@ -43,21 +43,27 @@ pub struct Session {
     alarm: Alarm,
     features: u64,
     epoll: Arc<Epoll>,
+    courier: Arc<Courier>,
+    /// Bits of the control and event queues that are to be looked at.
+    unfinished: u64,
 }
 
 impl Session {
-    /// A device that nobody has set up. Kicks of the control and event queues arrive at `epoll`, with the queue's index as data. `alarm` rings when
-    /// the VMM takes memory away without saying so.
+    /// A device that nobody has set up. Kicks of the control and event queues arrive at `epoll`, with the queue's index
+    /// as data. `alarm` rings when the VMM takes memory away without saying so, `helper` when a worker has left events.
     pub fn new(
         nic: Arc<Nic>,
         engine: Arc<Engine>,
         vrings: Vec<Arc<Mutex<Vring>>>,
         epoll: Arc<Epoll>,
         alarm: Alarm,
+        helper: &Arc<EventFd>,
     ) -> Self {
         let control = Control::new(nic.clone(), engine.clone());
         let map = Arc::new(Map::new(alarm.clone()));
-        Self { nic, engine, control, vrings, map, alarm, features: 0, epoll }
+        nic.events.iter().for_each(|queue| queue.set_helper(helper.clone()));
+        let courier = Arc::default();
+        Self { nic, engine, control, vrings, map, alarm, features: 0, epoll, courier, unfinished: 0 }
     }
 
     /// Number of protection domains, regions and CQs.
@@ -65,32 +71,57 @@ impl Session {
         self.control.counts()
     }
 
-    /// A control or event queue was kicked. True if there is more to do.
-    pub fn kicked(&mut self, index: usize) -> bool {
-        self.vrings[index].lock().drain_kick();
-        if !self.nic.is_running() {
-            return false;
-        }
-        match index.checked_sub(NUM_CTRL_QUEUES) {
-            None => self.run_control_queue(),
-            Some(vector) => {
-                let sent = self.nic.events[vector].flush();
-                self.nic.counters.events.add(sent);
-                false
+    /// A control or event queue was kicked: [`go_on`](Self::go_on) looks at it.
+    pub fn kicked(&mut self, index: usize) {
+        self.unfinished |= 1 << index;
+    }
+
+    /// As if every control and event queue had been kicked.
+    pub fn kicked_all(&mut self) {
+        (0..=self.nic.events.len()).for_each(|index| self.kicked(index));
+    }
+
+    /// Whether there is something to [`go_on`](Self::go_on) with.
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished != 0
+    }
+
+    /// Does some of what is to be done for the guest, and remembers the rest: a guest that goes on asking must not keep
+    /// us from its VMM's messages.
+    pub fn go_on(&mut self) {
+        let todo = std::mem::take(&mut self.unfinished);
+        let indices = (0..=self.nic.events.len()).filter(|&index| todo & 1 << index != 0);
+        for index in indices {
+            if self.nic.is_running() && self.serve(index) {
+                self.kicked(index);
             }
         }
+    }
+
+    /// A turn of one queue. True if there is more to do.
+    fn serve(&mut self, index: usize) -> bool {
+        let Some(vector) = index.checked_sub(NUM_CTRL_QUEUES) else {
+            return self.run_control_queue();
+        };
+        let flushed = self.nic.events[vector].flush();
+        self.nic.counters.events.add(flushed.sent);
+        flushed.more
     }
 
     fn run_control_queue(&mut self) -> bool {
         let vring = self.vrings[0].clone();
         for _ in 0..REQUESTS_PER_TURN {
-            let Some(request) = vring.lock().next_request() else {
-                return false;
-            };
-            let answer = self.control.execute(&request.bytes, request.room());
-            let mut vring = vring.lock();
-            vring.answer(&request, &answer);
-            vring.signal();
+            let next = vring.lock().next_request();
+            match next {
+                Next::Nothing => return false,
+                Next::Broken => vring.lock().signal(),
+                Next::Request(request) => {
+                    let answer = self.control.execute(&request.bytes, request.room());
+                    let mut vring = vring.lock();
+                    vring.answer(&request, &answer);
+                    vring.signal();
+                }
+            }
         }
         true
     }
@@ -105,13 +136,17 @@ impl Session {
         self.control.reset();
         self.set_map(Map::new(self.alarm.clone()));
         for vring in &self.vrings {
-            *vring.lock() = Vring::new();
+            let old = std::mem::take(&mut *vring.lock());
+            // Only now: closing a VMM's descriptor can block, and workers want the lock.
+            drop(old);
         }
+        self.courier.clear();
         self.features = 0;
     }
 
     fn stop_vring(&mut self, index: usize) -> u16 {
-        self.set_kick(index, None);
+        // Without a new descriptor this cannot fail.
+        let _ = self.set_kick(index, None);
         let base = self.vrings[index].lock().stop();
         self.update_running();
         base
@@ -126,11 +161,7 @@ impl Session {
         self.nic.set_running(all);
         self.engine.ports_changed();
         self.engine.quiesce().wait();
-        if all {
-            for index in 0..=self.nic.events.len() {
-                while self.kicked(index) {}
-            }
-        }
+        self.kicked_all();
     }
 
     fn set_map(&mut self, map: Map) {
@@ -141,30 +172,26 @@ impl Session {
         self.control.set_map(self.map.clone());
     }
 
-    fn set_kick(&mut self, index: usize, kick: Option<File>) {
+    fn set_kick(&mut self, index: usize, kick: Option<File>) -> std::io::Result<()> {
         let doorbells = NUM_CTRL_QUEUES + self.nic.events.len();
-        let result = match index.checked_sub(doorbells) {
-            Some(queue) => kick
-                .as_ref()
-                .map(File::try_clone)
-                .transpose()
-                .and_then(|kick| self.engine.set_kick(&self.nic, queue, kick)),
-            None => self.watch(index, kick.as_ref()),
-        };
-        if let Err(error) = result {
-            self.nic.warn(format_args!("cannot wait for kicks of virtqueue {index}: {error}"));
+        match index.checked_sub(doorbells) {
+            Some(queue) => {
+                let kick = kick.as_ref().map(File::try_clone).transpose()?;
+                self.engine.set_kick(&self.nic, queue, kick)?;
+            }
+            None => self.watch(index, kick.as_ref())?,
         }
         self.vrings[index].lock().kick = kick;
+        Ok(())
     }
 
     fn watch(&self, index: usize, kick: Option<&File>) -> std::io::Result<()> {
-        if let Some(old) = &self.vrings[index].lock().kick {
+        if let Some(old) = self.vrings[index].lock().kick.take() {
             self.epoll.ctl(ControlOperation::Delete, old.as_raw_fd(), EpollEvent::default())?;
         }
         let Some(kick) = kick else {
             return Ok(());
         };
-        set_nonblocking(kick)?;
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index as u64);
         self.epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), event)
     }
@@ -200,14 +227,15 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.courier.end();
+    }
+}
+
 /// A message that makes no sense; the connection goes on.
 fn invalid(what: &'static str) -> Error {
     Error::ReqHandlerError(std::io::Error::new(std::io::ErrorKind::InvalidInput, what))
-}
-
-fn set_nonblocking(file: &File) -> std::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(file)?;
-    Ok(rustix::fs::fcntl_setfl(file, flags | rustix::fs::OFlags::NONBLOCK)?)
 }
 
 fn region_id(region: &VhostUserMemoryRegion) -> RegionId {
@@ -306,7 +334,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         self.vring(index.into())?;
         let fd = fd.ok_or(invalid("a virtqueue without a kick descriptor"))?;
-        self.set_kick(index.into(), Some(fd));
+        // Workers wait for it, and waiting for a file of a file system that the VMM serves can block.
+        if !is_eventfd(&fd) {
+            return Err(invalid("a kick descriptor that is no eventfd"));
+        }
+        // A VMM that wants no acknowledgement would not learn that nobody hears the guest: its connection ends.
+        self.set_kick(index.into(), Some(fd)).map_err(Error::SocketBroken)?;
         let enable = !self.negotiated(VhostUserVirtioFeatures::PROTOCOL_FEATURES);
         let mut vring = self.vrings[usize::from(index)].lock();
         vring.queue.set_ready(true);
@@ -318,11 +351,10 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let vring = self.vring(index.into())?;
-        // A VMM that gives something that can block must not block a worker.
-        if let Some(fd) = &fd {
-            set_nonblocking(fd).map_err(Error::ReqHandlerError)?;
-        }
-        vring.lock().call = fd;
+        let call = fd.map(|fd| Call::new(fd, index.into(), &self.courier)).transpose();
+        let old = std::mem::replace(&mut vring.lock().call, call.map_err(Error::ReqHandlerError)?);
+        // Only now: closing a VMM's descriptor can block, and workers want the lock.
+        drop(old);
         Ok(())
     }
 
@@ -365,7 +397,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MAX_MEM_SLOTS)
+        Ok(Map::MAX_REGIONS as u64)
     }
 
     fn add_mem_region(

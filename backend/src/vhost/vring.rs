@@ -1,18 +1,23 @@
 //! One virtqueue as the device sees it: the split ring, its eventfds, and the memory that it lives in.
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueT};
 use virtio_rdma::ctrl::MAX_REQUEST;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
+use super::call::Call;
 use crate::mem::Map;
 
 /// Most descriptors of a virtqueue (virtio 2.7).
 pub const MAX_SIZE: u16 = 1024;
+/// Most descriptors of a request. Our driver uses a handful; the limit bounds what reading a request costs.
+const MAX_CHAIN: usize = 128;
+/// Chains that [`Vring::give`] looks at: a driver offers good ones only, and workers have no time for others.
+const CHAINS_PER_EVENT: usize = 8;
 
 /// A virtqueue. It does nothing unless it [`is_active`](Self::is_active).
 #[derive(Debug)]
@@ -22,14 +27,38 @@ pub struct Vring {
     /// Guest memory.
     pub map: Arc<Map>,
     /// Signalled by us when buffers were used.
-    pub call: Option<File>,
-    /// Signalled by the guest when buffers are available.
+    pub call: Option<Call>,
+    /// Signalled by the guest when buffers are available. It is only waited for (edge-triggered) and never read: the
+    /// VMM could make that block.
     pub kick: Option<File>,
     /// `SET_VRING_ENABLE`.
     pub enabled: bool,
 }
 
+/// Whether the guest had a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Given {
+    /// The bytes are in it.
+    Yes,
+    /// There is none.
+    No,
+    /// There were only unusable ones so far; there may be more.
+    NotYet,
+}
+
+/// What is next on the control queue.
+#[derive(Debug)]
+pub enum Next {
+    /// Nothing.
+    Nothing,
+    /// A chain that is no request; it was given back.
+    Broken,
+    /// A request.
+    Request(Request),
+}
+
 /// A request that the guest made on the control queue.
+#[derive(Debug)]
 pub struct Request {
     /// Its readable bytes.
     pub bytes: Vec<u8>,
@@ -61,28 +90,33 @@ impl Vring {
         self.enabled && self.queue.ready()
     }
 
-    /// Copies `bytes` into the guest's next buffer. False if it has none.
-    pub fn give(&mut self, bytes: &[u8]) -> bool {
-        loop {
-            let map = self.map.clone();
-            let Some(mut chain) = self.pop(&map) else {
-                return false;
+    /// Copies `bytes` into the guest's next buffer, which is the first descriptor of a chain.
+    pub fn give(&mut self, bytes: &[u8]) -> Given {
+        let map = self.map.clone();
+        for _ in 0..CHAINS_PER_EVENT {
+            let Some(head) = self.pop(&map) else {
+                return Given::No;
             };
-            let head = chain.head_index();
-            let target = chain.find(|d| d.is_write_only() && d.len() as usize >= bytes.len());
+            let target = self.descriptor(&map, head).filter(|d| d.is_write_only() && d.len() as usize >= bytes.len());
             let wrote = target.is_some_and(|d| map.memory().write_slice(bytes, d.addr()).is_ok());
             self.used(head, if wrote { bytes.len() } else { 0 });
             if wrote {
-                return true;
+                return Given::Yes;
             }
         }
+        Given::NotYet
     }
 
     /// The next request, copied out of the guest.
-    pub fn next_request(&mut self) -> Option<Request> {
+    pub fn next_request(&mut self) -> Next {
         let map = self.map.clone();
-        let chain = self.pop(&map)?;
-        let head = chain.head_index();
+        let Some(head) = self.pop(&map) else {
+            return Next::Nothing;
+        };
+        let Some(chain) = self.chain(&map, head) else {
+            self.used(head, 0);
+            return Next::Broken;
+        };
         let (mut bytes, mut writable) = (Vec::new(), Vec::new());
         for descriptor in chain {
             let len = descriptor.len() as usize;
@@ -93,7 +127,7 @@ impl Vring {
             }
         }
         let room = writable.iter().map(|w| w.1).sum();
-        Some(Request { bytes, head, room, writable })
+        Next::Request(Request { bytes, head, room, writable })
     }
 
     /// Answers a request and gives its descriptors back.
@@ -113,15 +147,7 @@ impl Vring {
     pub fn signal(&mut self) {
         let wanted = self.queue.needs_notification(self.map.memory()).unwrap_or(true);
         if let (true, Some(call)) = (wanted, &self.call) {
-            notify(call);
-        }
-    }
-
-    /// Takes note of a kick.
-    pub fn drain_kick(&self) {
-        if let Some(mut kick) = self.kick.as_ref() {
-            // The count does not matter, and a kick that somebody else took is no error.
-            let _ = kick.read(&mut [0; 8]);
+            call.ring();
         }
     }
 
@@ -138,17 +164,52 @@ impl Vring {
         self.queue.next_avail()
     }
 
-    fn pop<'m>(&mut self, map: &'m Map) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
+    /// Takes the first descriptor of the next available chain. It may be any number.
+    fn pop(&mut self, map: &Map) -> Option<u16> {
         if !self.is_active() {
             return None;
         }
+        let memory = map.memory();
+        let next = self.queue.next_avail();
+        let available = self.queue.avail_idx(memory, Ordering::Acquire).ok()?.0.wrapping_sub(next);
         // An available index that jumped is the guest's doing: nothing is taken from such a ring.
-        self.queue.iter(map.memory()).ok()?.next()
+        if available == 0 || available > self.queue.size() {
+            return None;
+        }
+        let slot = 4 + 2 * u64::from(next % self.queue.size());
+        let head = memory.read_obj(GuestAddress(self.queue.avail_ring().checked_add(slot)?)).ok()?;
+        self.queue.set_next_avail(next.wrapping_add(1));
+        Some(u16::from_le(head))
+    }
+
+    /// A descriptor; `None` if it lies outside the table, or is a kind that was not negotiated.
+    fn descriptor(&self, map: &Map, index: u16) -> Option<Descriptor> {
+        if index >= self.queue.size() {
+            return None;
+        }
+        let at = self.queue.desc_table().checked_add(16 * u64::from(index))?;
+        let descriptor: Descriptor = map.memory().read_obj(GuestAddress(at)).ok()?;
+        (!descriptor.refers_to_indirect_table()).then_some(descriptor)
+    }
+
+    /// All descriptors of a chain; `None` if one is wrong or there are too many.
+    fn chain(&self, map: &Map, head: u16) -> Option<Vec<Descriptor>> {
+        let mut chain = vec![self.descriptor(map, head)?];
+        while let Some(last) = chain.last().filter(|d| d.has_next()) {
+            if chain.len() == MAX_CHAIN {
+                return None;
+            }
+            chain.push(self.descriptor(map, last.next())?);
+        }
+        Some(chain)
     }
 
     fn used(&mut self, head: u16, len: usize) {
-        // Fails when the used ring is outside guest memory; then nobody waits for it.
-        let _ = self.queue.add_used(self.map.memory(), head, len as u32);
+        // The library logs an error for a descriptor that cannot be, and the guest could fill the disk with that.
+        if head < self.queue.size() {
+            // Fails when the used ring is outside guest memory; then nobody waits for it.
+            let _ = self.queue.add_used(self.map.memory(), head, len as u32);
+        }
     }
 }
 
@@ -156,12 +217,6 @@ impl Default for Vring {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// Wakes whoever waits on an eventfd.
-pub fn notify(mut fd: &File) {
-    // An eventfd write of 1 fails only when the counter is full, and then the reader is awake.
-    let _ = fd.write(&1u64.to_ne_bytes());
 }
 
 /// Appends readable bytes, but no more than makes clear that the request is too long.

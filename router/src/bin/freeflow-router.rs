@@ -103,8 +103,29 @@ impl Args {
     }
 }
 
+/// The log as `RUST_LOG` asks for, without the libraries that know nothing of our limits on what guests can make us write.
+fn logger() -> env_logger::Builder {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(log::LevelFilter::Info);
+    for library in ["virtio_queue", "vhost", "vm_memory"] {
+        builder.filter_module(library, log::LevelFilter::Off);
+    }
+    builder.parse_default_env();
+    builder
+}
+
+/// As many descriptors as we may have: a VMM may bring 509 memory regions, and what is allowed at first is often 1024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        log::warn!("cannot raise the limit of descriptors: {error}");
+    }
+}
+
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    logger().init();
+    raise_descriptor_limit();
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -134,4 +155,19 @@ fn run(args: Args) -> Result<()> {
     log::info!("stopping");
     router.stop();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use log::{Level, Log, Metadata};
+
+    #[test]
+    fn libraries_do_not_log() {
+        let logger = super::logger().build();
+        let logs = |target, level| logger.enabled(&Metadata::builder().target(target).level(level).build());
+        assert!(!logs("virtio_queue::queue", Level::Error));
+        assert!(!logs("vhost::vhost_user", Level::Error));
+        assert!(!logs("vm_memory", Level::Error));
+        assert!(logs("freeflow_backend", Level::Error));
+    }
 }

@@ -54,6 +54,14 @@ impl EventQueue {
         Ok(())
     }
 
+    /// What the buffer that lies last in the available ring holds; for queues that were never taken from.
+    pub fn last_event(&self) -> Event {
+        let head = self.virtq.available(self.virtq.size() - 1);
+        let buffer = self.buffer_of[usize::from(head)];
+        let bytes = self.buffers.read_vec(buffer * STRIDE, STRIDE);
+        Event::read_from_bytes(&bytes).expect("a buffer is as large as an event")
+    }
+
     fn take(&mut self) -> Result<Option<Event>> {
         let Some((head, len)) = self.virtq.pop() else { return Ok(None) };
         if len as usize != STRIDE {

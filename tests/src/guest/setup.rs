@@ -169,10 +169,17 @@ impl Guest {
             for index in 0..events {
                 c.start_queue(1 + index, &self.events().queue(index).virtq, bases[1 + index])?;
             }
-            for (index, queue) in self.0.doorbell_queues.iter().enumerate() {
-                c.start_queue(1 + events + index, queue, bases[1 + events + index])?;
-            }
             Ok(())
+        })?;
+        self.start_doorbell_queues_at(bases)
+    }
+
+    /// The last part of [`start_queues_at`](Self::start_queues_at).
+    pub fn start_doorbell_queues_at(&self, bases: &[u16]) -> Result<()> {
+        let first = 1 + self.events().count();
+        self.with_connection(|c| {
+            let mut queues = self.0.doorbell_queues.iter().enumerate();
+            queues.try_for_each(|(index, queue)| c.start_queue(first + index, queue, bases[first + index]))
         })
     }
 

@@ -9,7 +9,7 @@ use virtio_rdma::zerocopy::little_endian::{U16, U32, U64};
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::mem::{Buf, GuestMemory, Placement};
+use super::mem::{Buf, GuestMemory, Placement, Word32};
 use super::vhost::Pulse;
 use super::{Error, Result};
 use crate::sys;
@@ -18,6 +18,8 @@ use crate::sys;
 pub const NEXT: u16 = 1;
 /// Descriptor flag: the device writes it.
 pub const WRITE: u16 = 2;
+/// Descriptor flag: it describes a table of descriptors; not negotiated.
+pub const INDIRECT: u16 = 4;
 /// Flag in the used ring: the device wants no notification.
 const NO_NOTIFY: u16 = 1;
 /// Longest wait on the eventfd before the ring is looked at again, should a thread have taken another's wake-up.
@@ -145,6 +147,48 @@ impl Virtq {
         self.chains[usize::from(head)] = ids;
         self.publish(head);
         Ok(head)
+    }
+
+    /// Overwrites a descriptor, for descriptors that no driver would write.
+    pub fn write_raw(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let desc = Desc { addr: addr.into(), len: len.into(), flags: flags.into(), next: next.into() };
+        self.write_desc(index, &desc);
+    }
+
+    /// Overwrites the length of a descriptor.
+    pub fn write_len(&self, index: u16, len: u32) {
+        self.ring.write(16 * usize::from(index) + 8, &len.to_le_bytes());
+    }
+
+    /// Overwrites an entry of the available ring.
+    pub fn write_available(&self, slot: u16, head: u16) {
+        self.ring.write(self.avail_at() + 4 + 2 * usize::from(slot), &head.to_le_bytes());
+    }
+
+    /// An entry of the available ring.
+    pub fn available(&self, slot: u16) -> u16 {
+        let bytes = self.ring.read_vec(self.avail_at() + 4 + 2 * usize::from(slot), 2);
+        u16::from_le_bytes([bytes[0], bytes[1]])
+    }
+
+    /// Flags and, in the upper half, index of the available ring.
+    pub fn avail_word(&self) -> Word32 {
+        self.ring.word32(self.avail_at())
+    }
+
+    /// Flags and, in the upper half, index of the used ring.
+    pub fn used_word(&self) -> Word32 {
+        self.ring.word32(Self::used_at(self.size))
+    }
+
+    /// Index of the next chain that the device will return.
+    pub fn used_index(&self) -> u16 {
+        (self.used_word().load(Acquire) >> 16) as u16
+    }
+
+    /// Bytes written as the used ring has it.
+    pub fn used_len(&self, slot: u16) -> u32 {
+        self.ring.word32(Self::used_at(self.size) + 4 + 8 * usize::from(slot) + 4).load(Relaxed)
     }
 
     fn write_desc(&self, id: u16, desc: &Desc) {

@@ -92,11 +92,17 @@ wire_enum! {
         QueryQp = 0x0403,
         /// Free a queue pair.
         DestroyQp = 0x0404,
+        /// New shared receive queue: [`CreateSrq`](super::CreateSrq).
+        CreateSrq = 0x0501,
+        /// Change a shared receive queue: [`ModifySrq`](super::ModifySrq).
+        ModifySrq = 0x0502,
+        /// Read back a shared receive queue's attributes: [`SrqAttr`](super::SrqAttr).
+        QuerySrq = 0x0503,
+        /// Free a shared receive queue.
+        DestroySrq = 0x0504,
     }
 }
 
-/// First number of the range reserved for shared receive queues.
-pub const OPCODES_SRQ: u16 = 0x0500;
 /// First number of the range reserved for memory windows.
 pub const OPCODES_MW: u16 = 0x0600;
 /// First number of the range reserved for multicast groups.
@@ -129,9 +135,9 @@ wire_enum! {
 }
 
 wire! {
-    /// Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`, `QUERY_QP`, `DESTROY_QP`.
+    /// Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`, `QUERY_QP`, `DESTROY_QP`, `QUERY_SRQ`, `DESTROY_SRQ`.
     ObjectRequest = "virtio_rdma_object_req", 8 {
-        /// PD number, key, CQ number or QP number.
+        /// PD number, key, CQ, QP or SRQ number.
         number: U32,
         /// Zero.
         reserved: U32,
@@ -139,9 +145,9 @@ wire! {
 }
 
 wire! {
-    /// Response that names one new object: `ALLOC_PD`, `REG_MR`, `CREATE_CQ`.
+    /// Response that names one new object: `ALLOC_PD`, `REG_MR`, `CREATE_CQ`, `CREATE_SRQ`.
     ObjectResponse = "virtio_rdma_object_resp", 8 {
-        /// PD number, key or CQ number.
+        /// PD number, key, CQ or SRQ number.
         number: U32,
         /// Zero.
         reserved: U32,

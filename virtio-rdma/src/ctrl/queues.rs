@@ -1,4 +1,4 @@
-//! Commands on completion queues and queue pairs (IBA 10.2).
+//! Commands on completion queues, queue pairs and shared receive queues (IBA 10.2).
 
 use zerocopy::little_endian::{U16, U32};
 
@@ -158,5 +158,43 @@ wire! {
         attr_mask: U32,
         /// The attributes.
         attr: QpAttr,
+    }
+}
+
+wire! {
+    /// `CREATE_SRQ` (IBA 11.2.4). Followed by the extents of its ring.
+    CreateSrq = "virtio_rdma_create_srq", 32 {
+        /// Protection domain; receives are held to it, whatever that of the QP is.
+        pdn: U32,
+        /// Most SGEs of a receive work request.
+        max_sge: U16,
+        /// Zero.
+        reserved: U16,
+        /// Limit, see [`ModifySrq`].
+        limit: U32,
+        /// Zero.
+        reserved1: U32,
+        /// The ring.
+        ring: RingDesc,
+    }
+}
+
+wire! {
+    /// `MODIFY_SRQ`: arms the limit (IBA 10.2.9.2).
+    ModifySrq = "virtio_rdma_modify_srq", 8 {
+        /// SRQ number.
+        srqn: U32,
+        /// When fewer receives than this are left an event is raised, once. Zero: none. At most what the ring holds.
+        limit: U32,
+    }
+}
+
+wire! {
+    /// Response of `QUERY_SRQ`.
+    SrqAttr = "virtio_rdma_srq_attr", 8 {
+        /// The limit; zero once its event was raised.
+        limit: U32,
+        /// Zero.
+        reserved: U32,
     }
 }

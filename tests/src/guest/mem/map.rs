@@ -1,6 +1,7 @@
 //! One memfd and its mapping.
 #![expect(unsafe_code, reason = "memory shared with another process is mapped by hand")]
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -24,8 +25,14 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// A new memfd of this many bytes, all zero, not yet backed by memory.
     pub fn new(len: u64) -> io::Result<Arc<Self>> {
-        // SAFETY: the name is a constant C string, the flags are memfd_create(2)'s own.
-        let fd = unsafe { libc::memfd_create(c"freeflow-guest".as_ptr(), libc::MFD_CLOEXEC) };
+        Self::named(len, "freeflow-guest")
+    }
+
+    /// As [`new`](Self::new), with a name that shows in lists of mappings.
+    pub fn named(len: u64, name: &str) -> io::Result<Arc<Self>> {
+        let name = CString::new(name)?;
+        // SAFETY: the name is a C string that outlives the call, the flags are memfd_create(2)'s own.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }

@@ -103,7 +103,12 @@ impl GuestMemory {
 
     /// Plugs a new memfd of this many bytes in at an address; the caller tells the device.
     pub fn plug(&self, gpa: u64, size: u64) -> Result<Region> {
-        let region = Region { gpa, len: size, offset: 0, map: Mapping::new(size)? };
+        self.plug_named(gpa, size, "guest")
+    }
+
+    /// As [`plug`](Self::plug), with a name that shows in the list of this process' mappings.
+    pub fn plug_named(&self, gpa: u64, size: u64, name: &str) -> Result<Region> {
+        let region = Region { gpa, len: size, offset: 0, map: Mapping::named(size, name)? };
         self.insert(region.clone());
         Ok(region)
     }

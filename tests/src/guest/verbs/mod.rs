@@ -7,6 +7,7 @@ mod mr;
 mod pd;
 mod qp;
 mod ring;
+mod srq;
 mod wr;
 
 pub use ah::{Ah, AhAttr, AhTable};
@@ -16,4 +17,5 @@ pub use mr::{MAX_EXTENTS, Mr, MrSpec};
 pub use pd::Pd;
 pub use qp::{Qp, QpSpec};
 pub use ring::Ring;
+pub use srq::Srq;
 pub use wr::{Op, Payload, Remote, SendWr, Sge};

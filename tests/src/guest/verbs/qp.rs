@@ -5,7 +5,7 @@ use virtio_rdma::ib::{QpMask, QpState, QpType};
 use virtio_rdma::ring::{RecvWqe, SendWqe};
 
 use super::wr::{self, SendWr, Sge};
-use super::{Cq, Pd, Ring};
+use super::{Cq, Pd, Ring, Srq};
 use crate::guest::doorbell::{Doorbell, DoorbellArea};
 use crate::guest::mem::Placement;
 use crate::guest::{Error, Guest, Result};
@@ -87,12 +87,14 @@ pub struct Qp {
     number: u32,
     spec: QpSpec,
     sq: Ring,
-    rq: Ring,
+    /// None with an SRQ.
+    rq: Option<Ring>,
     doorbell: Doorbell,
     alive: bool,
     // Dropped after the QP itself, in this order.
     send_cq: Cq,
     recv_cq: Cq,
+    _srq: Option<Srq>,
     pd: Pd,
 }
 
@@ -104,12 +106,23 @@ impl Pd {
 
     /// A QP.
     pub fn create_qp_on(&self, spec: QpSpec, send_cq: &Cq, recv_cq: &Cq) -> Result<Qp> {
+        self.create_qp_from(spec, send_cq, recv_cq, None)
+    }
+
+    /// A QP that takes its receives from an SRQ.
+    pub fn create_qp_srq(&self, spec: QpSpec, cq: &Cq, srq: &Srq) -> Result<Qp> {
+        self.create_qp_from(spec, cq, cq, Some(srq))
+    }
+
+    fn create_qp_from(&self, spec: QpSpec, send_cq: &Cq, recv_cq: &Cq, srq: Option<&Srq>) -> Result<Qp> {
         let guest = self.guest().clone();
         let placement = spec.placement.unwrap_or(guest.placement());
         let ring =
             |depth: u32, stride| Ring::new(guest.memory(), (depth + 1).next_power_of_two().max(2), stride, placement);
-        let (sq, rq) = (ring(spec.send_depth, spec.send_stride())?, ring(spec.recv_depth, spec.recv_stride())?);
-        let ((sq_desc, mut extents), (rq_desc, rq_extents)) = (sq.desc(), rq.desc());
+        let sq = ring(spec.send_depth, spec.send_stride())?;
+        let rq = srq.is_none().then(|| ring(spec.recv_depth, spec.recv_stride())).transpose()?;
+        let (sq_desc, mut extents) = sq.desc();
+        let (rq_desc, rq_extents) = rq.as_ref().map(Ring::desc).unwrap_or_default();
         extents.extend(rq_extents);
         let body = CreateQp {
             pdn: self.number().into(),
@@ -117,7 +130,7 @@ impl Pd {
             sq_sig_all: spec.signal_all.into(),
             send_cqn: send_cq.number().into(),
             recv_cqn: recv_cq.number().into(),
-            srqn: NO_OBJECT.into(),
+            srqn: srq.map_or(NO_OBJECT, Srq::number).into(),
             max_send_sge: spec.send_sges.into(),
             max_recv_sge: spec.recv_sges.into(),
             max_inline_data: spec.inline.into(),
@@ -139,6 +152,7 @@ impl Pd {
             alive: true,
             send_cq: send_cq.clone(),
             recv_cq: recv_cq.clone(),
+            _srq: srq.cloned(),
             pd: self.clone(),
         })
     }
@@ -189,9 +203,9 @@ impl Qp {
         &self.sq
     }
 
-    /// Its receive ring, also as raw memory.
+    /// Its receive ring, also as raw memory; panics when it uses an SRQ.
     pub fn rq(&self) -> &Ring {
-        &self.rq
+        self.rq.as_ref().expect("a receive ring of its own")
     }
 
     /// Its doorbell.
@@ -223,12 +237,13 @@ impl Qp {
 
     /// Posts one receive.
     pub fn post_recv(&self, wr_id: u64, sges: &[Sge]) -> Result<()> {
-        let index = self.rq.index();
-        if !self.rq.has_room(index) {
+        let rq = self.rq();
+        let index = rq.index();
+        if !rq.has_room(index) {
             return Err(Error::Full);
         }
-        self.rq.write_element(index, |slot| wr::write_recv(slot, wr_id, sges));
-        self.rq.publish(self.rq.after(index));
+        rq.write_element(index, |slot| wr::write_recv(slot, wr_id, sges));
+        rq.publish(rq.after(index));
         Ok(())
     }
 
@@ -238,7 +253,9 @@ impl Qp {
         self.guest.command_ok(Opcode::ModifyQp, &body, &[])?;
         if mask.contains(QpMask::STATE) && attr.qp_state == QpState::Reset.to_wire() {
             self.sq.restart();
-            self.rq.restart();
+            if let Some(rq) = &self.rq {
+                rq.restart();
+            }
         }
         Ok(())
     }

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+/* Shared receive queues. Receives are posted by writing the ring, without a call. */
+#include "vrdma.h"
+
+struct vrdma_srq *vrdma_srq_get(struct vrdma_dev *dev, u32 srqn)
+{
+	struct vrdma_srq *srq;
+	unsigned long flags;
+
+	xa_lock_irqsave(&dev->srqs, flags);
+	srq = xa_load(&dev->srqs, srqn);
+	if (srq && !refcount_inc_not_zero(&srq->ref))
+		srq = NULL;
+	xa_unlock_irqrestore(&dev->srqs, flags);
+	return srq;
+}
+
+void vrdma_srq_put(struct vrdma_srq *srq)
+{
+	if (refcount_dec_and_test(&srq->ref))
+		complete(&srq->idle);
+}
+
+static int vrdma_srq_publish(struct vrdma_dev *dev, struct vrdma_srq *srq)
+{
+	return xa_err(xa_store_irq(&dev->srqs, srq->srqn, srq, GFP_KERNEL));
+}
+
+static void vrdma_srq_withdraw(struct vrdma_dev *dev, struct vrdma_srq *srq)
+{
+	xa_cmpxchg_irq(&dev->srqs, srq->srqn, srq, NULL, GFP_KERNEL);
+	vrdma_srq_put(srq);
+	wait_for_completion(&srq->idle);
+}
+
+static int vrdma_srq_check_init(const struct vrdma_dev *dev, const struct ib_srq_init_attr *init)
+{
+	const struct ib_device_attr *max = &dev->ibdev.attrs;
+	const struct ib_srq_attr *attr = &init->attr;
+
+	if (init->srq_type != IB_SRQT_BASIC)
+		return -EOPNOTSUPP;
+	if (!attr->max_wr || attr->max_wr > max->max_srq_wr || attr->max_sge > max->max_srq_sge ||
+	    attr->srq_limit > attr->max_wr)
+		return -EINVAL;
+	return 0;
+}
+
+static int vrdma_srq_create_on_device(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 limit)
+{
+	const struct virtio_rdma_object_resp *resp;
+	struct virtio_rdma_create_srq *req;
+	struct vrdma_cmd *cmd;
+	int ret;
+
+	if (srq->ring->num_extents > vrdma_cmd_max_extents(dev, sizeof(*req)))
+		return -ENOMEM;
+	cmd = vrdma_cmd_alloc(VIRTIO_RDMA_CMD_CREATE_SRQ, sizeof(*req), srq->ring->num_extents,
+			      sizeof(*resp));
+	if (!cmd)
+		return -ENOMEM;
+	req = vrdma_cmd_body(cmd);
+	req->pdn = cpu_to_le32(to_vpd(srq->ibsrq.pd)->pdn);
+	req->max_sge = cpu_to_le16(srq->max_sge);
+	req->limit = cpu_to_le32(limit);
+	vrdma_ring_describe(srq->ring, &req->ring);
+	vrdma_pages_extents(&srq->ring->mem, vrdma_cmd_extents(cmd));
+	ret = vrdma_cmd_run(dev, cmd);
+	if (!ret) {
+		resp = vrdma_cmd_result(cmd);
+		srq->srqn = le32_to_cpu(resp->number);
+	}
+	vrdma_cmd_free(dev, cmd);
+	return ret;
+}
+
+static int vrdma_srq_respond(struct vrdma_srq *srq, struct ib_udata *udata)
+{
+	struct rxe_create_srq_resp resp = { .srq_num = srq->srqn };
+	int ret;
+
+	ret = vrdma_ring_map(srq->ring, udata, &resp.mi);
+	if (ret)
+		return ret;
+	return ib_copy_to_udata(udata, &resp, sizeof(resp));
+}
+
+int vrdma_create_srq(struct ib_srq *ibsrq, struct ib_srq_init_attr *init, struct ib_udata *udata)
+{
+	struct vrdma_dev *dev = to_vdev(ibsrq->device);
+	struct vrdma_srq *srq = to_vsrq(ibsrq);
+	int ret;
+
+	if (!udata)
+		return -EOPNOTSUPP;
+	if (udata->outlen < sizeof(struct rxe_create_srq_resp))
+		return -EINVAL;
+	ret = vrdma_srq_check_init(dev, init);
+	if (ret)
+		return ret;
+
+	refcount_set(&srq->ref, 1);
+	init_completion(&srq->idle);
+	srq->max_sge = init->attr.max_sge;
+	srq->ring = vrdma_ring_create(init->attr.max_wr, sizeof(struct rxe_recv_wqe) +
+				      srq->max_sge * sizeof(struct rxe_sge));
+	if (!srq->ring)
+		return -ENOMEM;
+	ret = vrdma_srq_create_on_device(dev, srq, init->attr.srq_limit);
+	if (ret)
+		goto err_ring;
+	ret = vrdma_srq_publish(dev, srq);
+	if (ret)
+		goto err_undo;
+	ret = vrdma_srq_respond(srq, udata);
+	if (ret)
+		goto err_withdraw;
+	init->attr.max_wr = srq->ring->entries - 1;
+	return 0;
+
+err_withdraw:
+	vrdma_srq_withdraw(dev, srq);
+err_undo:
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_SRQ, srq->srqn);
+err_ring:
+	vrdma_ring_release(dev, srq->ring);
+	return ret;
+}
+
+int vrdma_destroy_srq(struct ib_srq *ibsrq, struct ib_udata *udata)
+{
+	struct vrdma_dev *dev = to_vdev(ibsrq->device);
+	struct vrdma_srq *srq = to_vsrq(ibsrq);
+
+	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_SRQ, srq->srqn);
+	vrdma_srq_withdraw(dev, srq);
+	vrdma_ring_release(dev, srq->ring);
+	return 0;
+}
+
+/* The ring does not resize */
+int vrdma_modify_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr, enum ib_srq_attr_mask mask,
+		     struct ib_udata *udata)
+{
+	struct vrdma_srq *srq = to_vsrq(ibsrq);
+	struct virtio_rdma_modify_srq req = {
+		.srqn = cpu_to_le32(srq->srqn),
+		.limit = cpu_to_le32(attr->srq_limit),
+	};
+
+	if (mask & IB_SRQ_MAX_WR)
+		return -EOPNOTSUPP;
+	if (!(mask & IB_SRQ_LIMIT))
+		return 0;
+	return vrdma_ctrl_call(to_vdev(ibsrq->device), VIRTIO_RDMA_CMD_MODIFY_SRQ, &req,
+			       sizeof(req), NULL, 0);
+}
+
+int vrdma_query_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr)
+{
+	struct vrdma_srq *srq = to_vsrq(ibsrq);
+	struct virtio_rdma_object_req req = { .number = cpu_to_le32(srq->srqn) };
+	struct virtio_rdma_srq_attr wire;
+	int ret;
+
+	ret = vrdma_ctrl_call(to_vdev(ibsrq->device), VIRTIO_RDMA_CMD_QUERY_SRQ, &req,
+			      sizeof(req), &wire, sizeof(wire));
+	if (ret)
+		return ret;
+	attr->max_wr = srq->ring->entries - 1;
+	attr->max_sge = srq->max_sge;
+	attr->srq_limit = le32_to_cpu(wire.limit);
+	return 0;
+}
