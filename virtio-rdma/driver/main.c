@@ -387,4 +387,5 @@ module_exit(vrdma_exit);
 
 MODULE_DESCRIPTION("Virtio RDMA driver of Freeflow");
 MODULE_AUTHOR("The Freeflow authors");
+MODULE_VERSION("0.1.0");	/* that of dkms.conf */
 MODULE_LICENSE("Dual MIT/GPL");

@@ -110,7 +110,7 @@ enum {
 struct virtio_rdma_config {
 	__le32 magic;	/* MAGIC; a driver refuses a device without it */
 	__le16 version;	/* crate::ABI_VERSION; a driver refuses one that it does not know */
-	/* Port status, see STATUS_LINK_UP. Changes raise a configuration interrupt */
+	/* Port status, see LINK_UP. A change would raise an interrupt; none happens yet */
 	__le16 status;
 	/* Number of event virtqueues, at least 1: one for each completion vector */
 	__le16 num_event_queues;

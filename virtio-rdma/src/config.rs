@@ -18,7 +18,7 @@ wire! {
         magic: U32,
         /// [`crate::ABI_VERSION`]; a driver refuses one that it does not know.
         version: U16,
-        /// Port status, see [`STATUS_LINK_UP`]. Changes raise a configuration interrupt.
+        /// Port status, see [`STATUS_LINK_UP`]. A change would raise an interrupt; none happens yet.
         status: U16,
         /// Number of event virtqueues, at least 1: one for each completion vector.
         num_event_queues: U16,
