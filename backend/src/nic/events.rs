@@ -20,7 +20,7 @@ pub struct Notice {
 }
 
 /// Notices kept for one queue while the guest has no buffer for them. A guest that gives none loses only its own.
-const MAX_PENDING: usize = 1 << 17;
+const MAX_PENDING: usize = 1 << 18;
 
 /// Notices given out at a time, since workers do it too.
 const PER_FLUSH: u64 = 32;

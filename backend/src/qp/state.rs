@@ -38,6 +38,7 @@ fn masks(kind: QpType, from: QpState, to: QpState) -> Option<Masks> {
     };
     let if_rc = |mask: QpMask| if reliable { mask } else { NONE };
     let (required, optional) = match (from, to) {
+        (Reset, Err) => return None,
         (_, Reset | Err) => (NONE, NONE),
         (Reset, Init) if kind == QpType::Gsi => (QpMask::PKEY_INDEX | QpMask::QKEY, NONE),
         (Reset, Init) => (START | pick(QpMask::ACCESS_FLAGS, QpMask::QKEY), NONE),
@@ -94,11 +95,11 @@ mod tests {
     }
 
     #[test]
-    fn reset_and_error_are_always_reachable() {
+    fn reset_is_always_reachable_and_error_from_all_but_it() {
         for &kind in QpType::ALL {
             for &from in QpState::ALL {
                 assert!(allowed(kind, from, QpState::Reset, QpMask::STATE, None));
-                assert!(allowed(kind, from, QpState::Err, QpMask::STATE, None));
+                assert_eq!(allowed(kind, from, QpState::Err, QpMask::STATE, None), from != QpState::Reset);
             }
         }
     }
