@@ -68,14 +68,53 @@ pub fn rows(cores: Option<Cores>) -> Result<Vec<Row>> {
     for (name, size) in [("64 KiB", 64 << 10), ("1 MiB", 1 << 20)] {
         rows.push(bandwidth(&pair, cores, name, size)?);
     }
+    rows.push(delay(&bed, &pair)?);
     Ok(rows)
+}
+
+/// How much longer 64 B WRITEs take while the same worker is busy with messages of 1.5 GiB of another QP: the
+/// difference of the 99th percentiles.
+fn delay(bed: &Bed, pair: &(Rc, Rc)) -> Result<Row> {
+    const SGES: usize = 32;
+    const PIECE: usize = 16 << 20;
+    const TIMES: usize = 3;
+    let (guest_a, guest_b) = bed.two();
+    let spec = QpSpec::rc().sges(SGES as u16);
+    let (big, sink) = Rc::pair_with(guest_a, guest_b, &spec, PIECE, &RcOptions::default())?;
+    let (from, to) = ([big.mr.sge(0, PIECE); SGES], [sink.mr.sge(0, PIECE); SGES]);
+    let alone = percentile(latencies(pair, 20_000)?, 99);
+    let mut delayed = Vec::new();
+    // Half a gibibyte a message, several of them queued.
+    for id in 0..TIMES as u64 {
+        sink.qp.post_recv(id, &to)?;
+        big.qp.post(SendWr::new(id, Op::Send, &from))?;
+    }
+    let mut left = TIMES;
+    while left > 0 {
+        delayed.extend(latencies(pair, 100)?);
+        while let Some(wc) = big.cq.poll() {
+            ensure!(wc.status() == WcStatus::Success, "a large message failed: {:?}", wc.status());
+            left -= 1;
+        }
+    }
+    let name = "in-process 64 B WRITE, p99 delay by another QP's 1.5 GiB";
+    Ok(Row::at_most(name, percentile(delayed, 99) - alone, "us", 50.0))
+}
+
+fn percentile(mut figures: Vec<f64>, percent: usize) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[(figures.len() - 1) * percent / 100]
 }
 
 /// Median microseconds from posting a 64 B WRITE to its completion.
 ///
 /// # Errors
 /// When a work request fails.
-pub fn latency((a, b): &(Rc, Rc), count: usize) -> Result<f64> {
+pub fn latency(pair: &(Rc, Rc), count: usize) -> Result<f64> {
+    latencies(pair, count).map(median)
+}
+
+fn latencies((a, b): &(Rc, Rc), count: usize) -> Result<Vec<f64>> {
     let sges = [a.mr.sge(0, 64)];
     let write = [SendWr::new(1, Op::Write(b.mr.remote(0)), &sges)];
     let mut times = Vec::with_capacity(count);
@@ -85,7 +124,7 @@ pub fn latency((a, b): &(Rc, Rc), count: usize) -> Result<f64> {
         complete(a)?;
         times.push(start.elapsed().as_secs_f64() * 1e6);
     }
-    Ok(median(times))
+    Ok(times)
 }
 
 /// Waits for one completion.
