@@ -1,5 +1,7 @@
 //! A running router.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -37,6 +39,9 @@ impl Router {
         make_parent(&settings.socket)?;
         self.overlay.add(id, &nic);
         self.host.add_nic(id, nic, &settings.socket).with_context(|| format!("virtual NIC {:?}", settings.name))?;
+        let group_may_connect = Permissions::from_mode(0o660);
+        std::fs::set_permissions(&settings.socket, group_may_connect)
+            .with_context(|| format!("cannot set the mode of {}", settings.socket.display()))?;
         log::info!("virtual NIC {}: {} for tenant {}", settings.name, settings.socket.display(), settings.tenant);
         Ok(())
     }

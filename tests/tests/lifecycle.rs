@@ -416,3 +416,11 @@ fn starting_and_stopping_routers() {
         router.stop();
     }
 }
+
+#[test]
+fn sockets_are_for_the_owner_and_the_group() {
+    use std::os::unix::fs::PermissionsExt;
+    let bed = Bed::new(1);
+    let mode = std::fs::metadata(bed.router.socket_of(0)).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o660);
+}
