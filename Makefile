@@ -45,8 +45,8 @@ guests: images ## Unmodified software in real guests
 	$(E2E) test
 
 .PHONY: matrix
-matrix: images ## Every program, flag, size, distribution and VMM (hours)
-	$(E2E) matrix
+matrix: images ## Every program, flag, size, distribution and VMM (hours; PART=2/40 for a part)
+	$(E2E) matrix $(if $(PART),--part $(PART))
 
 .PHONY: bench
 bench: images ## Measure; writes the table and target/bench.json

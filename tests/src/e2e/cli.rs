@@ -10,13 +10,14 @@ use super::guest::{Distro, Kind, Vmm};
 use super::interrupt::{self, Interrupted};
 use super::lists;
 use super::report::Reporter;
-use super::suite::Scene;
+use super::suite::{Part, Scene};
 
 const EXAMPLES: &str = "Examples:
   freeflow-e2e demo                       the main job: perftest between two QEMU guests, and a table
   freeflow-e2e demo --vmm uml --json      the same in User-mode Linux, as JSON
   freeflow-e2e test                       what `make test` runs in real guests
   freeflow-e2e test --filter kill         only the checks that have `kill` in their line
+  freeflow-e2e matrix --part 2/40         the second fortieth of the full product
 
 The router (freeflow-router) and the guest launcher (freeflow-guest, by way of qemu/guest) are found beside this program
 and in the source tree; $FREEFLOW_ROUTER_BIN and $FREEFLOW_GUEST_BIN name others. Needs root, as guests do.
@@ -42,7 +43,16 @@ enum Command {
     /// Prints a line for each check as it ends, with the output of what failed. The last line is `N passed, N failed`.
     Test(TestArgs),
     /// The full product of programs, flags, sizes, distributions and VMMs (hours).
-    Matrix(FilterArgs),
+    Matrix(MatrixArgs),
+}
+
+#[derive(Debug, Args)]
+struct MatrixArgs {
+    /// Only this part of the checks, to spread them over nights or machines: `2/40` is the second of forty.
+    #[arg(long, value_name = "K/N")]
+    part: Option<Part>,
+    #[command(flatten)]
+    filter: FilterArgs,
 }
 
 #[derive(Debug, Args)]
@@ -103,7 +113,13 @@ fn run(cli: &Cli) -> Result<bool> {
             Ok(reporter.is_success())
         }
         Command::Test(args) => run_scenes(&if args.quick { lists::quick() } else { lists::full() }, &args.filter),
-        Command::Matrix(args) => run_scenes(&lists::matrix(), args),
+        Command::Matrix(args) => {
+            let mut scenes = lists::matrix();
+            if let Some(part) = args.part {
+                part.keep(&mut scenes);
+            }
+            run_scenes(&scenes, &args.filter)
+        }
     }
 }
 

@@ -103,6 +103,38 @@ fn together(bed: &Bed, programs: &[(usize, usize, Program)]) -> Result<()> {
     pair::run_all(ends.collect::<Result<Vec<_>>>()?.into_iter())
 }
 
+/// Every `of`th check, beginning with number `number`: `2/40`. All parts together are everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    number: usize,
+    of: usize,
+}
+
+impl std::str::FromStr for Part {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, of) = text.split_once('/').ok_or("wanted is a part of all, such as 2/40")?;
+        match (number.parse(), of.parse()) {
+            (Ok(number), Ok(of)) if (1..=of).contains(&number) => Ok(Self { number, of }),
+            _ => Err("the first number is from 1 to the second"),
+        }
+    }
+}
+
+impl Part {
+    /// Leaves this part of the checks in the scenes, and no scene without checks.
+    pub fn keep(self, scenes: &mut Vec<Scene>) {
+        let mut turn = 0;
+        let mut mine = |_: &Check| {
+            turn += 1;
+            (turn - 1) % self.of == self.number - 1
+        };
+        scenes.iter_mut().for_each(|scene| scene.checks.retain(&mut mine));
+        scenes.retain(|scene| !scene.checks.is_empty());
+    }
+}
+
 impl Scene {
     /// For people.
     fn place(&self) -> String {
@@ -151,4 +183,33 @@ fn finish(mut bed: Bed, place: &str, reporter: &mut Reporter) -> Result<()> {
         Ok(None)
     };
     reporter.check(place, "shutdown: no complaints, nothing left", end).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lists;
+    use super::*;
+
+    fn checks(scenes: &[Scene]) -> usize {
+        scenes.iter().map(|scene| scene.checks.len()).sum()
+    }
+
+    #[test]
+    fn parts_are_everything_and_nothing_twice() {
+        let part = |number| {
+            let mut scenes = lists::full();
+            Part { number, of: 7 }.keep(&mut scenes);
+            checks(&scenes)
+        };
+        assert_eq!((1..=7).map(part).sum::<usize>(), checks(&lists::full()));
+        assert!(part(1) - part(7) <= 1);
+    }
+
+    #[test]
+    fn parts_that_are_none_are_refused() {
+        assert_eq!("2/40".parse(), Ok(Part { number: 2, of: 40 }));
+        for bad in ["", "2", "0/3", "4/3", "1/0", "a/b"] {
+            assert!(bad.parse::<Part>().is_err(), "{bad}");
+        }
+    }
 }
