@@ -130,7 +130,9 @@ impl Part {
             turn += 1;
             (turn - 1) % self.of == self.number - 1
         };
-        scenes.iter_mut().for_each(|scene| scene.checks.retain(&mut mine));
+        for scene in &mut *scenes {
+            scene.checks.retain(&mut mine);
+        }
         scenes.retain(|scene| !scene.checks.is_empty());
     }
 }
