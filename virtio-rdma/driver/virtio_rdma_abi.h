@@ -14,7 +14,7 @@
 #define VIRTIO_RDMA_ID			42	/* reserved by the virtio specification */
 #define VIRTIO_RDMA_ID_ALT		38	/* for VMMs that have no name for 42 */
 #define VIRTIO_RDMA_MAGIC		0x41445246	/* "FRDA" */
-#define VIRTIO_RDMA_ABI_VERSION		3
+#define VIRTIO_RDMA_ABI_VERSION		4
 #define VIRTIO_RDMA_PAGE_SIZE		4096
 #define VIRTIO_RDMA_CONFIG_LINK_UP	1	/* bit of virtio_rdma_config.status */
 
@@ -33,8 +33,10 @@ enum {
 	VIRTIO_RDMA_CMD_EXTEND_MR = 0x0202,
 	VIRTIO_RDMA_CMD_REREG_MR = 0x0203,
 	VIRTIO_RDMA_CMD_DEREG_MR = 0x0204,
+	VIRTIO_RDMA_CMD_ALLOC_MR = 0x0205,
 	VIRTIO_RDMA_CMD_CREATE_CQ = 0x0301,
 	VIRTIO_RDMA_CMD_DESTROY_CQ = 0x0302,
+	VIRTIO_RDMA_CMD_RESIZE_CQ = 0x0303,
 	VIRTIO_RDMA_CMD_CREATE_QP = 0x0401,
 	VIRTIO_RDMA_CMD_MODIFY_QP = 0x0402,
 	VIRTIO_RDMA_CMD_QUERY_QP = 0x0403,
@@ -43,6 +45,9 @@ enum {
 	VIRTIO_RDMA_CMD_MODIFY_SRQ = 0x0502,
 	VIRTIO_RDMA_CMD_QUERY_SRQ = 0x0503,
 	VIRTIO_RDMA_CMD_DESTROY_SRQ = 0x0504,
+	VIRTIO_RDMA_CMD_RESIZE_SRQ = 0x0505,
+	VIRTIO_RDMA_CMD_ALLOC_MW = 0x0601,
+	VIRTIO_RDMA_CMD_DEALLOC_MW = 0x0602,
 };
 
 enum {
@@ -82,7 +87,6 @@ enum {
 };
 
 /* First command numbers of ranges that are reserved */
-#define VIRTIO_RDMA_CMDS_MW		0x0600
 #define VIRTIO_RDMA_CMDS_MCAST		0x0700
 #define VIRTIO_RDMA_CMDS_STREAM		0x0800
 
@@ -92,6 +96,23 @@ enum {
 #define VIRTIO_RDMA_REREG_TRANS		1
 #define VIRTIO_RDMA_REREG_PD		2
 #define VIRTIO_RDMA_REREG_ACCESS	4
+
+/* Bits of virtio_rdma_reg_mr.flags, virtio_rdma_create_qp.flags */
+#define VIRTIO_RDMA_REG_DMA		1
+#define VIRTIO_RDMA_QP_KERNEL		1
+
+/* Values of virtio_rdma_alloc_mw.kind */
+#define VIRTIO_RDMA_MW_TYPE_1		1
+#define VIRTIO_RDMA_MW_TYPE_2		2
+
+/* Opcodes of work requests and completions that are not part of the user ABI */
+#define VIRTIO_RDMA_WR_REG_MR		0x20
+#define VIRTIO_RDMA_WC_REG_MR		0x40
+
+/* Bits of ib_uverbs_wc.wc_flags, with the numbers of libibverbs */
+#define VIRTIO_RDMA_WC_GRH		1
+#define VIRTIO_RDMA_WC_WITH_IMM		2
+#define VIRTIO_RDMA_WC_WITH_INV		8
 
 /* Doorbell area: see docs/device.md for the order of the accesses */
 #define VIRTIO_RDMA_DB_SLEEPING		0	/* offset of the 32-bit word */
@@ -148,16 +169,19 @@ struct virtio_rdma_extent {
 
 /*
  * Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`,
- * `QUERY_QP`, `DESTROY_QP`
+ * `QUERY_QP`, `DESTROY_QP`, `QUERY_SRQ`, `DESTROY_SRQ`, `DEALLOC_MW`
  */
 struct virtio_rdma_object_req {
-	__le32 number;	/* PD number, key, CQ number or QP number */
+	__le32 number;	/* PD number, key, CQ, QP or SRQ number */
 	__le32 reserved;
 };
 
-/* Response that names one new object: `ALLOC_PD`, `REG_MR`, `CREATE_CQ` */
+/*
+ * Response that names one new object: `ALLOC_PD`, `REG_MR`, `ALLOC_MR`, `CREATE_CQ`,
+ * `CREATE_SRQ`, `ALLOC_MW`
+ */
 struct virtio_rdma_object_resp {
-	__le32 number;	/* PD number, key or CQ number */
+	__le32 number;	/* PD number, key, CQ or SRQ number */
 	__le32 reserved;
 };
 
@@ -185,7 +209,9 @@ struct virtio_rdma_device_attr {
 	__le32 max_mcast_grp;	/* Most multicast groups; zero while they are not offered */
 	__le32 max_msg_size;	/* Bytes in the largest message */
 	__le32 atomic_cap;	/* What atomics are atomic with, an enum ib_atomic_cap */
-	__le32 reserved[9];
+	/* Most extents of one fast registration; zero while it is not offered */
+	__le32 max_fast_reg_extents;
+	__le32 reserved[8];
 	__le32 vendor_id;	/* Vendor id for display */
 };
 
@@ -218,7 +244,31 @@ struct virtio_rdma_reg_mr {
 	__le64 iova;
 	__le64 length;	/* Bytes */
 	__le32 num_extents;	/* Number of extents that follow */
+	__le32 flags;	/* REG_DMA: iova, length and num_extents are zero with it */
+};
+
+/* `ALLOC_MR`: a region that `REG_MR` work requests give memory to */
+struct virtio_rdma_alloc_mr {
+	__le32 pdn;	/* Protection domain */
+	__le32 max_extents;	/* Most extents that it will have at a time */
+};
+
+/* The part of a `REG_MR` work request that stands in rxe_send_wr.wr; kernel QPs only */
+struct virtio_rdma_reg_wr {
+	__le64 extents;	/* Guest-physical address of an array of virtio_rdma_extent */
+	__le64 iova;	/* Address that work requests use for the first byte */
+	__le64 length;	/* Bytes */
+	__le32 key;	/* New key: that of the region but for the low byte */
+	__le32 access;	/* Access bits */
+	__le32 num_extents;	/* Number of extents */
 	__le32 reserved;
+};
+
+/* `ALLOC_MW`: a memory window */
+struct virtio_rdma_alloc_mw {
+	__le32 pdn;	/* Protection domain */
+	__u8 kind;	/* MW_TYPE_1 or MW_TYPE_2 */
+	__u8 reserved[3];
 };
 
 /* `EXTEND_MR`: further extents of a region that is not complete */
@@ -256,19 +306,26 @@ struct virtio_rdma_create_cq {
 	struct virtio_rdma_ring_desc ring;	/* The ring */
 };
 
+/* `RESIZE_CQ`: another ring in place of the present one */
+struct virtio_rdma_resize_cq {
+	__le32 cqn;	/* CQ number */
+	__le32 reserved;
+	struct virtio_rdma_ring_desc ring;	/* The new ring */
+};
+
 /* `CREATE_QP` */
 struct virtio_rdma_create_qp {
 	__le32 pdn;	/* Protection domain */
 	__u8 qp_type;	/* A QpType */
 	__u8 sq_sig_all;	/* 1: every send work request makes a completion */
-	__le16 reserved0;
+	__le16 flags;	/* QP_KERNEL: only the kernel writes the rings */
 	__le32 send_cqn;	/* CQ of the send queue */
 	__le32 recv_cqn;	/* CQ of the receive queue */
 	__le32 srqn;	/* Shared receive queue; NO_OBJECT for none */
 	__le16 max_send_sge;	/* Most SGEs of a send work request */
 	__le16 max_recv_sge;	/* Most SGEs of a receive work request */
 	__le32 max_inline_data;	/* Most bytes of inline data */
-	__le32 reserved1[3];
+	__le32 reserved[3];
 	struct virtio_rdma_ring_desc sq;	/* The send ring */
 	struct virtio_rdma_ring_desc rq;	/* The receive ring; no entries with an SRQ */
 };
@@ -339,6 +396,13 @@ struct virtio_rdma_create_srq {
 struct virtio_rdma_modify_srq {
 	__le32 srqn;
 	__le32 limit;
+};
+
+/* RESIZE_SRQ: another ring in place of the present one */
+struct virtio_rdma_resize_srq {
+	__le32 srqn;
+	__le32 reserved;
+	struct virtio_rdma_ring_desc ring;
 };
 
 struct virtio_rdma_srq_attr {

@@ -20,6 +20,8 @@ bitflags! {
         const ZERO_BASED = 1 << 5;
         /// A hint of the application; no meaning to the device.
         const HUGETLB = 1 << 7;
+        /// Peers may FLUSH to global visibility.
+        const FLUSH_GLOBAL = 1 << 8;
         /// Writes may become visible in any order.
         const RELAXED_ORDERING = 1 << 20;
     }
@@ -91,6 +93,8 @@ bitflags! {
         const GRH = 1;
         /// `imm_data` is valid.
         const WITH_IMM = 1 << 1;
+        /// `imm_data` is the rkey that the peer invalidated. The number is that of libibverbs; the kernel's own is another.
+        const WITH_INV = 1 << 3;
     }
 }
 
@@ -181,6 +185,12 @@ wire_enum! {
         BindMw = 8,
         /// SEND with invalidate.
         SendWithInv = 9,
+        /// FLUSH (IBA A19).
+        Flush = 14,
+        /// ATOMIC WRITE (IBA A19).
+        AtomicWrite = 15,
+        /// Fast registration; kernel QPs only.
+        RegMr = 32,
     }
 }
 
@@ -201,6 +211,12 @@ wire_enum! {
         BindMw = 5,
         /// Local invalidate.
         LocalInv = 6,
+        /// FLUSH.
+        Flush = 8,
+        /// ATOMIC WRITE.
+        AtomicWrite = 9,
+        /// Fast registration. No program sees it, and kernels differ in their number for it: this one is ours.
+        RegMr = 64,
         /// Receive of a SEND.
         Recv = 128,
         /// Receive consumed by an RDMA WRITE with immediate.

@@ -80,7 +80,7 @@ wire! {
         send_flags: U32,
         /// Immediate data, big-endian, carried unchanged; or the rkey to invalidate.
         imm_data: U32,
-        /// By opcode: [`RdmaPart`], [`AtomicPart`], [`UdPart`] or [`BindMwPart`] at its start.
+        /// By opcode: [`RdmaPart`], [`AtomicPart`], [`UdPart`], [`BindMwPart`], [`FlushPart`] or [`RegMrPart`] at its start.
         wr: [u8; 120],
         /// Unused by this device.
         status: U32,
@@ -156,6 +156,47 @@ wire! {
         access: U32,
     }
 }
+
+wire! {
+    /// FLUSH.
+    FlushPart = "", 24 {
+        /// First byte at the peer.
+        remote_addr: U64,
+        /// Bytes.
+        length: U32,
+        /// Key of the peer's region.
+        rkey: U32,
+        /// Bits: 1 for global visibility, 2 for persistence.
+        placement: u8,
+        /// 0: the bytes named; 1: the whole region.
+        selectivity: u8,
+        /// Unused.
+        reserved: [u8; 6],
+    }
+}
+
+wire! {
+    /// Fast registration (`struct virtio_rdma_reg_wr`). Not part of the user ABI: the device takes it from kernel QPs only.
+    RegMrPart = "virtio_rdma_reg_wr", 40 {
+        /// Guest-physical address of an array of [`Extent`](crate::ctrl::Extent)s, in memory of the driver.
+        extents: U64,
+        /// Address that work requests use for the first byte.
+        iova: U64,
+        /// Bytes.
+        length: U64,
+        /// New key: that of the region but for the low byte.
+        key: U32,
+        /// [`Access`](crate::ib::Access) bits.
+        access: U32,
+        /// Number of extents.
+        num_extents: U32,
+        /// Zero.
+        reserved: U32,
+    }
+}
+
+/// Bytes that an ATOMIC WRITE stores; they stand where SGEs and inline bytes begin.
+pub const ATOMIC_WRITE_SIZE: usize = 8;
 
 wire! {
     /// A receive work request (`struct rxe_recv_wqe`); [`Sge`]s follow it.

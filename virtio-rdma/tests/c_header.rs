@@ -10,8 +10,8 @@ use virtio_rdma::area::{self, AddressHandle, AreaKind, DoorbellLayout};
 use virtio_rdma::config::{self, Config};
 use virtio_rdma::ctrl::{self, *};
 use virtio_rdma::event::{Event, EventType};
-use virtio_rdma::ib::{QpState, QpType, WcOpcode, WcStatus, WrOpcode};
-use virtio_rdma::ring::{self, Cqe, DmaInfo, Format, RecvWqe, RingHeader, SendWqe, Sge};
+use virtio_rdma::ib::{QpState, QpType, WcFlags, WcOpcode, WcStatus, WrOpcode};
+use virtio_rdma::ring::{self, Cqe, DmaInfo, Format, RecvWqe, RegMrPart, RingHeader, SendWqe, Sge};
 use virtio_rdma::{ABI_VERSION, PAGE_SIZE, VIRTIO_ID_RDMA, VIRTIO_ID_RDMA_ALT, Wire};
 
 fn assert_eq_c(out: &mut String, left: &str, right: impl std::fmt::Display) {
@@ -84,6 +84,11 @@ fn structures_agree_with_the_drivers_header() {
     structure::<RegMr>(&mut c);
     structure::<ExtendMr>(&mut c);
     structure::<ReregMr>(&mut c);
+    structure::<AllocMr>(&mut c);
+    structure::<AllocMw>(&mut c);
+    structure::<RegMrPart>(&mut c);
+    structure::<ResizeCq>(&mut c);
+    structure::<ResizeSrq>(&mut c);
     structure::<RingDesc>(&mut c);
     structure::<CreateCq>(&mut c);
     structure::<CreateQp>(&mut c);
@@ -111,13 +116,21 @@ fn numbers_agree_with_the_drivers_header() {
         ("VIRTIO_RDMA_CONFIG_LINK_UP", config::STATUS_LINK_UP as usize),
         ("VIRTIO_RDMA_MAX_REQUEST", MAX_REQUEST),
         ("VIRTIO_RDMA_MAX_RESPONSE", MAX_RESPONSE),
-        ("VIRTIO_RDMA_CMDS_MW", OPCODES_MW as usize),
         ("VIRTIO_RDMA_CMDS_MCAST", OPCODES_MCAST as usize),
         ("VIRTIO_RDMA_CMDS_STREAM", OPCODES_STREAM as usize),
         ("VIRTIO_RDMA_NO_OBJECT", NO_OBJECT as usize),
         ("VIRTIO_RDMA_REREG_TRANS", ctrl::REREG_TRANS as usize),
         ("VIRTIO_RDMA_REREG_PD", ctrl::REREG_PD as usize),
         ("VIRTIO_RDMA_REREG_ACCESS", ctrl::REREG_ACCESS as usize),
+        ("VIRTIO_RDMA_REG_DMA", ctrl::REG_DMA as usize),
+        ("VIRTIO_RDMA_QP_KERNEL", ctrl::QP_KERNEL as usize),
+        ("VIRTIO_RDMA_MW_TYPE_1", ctrl::MW_TYPE_1 as usize),
+        ("VIRTIO_RDMA_MW_TYPE_2", ctrl::MW_TYPE_2 as usize),
+        ("VIRTIO_RDMA_WR_REG_MR", WrOpcode::RegMr.to_wire() as usize),
+        ("VIRTIO_RDMA_WC_REG_MR", WcOpcode::RegMr.to_wire() as usize),
+        ("VIRTIO_RDMA_WC_GRH", WcFlags::GRH.bits() as usize),
+        ("VIRTIO_RDMA_WC_WITH_IMM", WcFlags::WITH_IMM.bits() as usize),
+        ("VIRTIO_RDMA_WC_WITH_INV", WcFlags::WITH_INV.bits() as usize),
         ("VIRTIO_RDMA_DB_SLEEPING", DoorbellLayout::SLEEPING),
         ("VIRTIO_RDMA_DB_SUMMARY", DoorbellLayout::SUMMARY),
         ("VIRTIO_RDMA_ARM_NONE", area::ARM_NONE as usize),

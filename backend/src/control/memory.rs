@@ -53,7 +53,7 @@ pub(super) enum Memory {
 impl Control {
     pub(super) fn reg_mr(&mut self, args: &RegMr, extents: &[RawExtent]) -> Answer {
         let (pdn, iova, length) = (args.pdn.get(), args.iova.get(), args.length.get());
-        if args.reserved.get() != 0 {
+        if args.flags.get() != 0 {
             return Err(Refusal::Reserved);
         }
         self.check_pd(pdn)?;

@@ -190,6 +190,9 @@ impl Control {
             Command::ModifySrq(args) => self.modify_srq(args),
             Command::QuerySrq(srqn) => self.query_srq(srqn),
             Command::DestroySrq(srqn) => self.destroy_srq(srqn),
+            Command::AllocMr(_) => Err(Refusal::NotOffered("fast registration")),
+            Command::AllocMw(_) | Command::DeallocMw(_) => Err(Refusal::NotOffered("memory windows")),
+            Command::ResizeCq(..) | Command::ResizeSrq(..) => Err(Refusal::NotOffered("another ring")),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use virtio_rdma::area::AreaKind;
 use virtio_rdma::ctrl::{
-    AddGid, CreateCq, CreateQp, CreateQpResponse, CreateSrq, DelGid, DeviceAttr, ExtendMr, Extent, Header, MAX_REQUEST,
-    ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr, SetArea, SrqAttr,
+    AddGid, AllocMr, AllocMw, CreateCq, CreateQp, CreateQpResponse, CreateSrq, DelGid, DeviceAttr, ExtendMr, Extent,
+    Header, MAX_REQUEST, ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr, ResizeCq,
+    ResizeSrq, SetArea, SrqAttr,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -37,10 +38,14 @@ pub enum Command {
     ReregMr(ReregMr, Vec<RawExtent>),
     /// `DEREG_MR`
     DeregMr(u32),
+    /// `ALLOC_MR`
+    AllocMr(AllocMr),
     /// `CREATE_CQ`
     CreateCq(CreateCq, Vec<RawExtent>),
     /// `DESTROY_CQ`
     DestroyCq(u32),
+    /// `RESIZE_CQ`
+    ResizeCq(ResizeCq, Vec<RawExtent>),
     /// `CREATE_QP`: extents of the send ring, then of the receive ring.
     CreateQp(CreateQp, Vec<RawExtent>, Vec<RawExtent>),
     /// `MODIFY_QP`
@@ -57,6 +62,12 @@ pub enum Command {
     QuerySrq(u32),
     /// `DESTROY_SRQ`
     DestroySrq(u32),
+    /// `RESIZE_SRQ`
+    ResizeSrq(ResizeSrq, Vec<RawExtent>),
+    /// `ALLOC_MW`
+    AllocMw(AllocMw),
+    /// `DEALLOC_MW`
+    DeallocMw(u32),
 }
 
 impl Command {
@@ -87,7 +98,12 @@ impl Command {
     pub fn response_size(&self) -> usize {
         match self {
             Self::QueryDevice => size_of::<DeviceAttr>(),
-            Self::AllocPd | Self::RegMr(..) | Self::CreateCq(..) | Self::CreateSrq(..) => size_of::<ObjectResponse>(),
+            Self::AllocPd
+            | Self::RegMr(..)
+            | Self::AllocMr(_)
+            | Self::CreateCq(..)
+            | Self::CreateSrq(..)
+            | Self::AllocMw(_) => size_of::<ObjectResponse>(),
             Self::CreateQp(..) => size_of::<CreateQpResponse>(),
             Self::QueryQp(_) => size_of::<QpAttr>(),
             Self::QuerySrq(_) => size_of::<SrqAttr>(),
@@ -122,11 +138,16 @@ impl Body<'_> {
                 Command::ReregMr(args, self.extents(args.num_extents.get())?)
             }
             Opcode::DeregMr => Command::DeregMr(self.object()?),
+            Opcode::AllocMr => Command::AllocMr(self.take()?),
             Opcode::CreateCq => {
                 let args: CreateCq = self.take()?;
                 Command::CreateCq(args, self.extents(args.ring.num_extents.get())?)
             }
             Opcode::DestroyCq => Command::DestroyCq(self.object()?),
+            Opcode::ResizeCq => {
+                let args: ResizeCq = self.take()?;
+                Command::ResizeCq(args, self.extents(args.ring.num_extents.get())?)
+            }
             Opcode::CreateQp => {
                 let args: CreateQp = self.take()?;
                 let sq = self.extents(args.sq.num_extents.get())?;
@@ -142,6 +163,12 @@ impl Body<'_> {
             Opcode::ModifySrq => Command::ModifySrq(self.take()?),
             Opcode::QuerySrq => Command::QuerySrq(self.object()?),
             Opcode::DestroySrq => Command::DestroySrq(self.object()?),
+            Opcode::ResizeSrq => {
+                let args: ResizeSrq = self.take()?;
+                Command::ResizeSrq(args, self.extents(args.ring.num_extents.get())?)
+            }
+            Opcode::AllocMw => Command::AllocMw(self.take()?),
+            Opcode::DeallocMw => Command::DeallocMw(self.object()?),
         })
     }
 

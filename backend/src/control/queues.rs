@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use virtio_rdma::ctrl::{CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QpAttr, RingDesc};
+use virtio_rdma::ctrl::{
+    CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QP_KERNEL, QpAttr, RingDesc,
+};
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
 use virtio_rdma::ring::RXE_CQE_STRIDE;
@@ -116,7 +118,7 @@ impl Control {
         if !Profile::QP_TYPES.contains(&kind) {
             return Err(Refusal::NotOffered("this QP type"));
         }
-        if args.sq_sig_all > 1 || args.reserved0.get() != 0 || args.reserved1.iter().any(|r| r.get() != 0) {
+        if args.sq_sig_all > 1 || args.flags.get() & !QP_KERNEL != 0 || args.reserved.iter().any(|r| r.get() != 0) {
             return Err(Refusal::Reserved);
         }
         self.check_pd(args.pdn.get())?;

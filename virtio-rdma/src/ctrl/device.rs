@@ -49,8 +49,10 @@ wire! {
         max_msg_size: U32,
         /// What atomics are atomic with, an [`AtomicCap`](crate::ib::AtomicCap).
         atomic_cap: U32,
+        /// Most extents of one fast registration; zero while it is not offered.
+        max_fast_reg_extents: U32,
         /// Zero.
-        reserved: [U32; 9],
+        reserved: [U32; 8],
         /// Vendor id for display.
         vendor_id: U32,
     }

@@ -1,8 +1,12 @@
-//! Commands on memory regions (IBA 10.6).
+//! Commands on memory regions and windows (IBA 10.6).
 
 use zerocopy::little_endian::{U32, U64};
 
 use crate::wire::wire;
+
+/// Bit of [`RegMr::flags`]: all guest memory, also what comes later, at its guest-physical addresses. For protection domains of
+/// the guest's kernel alone.
+pub const REG_DMA: u32 = 1;
 
 wire! {
     /// `REG_MR`: registers memory. Followed by `num_extents` byte-granular [`Extent`](super::Extent)s in the order of their addresses.
@@ -20,8 +24,35 @@ wire! {
         length: U64,
         /// Number of extents that follow.
         num_extents: U32,
+        /// Bits, [`REG_DMA`]: `iova`, `length` and `num_extents` are zero with it.
+        flags: U32,
+    }
+}
+
+wire! {
+    /// `ALLOC_MR`: a region that `REG_MR` work requests give memory to. The response is an [`ObjectResponse`](super::ObjectResponse) with its first key.
+    AllocMr = "virtio_rdma_alloc_mr", 8 {
+        /// Protection domain.
+        pdn: U32,
+        /// Most extents that it will have at a time; at least 1, at most the device's `max_fast_reg_extents`.
+        max_extents: U32,
+    }
+}
+
+/// Value of [`AllocMw::kind`]: bound within the protection domain.
+pub const MW_TYPE_1: u8 = 1;
+/// Value of [`AllocMw::kind`]: bound to a QP, and invalidated by work requests (type 2B).
+pub const MW_TYPE_2: u8 = 2;
+
+wire! {
+    /// `ALLOC_MW`: a memory window. The response is an [`ObjectResponse`](super::ObjectResponse) with its first key.
+    AllocMw = "virtio_rdma_alloc_mw", 8 {
+        /// Protection domain.
+        pdn: U32,
+        /// [`MW_TYPE_1`] or [`MW_TYPE_2`].
+        kind: u8,
         /// Zero.
-        reserved: U32,
+        reserved: [u8; 3],
     }
 }
 

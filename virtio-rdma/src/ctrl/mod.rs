@@ -80,10 +80,14 @@ wire_enum! {
         ReregMr = 0x0203,
         /// Free a region.
         DeregMr = 0x0204,
+        /// New region for fast registration, without memory yet: [`AllocMr`](super::AllocMr).
+        AllocMr = 0x0205,
         /// New completion queue: [`CreateCq`](super::CreateCq).
         CreateCq = 0x0301,
         /// Free a completion queue.
         DestroyCq = 0x0302,
+        /// Give a completion queue another ring: [`ResizeCq`](super::ResizeCq).
+        ResizeCq = 0x0303,
         /// New queue pair: [`CreateQp`](super::CreateQp).
         CreateQp = 0x0401,
         /// Change a queue pair: [`ModifyQp`](super::ModifyQp).
@@ -100,11 +104,15 @@ wire_enum! {
         QuerySrq = 0x0503,
         /// Free a shared receive queue.
         DestroySrq = 0x0504,
+        /// Give a shared receive queue another ring: [`ResizeSrq`](super::ResizeSrq).
+        ResizeSrq = 0x0505,
+        /// New memory window: [`AllocMw`](super::AllocMw).
+        AllocMw = 0x0601,
+        /// Free a memory window.
+        DeallocMw = 0x0602,
     }
 }
 
-/// First number of the range reserved for memory windows.
-pub const OPCODES_MW: u16 = 0x0600;
 /// First number of the range reserved for multicast groups.
 pub const OPCODES_MCAST: u16 = 0x0700;
 /// First number of the range reserved for streams (sockets).
@@ -135,7 +143,8 @@ wire_enum! {
 }
 
 wire! {
-    /// Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`, `QUERY_QP`, `DESTROY_QP`, `QUERY_SRQ`, `DESTROY_SRQ`.
+    /// Request that names one object and nothing else: `DEALLOC_PD`, `DEREG_MR`, `DESTROY_CQ`, `QUERY_QP`, `DESTROY_QP`, `QUERY_SRQ`, `DESTROY_SRQ`,
+    /// `DEALLOC_MW`.
     ObjectRequest = "virtio_rdma_object_req", 8 {
         /// PD number, key, CQ, QP or SRQ number.
         number: U32,
@@ -145,7 +154,7 @@ wire! {
 }
 
 wire! {
-    /// Response that names one new object: `ALLOC_PD`, `REG_MR`, `CREATE_CQ`, `CREATE_SRQ`.
+    /// Response that names one new object: `ALLOC_PD`, `REG_MR`, `ALLOC_MR`, `CREATE_CQ`, `CREATE_SRQ`, `ALLOC_MW`.
     ObjectResponse = "virtio_rdma_object_resp", 8 {
         /// PD number, key, CQ or SRQ number.
         number: U32,

@@ -36,6 +36,21 @@ wire! {
 }
 
 wire! {
+    /// `RESIZE_CQ`: another ring in place of the present one. Followed by its extents.
+    ResizeCq = "virtio_rdma_resize_cq", 24 {
+        /// CQ number.
+        cqn: U32,
+        /// Zero.
+        reserved: U32,
+        /// The new ring.
+        ring: RingDesc,
+    }
+}
+
+/// Bit of [`CreateQp::flags`]: only the guest's kernel writes the rings, so that they may hold `REG_MR` work requests.
+pub const QP_KERNEL: u16 = 1;
+
+wire! {
     /// `CREATE_QP`. Followed by the extents of the send ring, then those of the receive ring.
     CreateQp = "virtio_rdma_create_qp", 72 {
         /// Protection domain.
@@ -44,8 +59,8 @@ wire! {
         qp_type: u8,
         /// 1: every send work request makes a completion.
         sq_sig_all: u8,
-        /// Zero.
-        reserved0: U16,
+        /// Bits, [`QP_KERNEL`].
+        flags: U16,
         /// CQ of the send queue.
         send_cqn: U32,
         /// CQ of the receive queue.
@@ -59,7 +74,7 @@ wire! {
         /// Most bytes of inline data.
         max_inline_data: U32,
         /// Zero.
-        reserved1: [U32; 3],
+        reserved: [U32; 3],
         /// The send ring.
         sq: RingDesc,
         /// The receive ring; no entries with an SRQ.
@@ -186,6 +201,18 @@ wire! {
         srqn: U32,
         /// When fewer receives than this are left an event is raised, once. Zero: none. At most what the ring holds.
         limit: U32,
+    }
+}
+
+wire! {
+    /// `RESIZE_SRQ`: another ring in place of the present one. Followed by its extents.
+    ResizeSrq = "virtio_rdma_resize_srq", 24 {
+        /// SRQ number.
+        srqn: U32,
+        /// Zero.
+        reserved: U32,
+        /// The new ring.
+        ring: RingDesc,
     }
 }
 

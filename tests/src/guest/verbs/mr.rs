@@ -96,7 +96,7 @@ impl Pd {
             iova: spec.iova.into(),
             length: (spec.len as u64).into(),
             num_extents: (first.len() as u32).into(),
-            reserved: 0.into(),
+            flags: 0.into(),
         };
         let generation = guest.generation();
         let response: ObjectResponse = guest.command(Opcode::RegMr, &body, first)?;
