@@ -44,6 +44,10 @@ unit: setup ## Unit tests and the in-process guest against the real device (seco
 guests: images ## Unmodified software in real guests
 	$(E2E) test
 
+.PHONY: conformance
+conformance: images ## rdma-core's own tests on the virtual NIC and on rxe, side by side
+	$(E2E) conformance
+
 .PHONY: matrix
 matrix: images ## Every program, flag, size, distribution and VMM (hours; PART=2/40 for a part)
 	$(E2E) matrix $(if $(PART),--part $(PART))

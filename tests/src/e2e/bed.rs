@@ -54,6 +54,11 @@ impl Bed {
         Ok(())
     }
 
+    /// Puts a file where all guests see it, as `/share/NAME`.
+    pub fn put(&self, name: &str, content: &str) -> Result<()> {
+        fs::write(self.dir.path().join("share").join(name), content).with_context(|| format!("cannot write {name}"))
+    }
+
     /// A guest that is there.
     pub fn guest(&self, nic: usize) -> Result<&Guest> {
         self.guests[nic].as_ref().with_context(|| format!("guest {nic} is not running"))

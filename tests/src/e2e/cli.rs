@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::conformance;
 use super::demo;
 use super::guest::{Distro, Kind, Vmm};
 use super::interrupt::{self, Interrupted};
@@ -42,6 +43,10 @@ enum Command {
     ///
     /// Prints a line for each check as it ends, with the output of what failed. The last line is `N passed, N failed`.
     Test(TestArgs),
+    /// rdma-core's own tests on the virtual NIC and on rxe, side by side, in User-mode Linux guests (5 minutes).
+    ///
+    /// Prints a table for each distribution. Fails where a test fails on the virtual NIC, or passes on rxe alone.
+    Conformance(ConformanceArgs),
     /// The full product of programs, flags, sizes, distributions and VMMs (hours).
     Matrix(MatrixArgs),
 }
@@ -64,6 +69,19 @@ struct DemoArgs {
     #[arg(long, value_enum, default_value = "trixie")]
     distro: Distro,
     /// Print JSON instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct ConformanceArgs {
+    /// Only guests of this distribution (bookworm has rdma-core 44, trixie 56).
+    #[arg(long, value_enum)]
+    distro: Option<Distro>,
+    /// Only tests whose name matches, such as `test_mr.*`.
+    #[arg(long, value_name = "PATTERN", default_value = "*")]
+    tests: String,
+    /// Print JSON instead of the tables.
     #[arg(long)]
     json: bool,
 }
@@ -113,6 +131,7 @@ fn run(cli: &Cli) -> Result<bool> {
             Ok(reporter.is_success())
         }
         Command::Test(args) => run_scenes(&if args.quick { lists::quick() } else { lists::full() }, &args.filter),
+        Command::Conformance(args) => run_conformance(args),
         Command::Matrix(args) => {
             let mut scenes = lists::matrix();
             if let Some(part) = args.part {
@@ -121,6 +140,22 @@ fn run(cli: &Cli) -> Result<bool> {
             run_scenes(&scenes, &args.filter)
         }
     }
+}
+
+fn run_conformance(args: &ConformanceArgs) -> Result<bool> {
+    let mut reporter = Reporter::default();
+    let mut found = Vec::new();
+    for distro in Distro::value_variants().iter().filter(|distro| args.distro.is_none_or(|wanted| wanted == **distro)) {
+        found.extend(conformance::against_rxe(*distro, &args.tests, &mut reporter)?);
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+    } else {
+        for comparison in &found {
+            println!("{}", comparison.table());
+        }
+    }
+    Ok(reporter.is_success())
 }
 
 fn run_scenes(scenes: &[Scene], args: &FilterArgs) -> Result<bool> {

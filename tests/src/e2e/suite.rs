@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 
 use super::bed::Bed;
+use super::conformance;
 use super::guest::Kind;
 use super::life::{SCENARIOS, Scenario};
 use super::pair;
@@ -28,6 +29,8 @@ pub enum Check {
     Solo(usize, &'static Solo),
     /// `rdma resource` in one guest.
     Resource(usize),
+    /// rdma-core's own tests, shared by all guests.
+    Conformance,
     /// A scenario of [`life`](super::life).
     Life(&'static str, Scenario),
 }
@@ -73,6 +76,7 @@ impl Check {
             }
             Self::Solo(nic, solo) => format!("guest {nic}: {}", solo.name),
             Self::Resource(nic) => format!("guest {nic}: rdma resource"),
+            Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
         }
     }
@@ -86,6 +90,7 @@ impl Check {
             Self::Together(programs) => together(bed, programs)?,
             Self::Solo(nic, solo) => solo.run(bed.guest(*nic)?)?,
             Self::Resource(nic) => solo::rdma_resource(bed, *nic)?,
+            Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.
             Self::Life(_, scenario) => return scenario(bed).map(|()| None),
         }
@@ -139,7 +144,7 @@ impl Part {
 
 impl Scene {
     /// For people.
-    fn place(&self) -> String {
+    pub fn place(&self) -> String {
         let names: Vec<String> = self.kinds.iter().map(ToString::to_string).collect();
         if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("+") }
     }
@@ -162,7 +167,8 @@ impl Scene {
         bed.map_or(Ok(()), |bed| finish(bed, &place, reporter))
     }
 
-    fn boot(&self, place: &str, reporter: &mut Reporter) -> Result<Option<Bed>> {
+    /// Starts the bed; `None` when that failed, which is reported.
+    pub fn boot(&self, place: &str, reporter: &mut Reporter) -> Result<Option<Bed>> {
         let mut bed = None;
         reporter.check(place, "boot", || {
             self.kinds.iter().try_for_each(|kind| kind.prepare())?;
