@@ -163,6 +163,28 @@ fn a_short_stop_of_an_idle_guest_costs_nothing() {
     }
 }
 
+/// User-mode Linux tells the base of a virtqueue before its addresses, QEMU after. Where the used ring stands is found in
+/// the new memory either way.
+#[test]
+fn virtqueues_that_start_again_elsewhere() {
+    for base_first in [false, true] {
+        let bed = Bed::new(2);
+        let guest = &bed.guests[0];
+        if base_first {
+            guest.with_connection(|c| Ok(c.tell_base_first())).unwrap();
+        }
+        works_again(&bed);
+        for _ in 0..3 {
+            guest.reload_elsewhere().unwrap();
+            works_again(&bed);
+        }
+        let (a, b) = bed.pair(64);
+        a.cq.arm(false);
+        a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"x")).unwrap();
+        a.cq.wait_event(SOON).unwrap();
+    }
+}
+
 #[test]
 fn disconnect_in_the_middle_of_traffic() {
     let bed = Bed::new(2);

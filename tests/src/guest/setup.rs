@@ -183,6 +183,21 @@ impl Guest {
         })
     }
 
+    /// Reloads the driver without a reset of the virtio device: stopped virtqueues start anew, in other memory.
+    pub fn reload_elsewhere(&self) -> Result<()> {
+        self.0.generation.fetch_add(1, SeqCst);
+        let mut bases = self.stop_queues()?;
+        // Kept as they are until the device has heard of the new ones: it may still look at them.
+        let mut old = vec![self.ctrl().virtq.relocate(self.memory())?];
+        for index in 0..self.events().count() {
+            old.push(self.events().queue(index).virtq.relocate(self.memory())?);
+        }
+        bases[..old.len()].fill(0);
+        self.start_queues_at(&bases)?;
+        drop(old);
+        self.begin()
+    }
+
     /// Resets the virtio device by the VMM, without a word of the driver.
     pub fn reset_virtio(&self) -> Result<()> {
         self.0.generation.fetch_add(1, SeqCst);
@@ -200,6 +215,11 @@ impl Guest {
             c.set_memory(&self.memory().regions())
         })?;
         self.start_queues_at(&vec![0; 1 + self.events().count() + self.0.doorbell_queues.len()])?;
+        self.begin()
+    }
+
+    /// What a driver does on fresh virtqueues.
+    fn begin(&self) -> Result<()> {
         self.reset()?;
         for index in 0..self.events().count() {
             self.events().queue(index).fill()?;

@@ -32,6 +32,7 @@ pub struct Connection {
     stream: Arc<UnixStream>,
     protocol: VhostUserProtocolFeatures,
     features: u64,
+    base_first: bool,
 }
 
 impl std::fmt::Debug for Connection {
@@ -63,7 +64,7 @@ impl Connection {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         frontend.set_features(features)?;
-        Ok(Self { frontend, stream: Arc::new(stream), protocol, features })
+        Ok(Self { frontend, stream: Arc::new(stream), protocol, features, base_first: false })
     }
 
     /// Reads the configuration space.
@@ -107,11 +108,21 @@ impl Connection {
     /// Sets a virtqueue up and starts it at an index of the available ring.
     pub fn start_queue(&mut self, index: usize, queue: &Virtq, base: u16) -> Result<()> {
         self.frontend.set_vring_num(index, queue.size())?;
+        if self.base_first {
+            self.frontend.set_vring_base(index, base)?;
+        }
         self.frontend.set_vring_addr(index, &queue.layout())?;
-        self.frontend.set_vring_base(index, base)?;
+        if !self.base_first {
+            self.frontend.set_vring_base(index, base)?;
+        }
         self.frontend.set_vring_call(index, &queue.call)?;
         self.frontend.set_vring_kick(index, &queue.kick)?;
         Ok(self.frontend.set_vring_enable(index, true)?)
+    }
+
+    /// From now on the base of a virtqueue is told before its addresses, as User-mode Linux does; QEMU does it after.
+    pub fn tell_base_first(&mut self) {
+        self.base_first = true;
     }
 
     /// Stops a virtqueue, and returns the index of the available ring that it would go on with.

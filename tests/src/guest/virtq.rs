@@ -83,6 +83,15 @@ impl Virtq {
         })
     }
 
+    /// Takes other memory for it and starts over, as a driver that is loaded again does. The old memory is returned as
+    /// it was.
+    pub fn relocate(&mut self, memory: &GuestMemory) -> Result<Buf> {
+        let new = memory.alloc(self.ring.len(), Placement::Contiguous)?;
+        let old = std::mem::replace(&mut self.ring, new);
+        self.clear();
+        Ok(old)
+    }
+
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
