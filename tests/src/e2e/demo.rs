@@ -29,7 +29,7 @@ pub fn run(kind: Kind, json: bool, reporter: &mut Reporter) -> Result<String> {
     kind.prepare()?;
     eprintln!("starting a router and two guests ({kind})");
     let start = Instant::now();
-    let bed = Bed::start(&[kind, kind])?;
+    let bed = Bed::start(&[kind, kind], 1)?;
     eprintln!("the guests are up after {:.0} s", start.elapsed().as_secs_f64());
     let place = format!("{kind}, two guests");
     for program in programs() {

@@ -15,7 +15,7 @@ const QEMU_BOOKWORM: Kind = Kind { vmm: Vmm::Qemu, distro: Distro::Bookworm };
 /// For a few minutes: each program once, and the life cycle.
 pub fn quick() -> Vec<Scene> {
     let checks = Check::solos(0).chain(each_program(0, 1)).chain(Check::life());
-    vec![Scene { kinds: vec![UML_TRIXIE; 2], checks: checks.collect() }]
+    vec![Scene::new(vec![UML_TRIXIE; 2], checks)]
 }
 
 /// For `make test`.
@@ -23,12 +23,12 @@ pub fn full() -> Vec<Scene> {
     let everything = || Check::solos(0).chain(each_flag(0, 1)).chain(each_program(0, 0)).chain(crowds());
     let both_ways = || each_program(0, 1).chain(each_program(1, 0)).chain(crowds());
     vec![
-        Scene { kinds: vec![UML_TRIXIE; 2], checks: everything().chain(Check::life()).collect() },
-        Scene { kinds: vec![UML_BOOKWORM; 2], checks: everything().chain(Check::life_but_router()).collect() },
-        Scene { kinds: vec![UML_BOOKWORM, UML_TRIXIE], checks: each_program(0, 1).collect() },
-        Scene { kinds: vec![UML_TRIXIE, QEMU_TRIXIE], checks: both_ways().collect() },
-        Scene { kinds: vec![QEMU_TRIXIE; 2], checks: everything().chain(Check::life()).collect() },
-        Scene { kinds: vec![QEMU_BOOKWORM; 2], checks: Check::solos(0).chain(each_program(0, 1)).collect() },
+        Scene::new(vec![UML_TRIXIE; 2], everything().chain(Check::life())),
+        Scene::new(vec![UML_BOOKWORM; 2], everything().chain(Check::life_but_router())),
+        Scene { spread: 2, ..Scene::new(vec![UML_BOOKWORM, UML_TRIXIE], each_program(0, 1).chain(crowds())) },
+        Scene::new(vec![UML_TRIXIE, QEMU_TRIXIE], both_ways()),
+        Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(Check::life())),
+        Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
     ]
 }
 
@@ -38,8 +38,8 @@ pub fn matrix() -> Vec<Scene> {
     let beds = kinds.iter().flat_map(|a| kinds.iter().map(move |b| [*a, *b]));
     let scene = |[a, b]: [Kind; 2]| {
         let within = (a == b).then(|| Check::solos(0).chain(product(0, 0)));
-        let checks = within.into_iter().flatten().chain(product(0, 1)).chain(Check::life()).collect();
-        Scene { kinds: vec![a, b], checks }
+        let checks = within.into_iter().flatten().chain(product(0, 1)).chain(Check::life());
+        Scene::new(vec![a, b], checks)
     };
     beds.map(scene).collect()
 }

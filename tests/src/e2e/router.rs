@@ -1,6 +1,7 @@
 //! The router daemon as a child process.
 
 use std::cell::RefCell;
+use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -35,15 +36,12 @@ pub fn name_of(nic: usize) -> &'static str {
 }
 
 impl RouterProcess {
-    /// Starts it with this many virtual NICs; its files go into `dir`.
-    pub fn start(dir: &Path, nics: usize) -> Result<Self> {
+    /// Starts it with this many virtual NICs, each with `spread` workers and completion vectors; its files go into `dir`.
+    pub fn start(dir: &Path, nics: usize, spread: u16) -> Result<Self> {
+        let file = dir.join("router.toml");
+        std::fs::write(&file, configuration(dir, nics, spread)).context("cannot write the router's configuration")?;
         let mut command = Command::new(sibling("FREEFLOW_ROUTER_BIN", "freeflow-router")?);
-        command.arg("--control").arg(dir.join("control.sock"));
-        for nic in 0..nics {
-            let socket = socket_in(dir, nic);
-            let text = format!("name={},ip={},socket={}", name_of(nic), address_of(nic), socket.display());
-            command.args(["--nic", &text]);
-        }
+        command.arg("--config").arg(file);
         let log = std::fs::File::create(log_in(dir)).context("cannot make the router's log")?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut router = Self { child: RefCell::new(Owned::spawn(&mut command)?), dir: dir.to_owned() };
@@ -112,6 +110,17 @@ impl RouterProcess {
         }
         Ok(start.elapsed())
     }
+}
+
+fn configuration(dir: &Path, nics: usize, spread: u16) -> String {
+    let control = dir.join("control.sock");
+    let mut text = format!("control = \"{}\"\n[engine]\nworkers = {spread}\n", control.display());
+    for nic in 0..nics {
+        let (name, ip, socket) = (name_of(nic), address_of(nic), socket_in(dir, nic));
+        let _ = write!(text, "[[nic]]\nname = {name:?}\nip = [\"{ip}\"]\nsocket = \"{}\"\n", socket.display());
+        let _ = writeln!(text, "workers = {spread}\nvectors = {spread}");
+    }
+    text
 }
 
 fn socket_in(dir: &Path, nic: usize) -> PathBuf {

@@ -40,6 +40,8 @@ pub enum Check {
 pub struct Scene {
     /// The guests.
     pub kinds: Vec<Kind>,
+    /// Workers and completion vectors of each virtual NIC.
+    pub spread: u16,
     /// In this order.
     pub checks: Vec<Check>,
 }
@@ -143,10 +145,16 @@ impl Part {
 }
 
 impl Scene {
+    /// With one worker.
+    pub fn new(kinds: Vec<Kind>, checks: impl Iterator<Item = Check>) -> Self {
+        Self { kinds, spread: 1, checks: checks.collect() }
+    }
+
     /// For people.
     pub fn place(&self) -> String {
         let names: Vec<String> = self.kinds.iter().map(ToString::to_string).collect();
-        if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("+") }
+        let guests = if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("+") };
+        if self.spread == 1 { guests } else { format!("{guests}/{} workers", self.spread) }
     }
 
     /// Makes the checks that are wanted; boots guests again when a failed check has left them unusable.
@@ -172,7 +180,7 @@ impl Scene {
         let mut bed = None;
         reporter.check(place, "boot", || {
             self.kinds.iter().try_for_each(|kind| kind.prepare())?;
-            bed = Some(Bed::start(&self.kinds).context("no bed")?);
+            bed = Some(Bed::start(&self.kinds, self.spread).context("no bed")?);
             Ok(None)
         })?;
         Ok(bed)
