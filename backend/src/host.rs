@@ -11,6 +11,7 @@ use virtio_rdma::config::NUM_CTRL_QUEUES;
 use virtio_rdma::ib::QpState;
 
 use crate::engine::{Engine, EngineConfig};
+use crate::groups::Tenants;
 use crate::nic::stats::CounterValues;
 use crate::nic::{Nic, NicConfig};
 use crate::overlay::{Gid, NicId, Overlay};
@@ -43,6 +44,7 @@ pub enum AddNicError {
 #[derive(Debug)]
 pub struct Host {
     engine: Arc<Engine>,
+    tenants: Tenants,
     servers: Mutex<BTreeMap<NicId, (Arc<Nic>, Server)>>,
 }
 
@@ -54,7 +56,8 @@ impl Host {
     pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Self> {
         // Without it no guest could be interrupted: better said now than to each VMM.
         Signaller::get()?;
-        Ok(Self { engine: Engine::start(config, overlay)?, servers: Mutex::default() })
+        let engine = Engine::start(config, overlay)?;
+        Ok(Self { engine, tenants: Tenants::default(), servers: Mutex::default() })
     }
 
     /// Adds a virtual NIC and listens for its VMM on `socket`.
@@ -76,7 +79,8 @@ impl Host {
         let first = id.0 as usize;
         let served_by: Vec<_> = (0..workers).map(|w| (first + w) % self.engine.num_workers()).collect();
         let events = vrings.iter().skip(NUM_CTRL_QUEUES).take(vectors).cloned().collect();
-        let nic = Arc::new(Nic::new(id, config, &served_by, events));
+        let groups = self.tenants.groups(&config.tenant);
+        let nic = Arc::new(Nic::new(id, config, groups, &served_by, events));
         let server = Server::start(socket, nic.clone(), self.engine.clone(), vrings)
             .map_err(|source| AddNicError::Socket { path: socket.display().to_string(), source })?;
         self.engine.add_nic(&nic);

@@ -11,6 +11,7 @@ mod affinity;
 pub mod control;
 pub mod cq;
 pub mod engine;
+pub mod groups;
 pub mod host;
 pub mod mem;
 pub mod mr;

@@ -36,6 +36,11 @@ impl Gid {
         Self(raw)
     }
 
+    /// Whether it names a multicast group (as `rdma_is_multicast_addr` of Linux has it).
+    pub fn is_multicast(self) -> bool {
+        self.address().is_multicast()
+    }
+
     /// As an address.
     pub fn address(self) -> std::net::IpAddr {
         std::net::Ipv6Addr::from(self.0).to_canonical()
@@ -81,5 +86,12 @@ mod tests {
         assert_eq!(Gid::of("10.1.2.3".parse().unwrap()).to_string(), "10.1.2.3");
         assert_eq!(Gid::of("fd00::7".parse().unwrap()).to_string(), "fd00::7");
         assert_eq!(Gid::link_local([0x02, 0, 0, 0, 0, 1]).to_string(), "fe80::ff:fe00:1");
+    }
+
+    #[test]
+    fn multicast_groups_are_those_of_both_kinds_of_addresses() {
+        let is = |s: &str| Gid::of(s.parse().unwrap()).is_multicast();
+        assert!(is("224.0.0.1") && is("239.255.255.255") && is("ff0e::ffff:e000:1"));
+        assert!(!is("223.255.255.255") && !is("240.0.0.0") && !is("fe80::1") && !is("::"));
     }
 }

@@ -29,6 +29,10 @@ pub struct Profile {
     pub max_extents: u32,
     /// Most shared receive queues.
     pub max_srq: u32,
+    /// Most multicast groups that QPs of this virtual NIC are in.
+    pub max_mcast_grp: u32,
+    /// Most QPs of this virtual NIC in one multicast group.
+    pub max_mcast_qp_attach: u32,
     /// Most protection domains.
     pub max_pd: u32,
     /// Most address handles.
@@ -53,6 +57,8 @@ impl Default for Profile {
             max_mr: 131_072,
             max_extents: 4 << 20,
             max_srq: 4_096,
+            max_mcast_grp: 1_024,
+            max_mcast_qp_attach: 64,
             max_pd: 4_096,
             max_ah: 4_096,
             max_gids: 256,
@@ -74,7 +80,7 @@ pub struct BadLimit {
 
 impl Profile {
     /// Transports that are offered.
-    pub const QP_TYPES: [QpType; 3] = [QpType::Rc, QpType::Uc, QpType::Ud];
+    pub const QP_TYPES: [QpType; 4] = [QpType::Gsi, QpType::Rc, QpType::Uc, QpType::Ud];
     /// Largest message (IBA 9.7.7: 2^31 bytes).
     pub const MAX_MESSAGE: u32 = 1 << 31;
     /// Vendor id: that of software devices without one, as rxe has it.
@@ -97,6 +103,8 @@ impl Profile {
             ("max_mr", 1, 1 << 22, self.max_mr),
             ("max_extents", 1, 1 << 28, self.max_extents),
             ("max_srq", 0, 1 << 16, self.max_srq),
+            ("max_mcast_grp", 0, 1 << 14, self.max_mcast_grp),
+            ("max_mcast_qp_attach", 1, 1 << 12, self.max_mcast_qp_attach),
             ("max_pd", 1, 1 << 16, self.max_pd),
             ("max_ah", 2, 1 << 18, self.max_ah),
             ("max_gids", 2, 1_024, self.max_gids),
@@ -137,6 +145,8 @@ impl Profile {
             max_cqe: self.max_cqe.into(),
             max_mr: self.max_mr.into(),
             max_srq: self.max_srq.into(),
+            max_mcast_grp: self.max_mcast_grp.into(),
+            max_mcast_qp_attach: self.max_mcast_qp_attach.into(),
             max_pd: self.max_pd.into(),
             max_ah: self.max_ah.into(),
             max_doorbells: self.doorbells().into(),

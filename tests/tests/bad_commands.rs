@@ -310,8 +310,6 @@ fn queue_pairs_no_driver_would_make() {
         let status = create_qp(guest, &(body, extents.clone()));
         assert!(refused(status) || status == Status::Unsupported, "{what}: {status:?}");
     }
-    let gsi = CreateQp { qp_type: QpType::Gsi.to_wire(), ..good };
-    assert_eq!(create_qp(guest, &(gsi, extents.clone())), Status::Unsupported);
     let srq = CreateQp { srqn: 1.into(), ..good };
     assert_eq!(create_qp(guest, &(srq, extents.clone())), Status::NotFound);
     let mut unaligned = extents.clone();

@@ -90,24 +90,28 @@ int vrdma_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,
 	struct vrdma_cq *cq = to_vcq(ibcq);
 	int ret;
 
-	if (!udata || attr->flags)
+	if (attr->flags)
 		return -EOPNOTSUPP;
-	if (udata->outlen < sizeof(struct rxe_create_cq_resp) || !attr->cqe ||
+	if ((udata && udata->outlen < sizeof(struct rxe_create_cq_resp)) || !attr->cqe ||
 	    attr->cqe > dev->ibdev.attrs.max_cqe || attr->comp_vector >= dev->num_eventqs)
 		return -EINVAL;
 
 	refcount_set(&cq->ref, 1);
 	init_completion(&cq->idle);
+	spin_lock_init(&cq->lock);
 	cq->ring = vrdma_ring_create(attr->cqe, VRDMA_CQE_SIZE);
 	if (!cq->ring)
 		return -ENOMEM;
+	ret = udata ? 0 : vrdma_ring_vmap(cq->ring);
+	if (ret)
+		goto err_ring;
 	ret = vrdma_cq_create_on_device(dev, cq, attr->comp_vector);
 	if (ret)
 		goto err_ring;
 	ret = vrdma_cq_publish(dev, cq);
 	if (ret)
 		goto err_undo;
-	ret = vrdma_cq_respond(cq, udata);
+	ret = udata ? vrdma_cq_respond(cq, udata) : 0;
 	if (ret)
 		goto err_withdraw;
 	ibcq->cqe = cq->ring->entries - 1;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /*
  * Memory shared with the device: areas, which belong to the driver, and rings, which processes
- * map.
+ * map, or the kernel for users of its own.
  *
  * Both are made of single pages taken from blocks as large as they come, so that few extents
  * describe them. A mapping holds references to its pages, so it stays usable memory after the
@@ -144,6 +144,7 @@ void vrdma_area_free(struct vrdma_area *area)
 	vrdma_pages_free(&area->mem);
 }
 
+/* Of a ring that only a process uses, just this is mapped */
 struct rxe_queue_buf *vrdma_ring_header(const struct vrdma_ring *ring)
 {
 	return page_address(ring->mem.pages[0]);
@@ -174,6 +175,13 @@ struct vrdma_ring *vrdma_ring_create(u32 min_entries, u32 elem_size)
 	return ring;
 }
 
+/* Makes the ring usable by the kernel */
+int vrdma_ring_vmap(struct vrdma_ring *ring)
+{
+	ring->header = vmap(ring->mem.pages, ring->mem.num, VM_MAP, PAGE_KERNEL);
+	return ring->header ? 0 : -ENOMEM;
+}
+
 void vrdma_ring_describe(const struct vrdma_ring *ring, struct virtio_rdma_ring_desc *desc)
 {
 	desc->format = VIRTIO_RDMA_FORMAT_RXE;
@@ -186,6 +194,7 @@ static void vrdma_ring_free(struct kref *ref)
 {
 	struct vrdma_ring *ring = container_of(ref, struct vrdma_ring, ref);
 
+	vunmap(ring->header);
 	vrdma_pages_free(&ring->mem);
 	kfree(ring);
 }

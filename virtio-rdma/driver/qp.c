@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /*
- * Queue pairs. Work requests go through rings that the process maps; the only thing it calls for
- * is the doorbell.
+ * Queue pairs: creation, states. Work requests are the business of post.c.
  */
-#include "doorbell.h"
 #include "vrdma.h"
 
 static_assert(sizeof(struct rxe_send_wqe) == 208);
@@ -83,6 +81,13 @@ static int vrdma_qp_create_rings(struct vrdma_dev *dev, struct vrdma_qp *qp, boo
 		return -ENOMEM;
 	cap->max_recv_wr = qp->rq->entries - 1;
 	return 0;
+}
+
+static int vrdma_qp_vmap_rings(struct vrdma_qp *qp)
+{
+	int ret = vrdma_ring_vmap(qp->sq);
+
+	return ret || !qp->rq ? ret : vrdma_ring_vmap(qp->rq);
 }
 
 static void vrdma_qp_release_rings(struct vrdma_dev *dev, struct vrdma_qp *qp)
@@ -171,10 +176,11 @@ int vrdma_create_qp(struct ib_qp *ibqp, struct ib_qp_init_attr *init, struct ib_
 	struct vrdma_qp *qp = to_vqp(ibqp);
 	int ret;
 
-	if (!udata)
-		return -EOPNOTSUPP;
-	if (udata->inlen || udata->outlen < sizeof(struct rxe_create_qp_resp))
+	if (udata && (udata->inlen || udata->outlen < sizeof(struct rxe_create_qp_resp)))
 		return -EINVAL;
+	/* Management datagrams are the kernel's */
+	if (udata && init->qp_type == IB_QPT_GSI)
+		return -EOPNOTSUPP;
 	ret = vrdma_qp_check_init(dev, init);
 	if (ret)
 		return ret;
@@ -182,10 +188,15 @@ int vrdma_create_qp(struct ib_qp *ibqp, struct ib_qp_init_attr *init, struct ib_
 	refcount_set(&qp->ref, 1);
 	init_completion(&qp->idle);
 	mutex_init(&qp->modify_lock);
+	spin_lock_init(&qp->sq_lock);
+	spin_lock_init(&qp->rq_lock);
 	qp->state = IB_QPS_RESET;
 	qp->sq_sig_type = init->sq_sig_type;
 	qp->cap = init->cap;
 	ret = vrdma_qp_create_rings(dev, qp, init->srq);
+	if (ret)
+		goto err_rings;
+	ret = udata ? 0 : vrdma_qp_vmap_rings(qp);
 	if (ret)
 		goto err_rings;
 	ret = vrdma_qp_create_on_device(dev, qp, init);
@@ -194,7 +205,7 @@ int vrdma_create_qp(struct ib_qp *ibqp, struct ib_qp_init_attr *init, struct ib_
 	ret = vrdma_qp_publish(dev, qp);
 	if (ret)
 		goto err_undo;
-	ret = vrdma_qp_respond(qp, udata);
+	ret = udata ? vrdma_qp_respond(qp, udata) : 0;
 	if (ret)
 		goto err_withdraw;
 	init->cap = qp->cap;
@@ -380,21 +391,5 @@ int vrdma_query_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 	init->sq_sig_type = qp->sq_sig_type;
 	init->qp_type = ibqp->qp_type;
 	init->port_num = VRDMA_PORT;
-	return 0;
-}
-
-/* The process has written the work requests; without any, this is its doorbell */
-int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
-		    const struct ib_send_wr **bad_wr)
-{
-	struct vrdma_qp *qp = to_vqp(ibqp);
-
-	if (wr) {
-		*bad_wr = wr;
-		return -EOPNOTSUPP;
-	}
-	if (READ_ONCE(qp->state) < IB_QPS_RTS)
-		return -EINVAL;
-	vrdma_doorbell_ring(qp->dbq, qp->doorbell);
 	return 0;
 }

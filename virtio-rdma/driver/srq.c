@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
-/* Shared receive queues. Receives are posted by writing the ring, without a call. */
+/* Shared receive queues. Receives are posted by writing the ring, by processes without a call. */
 #include "vrdma.h"
 
 struct vrdma_srq *vrdma_srq_get(struct vrdma_dev *dev, u32 srqn)
@@ -91,9 +91,7 @@ int vrdma_create_srq(struct ib_srq *ibsrq, struct ib_srq_init_attr *init, struct
 	struct vrdma_srq *srq = to_vsrq(ibsrq);
 	int ret;
 
-	if (!udata)
-		return -EOPNOTSUPP;
-	if (udata->outlen < sizeof(struct rxe_create_srq_resp))
+	if (udata && udata->outlen < sizeof(struct rxe_create_srq_resp))
 		return -EINVAL;
 	ret = vrdma_srq_check_init(dev, init);
 	if (ret)
@@ -101,18 +99,22 @@ int vrdma_create_srq(struct ib_srq *ibsrq, struct ib_srq_init_attr *init, struct
 
 	refcount_set(&srq->ref, 1);
 	init_completion(&srq->idle);
+	spin_lock_init(&srq->lock);
 	srq->max_sge = init->attr.max_sge;
 	srq->ring = vrdma_ring_create(init->attr.max_wr, sizeof(struct rxe_recv_wqe) +
 				      srq->max_sge * sizeof(struct rxe_sge));
 	if (!srq->ring)
 		return -ENOMEM;
+	ret = udata ? 0 : vrdma_ring_vmap(srq->ring);
+	if (ret)
+		goto err_ring;
 	ret = vrdma_srq_create_on_device(dev, srq, init->attr.srq_limit);
 	if (ret)
 		goto err_ring;
 	ret = vrdma_srq_publish(dev, srq);
 	if (ret)
 		goto err_undo;
-	ret = vrdma_srq_respond(srq, udata);
+	ret = udata ? vrdma_srq_respond(srq, udata) : 0;
 	if (ret)
 		goto err_withdraw;
 	init->attr.max_wr = srq->ring->entries - 1;

@@ -39,6 +39,8 @@ static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_devi
 	attr->max_mr = le32_to_cpu(wire->max_mr);
 	attr->max_pd = le32_to_cpu(wire->max_pd);
 	attr->max_srq = le32_to_cpu(wire->max_srq);
+	attr->max_mcast_grp = le32_to_cpu(wire->max_mcast_grp);
+	attr->max_mcast_qp_attach = le32_to_cpu(wire->max_mcast_qp_attach);
 	attr->max_ah = le32_to_cpu(wire->max_ah);
 	attr->max_doorbells = le32_to_cpu(wire->max_doorbells);
 	attr->max_gids = le32_to_cpu(wire->max_gids);
@@ -110,6 +112,10 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 		out->max_srq_wr = out->max_qp_wr;
 		out->max_srq_sge = attr->max_sge;
 	}
+	out->max_mcast_grp = attr->max_mcast_grp;
+	out->max_mcast_qp_attach = attr->max_mcast_qp_attach;
+	out->max_total_mcast_qp_attach = min_t(u64, (u64)attr->max_mcast_grp *
+					       attr->max_mcast_qp_attach, INT_MAX);
 	out->max_ah = attr->max_ah - 1;
 	out->max_qp_rd_atom = attr->max_rd_atomic;
 	out->max_qp_init_rd_atom = attr->max_rd_atomic;
@@ -227,6 +233,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.add_gid = vrdma_add_gid,
 	.alloc_pd = vrdma_alloc_pd,
 	.alloc_ucontext = vrdma_alloc_ucontext,
+	.attach_mcast = vrdma_attach_mcast,
 	.create_ah = vrdma_create_ah,
 	.create_cq = vrdma_op_create_cq,
 	.create_qp = vrdma_create_qp,
@@ -241,6 +248,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.destroy_cq = vrdma_destroy_cq,
 	.destroy_qp = vrdma_destroy_qp,
 	.destroy_srq = vrdma_destroy_srq,
+	.detach_mcast = vrdma_detach_mcast,
 	.disassociate_ucontext = vrdma_disassociate_ucontext,
 	.get_dev_fw_str = vrdma_get_fw_str,
 	.get_link_layer = vrdma_get_link_layer,
@@ -251,7 +259,10 @@ static const struct ib_device_ops vrdma_ops = {
 	.modify_ah = vrdma_modify_ah,
 	.modify_qp = vrdma_modify_qp,
 	.modify_srq = vrdma_modify_srq,
+	.poll_cq = vrdma_poll_cq,
+	.post_recv = vrdma_post_recv,
 	.post_send = vrdma_post_send,
+	.post_srq_recv = vrdma_post_srq_recv,
 	.query_ah = vrdma_query_ah,
 	.query_device = vrdma_query_device,
 	.query_pkey = vrdma_query_pkey,

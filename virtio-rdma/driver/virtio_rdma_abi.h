@@ -14,7 +14,7 @@
 #define VIRTIO_RDMA_ID			42	/* reserved by the virtio specification */
 #define VIRTIO_RDMA_ID_ALT		38	/* for VMMs that have no name for 42 */
 #define VIRTIO_RDMA_MAGIC		0x41445246	/* "FRDA" */
-#define VIRTIO_RDMA_ABI_VERSION		4
+#define VIRTIO_RDMA_ABI_VERSION		5
 #define VIRTIO_RDMA_PAGE_SIZE		4096
 #define VIRTIO_RDMA_CONFIG_LINK_UP	1	/* bit of virtio_rdma_config.status */
 
@@ -48,6 +48,8 @@ enum {
 	VIRTIO_RDMA_CMD_RESIZE_SRQ = 0x0505,
 	VIRTIO_RDMA_CMD_ALLOC_MW = 0x0601,
 	VIRTIO_RDMA_CMD_DEALLOC_MW = 0x0602,
+	VIRTIO_RDMA_CMD_ATTACH_MCAST = 0x0701,
+	VIRTIO_RDMA_CMD_DETACH_MCAST = 0x0702,
 };
 
 enum {
@@ -87,7 +89,6 @@ enum {
 };
 
 /* First command numbers of ranges that are reserved */
-#define VIRTIO_RDMA_CMDS_MCAST		0x0700
 #define VIRTIO_RDMA_CMDS_STREAM		0x0800
 
 #define VIRTIO_RDMA_NO_OBJECT		0xffffffffU
@@ -211,7 +212,8 @@ struct virtio_rdma_device_attr {
 	__le32 atomic_cap;	/* What atomics are atomic with, an enum ib_atomic_cap */
 	/* Most extents of one fast registration; zero while it is not offered */
 	__le32 max_fast_reg_extents;
-	__le32 reserved[8];
+	__le32 max_mcast_qp_attach;	/* Most QPs of this virtual NIC in one multicast group */
+	__le32 reserved[7];
 	__le32 vendor_id;	/* Vendor id for display */
 };
 
@@ -408,6 +410,13 @@ struct virtio_rdma_resize_srq {
 struct virtio_rdma_srq_attr {
 	__le32 limit;	/* Zero once its event was raised */
 	__le32 reserved;
+};
+
+/* ATTACH_MCAST and DETACH_MCAST: a UD QP joins or leaves a multicast group (IBA 11.2.7) */
+struct virtio_rdma_mcast {
+	__le32 qpn;
+	__le32 reserved;
+	__u8 mgid[16];	/* A multicast IPv6 address, or an IPv4 one mapped into one */
 };
 
 /* One address handle (IBA 11.2.2.1) */

@@ -56,6 +56,7 @@ struct vrdma_ring {
 	u32 stride;
 	u32 num_extents;
 	bool mappable;
+	struct rxe_queue_buf *header;	/* the whole ring, where the kernel itself is at its other end */
 };
 
 struct vrdma_ctrl {
@@ -96,6 +97,8 @@ struct vrdma_attr {
 	u32 max_mr;
 	u32 max_pd;
 	u32 max_srq;
+	u32 max_mcast_grp;
+	u32 max_mcast_qp_attach;
 	u32 max_ah;
 	u32 max_doorbells;
 	u32 max_gids;
@@ -182,6 +185,7 @@ struct vrdma_cq {
 	u32 cqn;
 	u32 *arm;
 	struct vrdma_ring *ring;
+	spinlock_t lock;	/* taking from a kernel's ring */
 	refcount_t ref;
 	struct completion idle;
 };
@@ -191,6 +195,7 @@ struct vrdma_srq {
 	u32 srqn;
 	u32 max_sge;
 	struct vrdma_ring *ring;
+	spinlock_t lock;	/* posting to a kernel's ring */
 	refcount_t ref;
 	struct completion idle;
 };
@@ -201,6 +206,8 @@ struct vrdma_qp {
 	u32 doorbell;
 	struct vrdma_ring *sq;
 	struct vrdma_ring *rq;	/* NULL with an SRQ */
+	spinlock_t sq_lock;	/* posting to a kernel's rings */
+	spinlock_t rq_lock;
 	struct mutex modify_lock;	/* state follows the device's */
 	enum ib_qp_state state;
 	struct ib_qp_cap cap;
@@ -282,6 +289,7 @@ struct vrdma_ring *vrdma_ring_create(u32 min_entries, u32 elem_size);
 void vrdma_ring_describe(const struct vrdma_ring *ring, struct virtio_rdma_ring_desc *desc);
 int vrdma_ring_map(struct vrdma_ring *ring, struct ib_udata *udata, struct mminfo *info);
 void vrdma_ring_release(struct vrdma_dev *dev, struct vrdma_ring *ring);
+int vrdma_ring_vmap(struct vrdma_ring *ring);
 struct rxe_queue_buf *vrdma_ring_header(const struct vrdma_ring *ring);
 int vrdma_mmap(struct ib_ucontext *ibuc, struct vm_area_struct *vma);
 void vrdma_mmap_free(struct rdma_user_mmap_entry *entry);
@@ -345,10 +353,23 @@ int vrdma_modify_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 int vrdma_query_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 		   struct ib_qp_init_attr *init);
 int vrdma_destroy_qp(struct ib_qp *ibqp, struct ib_udata *udata);
-int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
-		    const struct ib_send_wr **bad_wr);
 struct vrdma_qp *vrdma_qp_get(struct vrdma_dev *dev, u32 qpn);
 void vrdma_qp_put(struct vrdma_qp *qp);
+
+/* post.c */
+int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
+		    const struct ib_send_wr **bad_wr);
+int vrdma_post_recv(struct ib_qp *ibqp, const struct ib_recv_wr *wr,
+		    const struct ib_recv_wr **bad_wr);
+int vrdma_post_srq_recv(struct ib_srq *ibsrq, const struct ib_recv_wr *wr,
+			const struct ib_recv_wr **bad_wr);
+
+/* poll.c */
+int vrdma_poll_cq(struct ib_cq *ibcq, int num, struct ib_wc *wc);
+
+/* mcast.c */
+int vrdma_attach_mcast(struct ib_qp *ibqp, union ib_gid *gid, u16 lid);
+int vrdma_detach_mcast(struct ib_qp *ibqp, union ib_gid *gid, u16 lid);
 
 /* srq.c */
 int vrdma_create_srq(struct ib_srq *ibsrq, struct ib_srq_init_attr *init, struct ib_udata *udata);

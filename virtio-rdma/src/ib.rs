@@ -2,6 +2,13 @@
 
 use bitflags::bitflags;
 
+/// QP number of the general service interface (IBA 3.9.2.2).
+pub const GSI_QPN: u32 = 1;
+/// `Q_Key` of the general service interface, whatever its QP was given (IBA 10.2.5).
+pub const GSI_QKEY: u32 = 0x8001_0000;
+/// Destination QP number of multicast datagrams (IBA 10.5.2).
+pub const MULTICAST_QPN: u32 = 0xff_ffff;
+
 bitflags! {
     /// Access flags of a memory region or of a QP (`enum ib_access_flags`).
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 //! thread. Where a command takes something away from the data path, it waits for the workers before it answers.
 
 mod area;
+mod mcast;
 mod memory;
 pub mod parse;
 mod queues;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use virtio_rdma::ctrl::{ResponseHeader, Status};
 use zerocopy::{Immutable, IntoBytes};
 
+use self::mcast::Memberships;
 use self::memory::Regions;
 use self::parse::Command;
 use crate::cq::Cq;
@@ -103,6 +105,7 @@ pub struct Control {
     regions: Regions,
     cqs: Vec<Option<Arc<Cq>>>,
     srqs: Vec<Option<Arc<Srq>>>,
+    memberships: Memberships,
     arm: Option<Arc<Pages>>,
     /// Bytes of guest memory that all rings take.
     ring_bytes: u64,
@@ -122,6 +125,7 @@ impl Control {
             regions: Regions::default(),
             cqs: Vec::new(),
             srqs: Vec::new(),
+            memberships: Memberships::default(),
             arm: None,
             ring_bytes: 0,
             qps_created: 0,
@@ -193,6 +197,8 @@ impl Control {
             Command::AllocMr(_) => Err(Refusal::NotOffered("fast registration")),
             Command::AllocMw(_) | Command::DeallocMw(_) => Err(Refusal::NotOffered("memory windows")),
             Command::ResizeCq(..) | Command::ResizeSrq(..) => Err(Refusal::NotOffered("another ring")),
+            Command::AttachMcast(args) => self.attach_mcast(&args),
+            Command::DetachMcast(args) => self.detach_mcast(&args),
         }
     }
 
@@ -204,6 +210,7 @@ impl Control {
             queue.slots.write().clear();
             *queue.area.write() = None;
         }
+        self.leave_groups();
         *self.nic.handles.write() = None;
         self.nic.gids.write().clear();
         self.engine.ports_changed();

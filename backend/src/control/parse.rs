@@ -3,8 +3,8 @@
 use virtio_rdma::area::AreaKind;
 use virtio_rdma::ctrl::{
     AddGid, AllocMr, AllocMw, CreateCq, CreateQp, CreateQpResponse, CreateSrq, DelGid, DeviceAttr, ExtendMr, Extent,
-    Header, MAX_REQUEST, ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr, ResizeCq,
-    ResizeSrq, SetArea, SrqAttr,
+    Header, MAX_REQUEST, Mcast, ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr,
+    ResizeCq, ResizeSrq, SetArea, SrqAttr,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -68,6 +68,10 @@ pub enum Command {
     AllocMw(AllocMw),
     /// `DEALLOC_MW`
     DeallocMw(u32),
+    /// `ATTACH_MCAST`
+    AttachMcast(Mcast),
+    /// `DETACH_MCAST`
+    DetachMcast(Mcast),
 }
 
 impl Command {
@@ -169,6 +173,8 @@ impl Body<'_> {
             }
             Opcode::AllocMw => Command::AllocMw(self.take()?),
             Opcode::DeallocMw => Command::DeallocMw(self.object()?),
+            Opcode::AttachMcast => Command::AttachMcast(self.take()?),
+            Opcode::DetachMcast => Command::DetachMcast(self.take()?),
         })
     }
 

@@ -7,7 +7,7 @@ use virtio_rdma::ctrl::{
     CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QP_KERNEL, QpAttr, RingDesc,
 };
 use virtio_rdma::event::EventType;
-use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
+use virtio_rdma::ib::{Access, GSI_QPN, QpMask, QpState, QpType};
 use virtio_rdma::ring::RXE_CQE_STRIDE;
 
 use super::parse::RawExtent;
@@ -71,7 +71,7 @@ impl Control {
         let (send_cq, recv_cq) = (self.cq(args.send_cqn.get())?, self.cq(args.recv_cqn.get())?);
         let queue = self.qps_created % self.nic.doorbells.len();
         let doorbell = self.free_doorbell(queue)?;
-        let qpn = random_qpn(|n| self.nic.qps.read().contains_key(&n));
+        let qpn = self.choose_qpn(kind)?;
         send_cq.users.fetch_add(1, Ordering::Relaxed);
         recv_cq.users.fetch_add(1, Ordering::Relaxed);
         if let Some(srq) = &srq {
@@ -97,6 +97,16 @@ impl Control {
             doorbell: doorbell.into(),
             ..CreateQpResponse::default()
         }))
+    }
+
+    /// Numbers are random, but for the one that management datagrams go to.
+    fn choose_qpn(&self, kind: QpType) -> Result<u32, Refusal> {
+        let qps = self.nic.qps.read();
+        match kind {
+            QpType::Gsi if qps.contains_key(&GSI_QPN) => Err(Refusal::Busy("the general service interface")),
+            QpType::Gsi => Ok(GSI_QPN),
+            _ => Ok(random_qpn(|n| qps.contains_key(&n))),
+        }
     }
 
     /// Where the receives of a new QP come from.
@@ -166,12 +176,16 @@ impl Control {
         self.nic.qps.write().insert(qp.id.qpn, qp);
     }
 
-    fn qp(&self, qpn: u32) -> Result<Arc<Qp>, Refusal> {
+    pub(super) fn qp(&self, qpn: u32) -> Result<Arc<Qp>, Refusal> {
         self.nic.qp(qpn).ok_or(Refusal::NotFound("queue pair"))
     }
 
     pub(super) fn destroy_qp(&mut self, qpn: u32) -> Answer {
-        let qp = self.nic.qps.write().remove(&qpn).ok_or(Refusal::NotFound("queue pair"))?;
+        let qp = self.qp(qpn)?;
+        if qp.groups.load(Ordering::Relaxed) > 0 {
+            return Err(Refusal::Busy("queue pair in a multicast group"));
+        }
+        self.nic.qps.write().remove(&qpn);
         self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = None;
         qp.close();
         self.engine.quiesce().wait();

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::mcast::Cast;
 use crate::qp::{Qp, Ticket};
 use crate::wqe::{Recv, Send};
 
@@ -18,6 +19,8 @@ pub struct Job {
     pub started: bool,
     /// Bytes moved.
     pub done: u64,
+    /// A datagram to a group, on its way.
+    pub cast: Option<Box<Cast>>,
 }
 
 impl Job {
@@ -26,6 +29,7 @@ impl Job {
         self.recv_of = None;
         self.started = false;
         self.done = 0;
+        self.cast = None;
     }
 
     /// Bytes still to move.

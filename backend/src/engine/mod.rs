@@ -2,12 +2,13 @@
 //!
 //! * [`worker`]: the loop: doorbells, run queues, timers, sleeping.
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
-//!   [`connected`] what the first two share.
+//!   [`connected`] what the first two share, [`mcast`] the last to many.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
 mod connected;
 pub mod context;
 pub mod job;
+pub mod mcast;
 pub mod quiesce;
 mod rc;
 mod serve;

@@ -134,7 +134,7 @@ fn advance(
 ) -> Option<Next> {
     let step = match job.wqe.op {
         Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
-        Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job),
+        Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job, budget),
         _ if qp.id.kind == QpType::Uc => uc::step(ctx, nic, qp, send, &mut job, budget),
         _ => rc::step(ctx, nic, qp, send, &mut job, budget),
     };

@@ -1,14 +1,16 @@
 //! Unreliable datagrams on the same host (IBA 9.8.3): one copy into the destination's receive, after a GRH.
+//! Those of the general service interface (IBA 3.9.2.2) are no different but for their `Q_Key`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use virtio_rdma::area::AH_VALID;
-use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
+use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::GRH_SIZE;
 
-use super::context::{Context, Gather, Side};
+use super::context::{Budget, Context, Gather, Side};
 use super::job::Job;
+use super::mcast::{self, Cast};
 use super::serve::{RecvDone, Step, complete_recv, fatal, note_limit};
 use crate::mem::{self, Source};
 use crate::mr::KeyError;
@@ -31,11 +33,29 @@ struct Route {
     hop_limit: u8,
 }
 
+/// What of a work request its destination is asked for and told.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Datagram {
+    /// Queue pair.
+    qpn: u32,
+    /// `Q_Key`, not that of the request where it stands for the sender's own.
+    pub(super) qkey: u32,
+    /// With immediate data.
+    pub(super) imm: bool,
+}
+
 /// Sends one datagram.
-pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Job) -> Step {
+pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Job, budget: &mut Budget) -> Step {
     let Op::Datagram { imm, qpn, qkey, ah } = job.wqe.op else {
         return Step::Failed(WcStatus::LocQpOpErr);
     };
+    let datagram = Datagram { qpn, qkey: sent_qkey(qp, qkey), imm };
+    if let Some(cast) = job.cast.take() {
+        return match gather_source(ctx, nic, qp, job) {
+            Ok(()) => mcast::step(ctx, nic, qp, job, cast, datagram, budget),
+            Err(_) => Step::Failed(WcStatus::LocProtErr),
+        };
+    }
     let Some(route) = route(nic, qp, ah) else {
         return Step::Failed(WcStatus::LocQpOpErr);
     };
@@ -46,44 +66,104 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     if job.wqe.length > MTU {
         return drop_it(nic);
     }
-    let qkey = if qkey >> 31 == 0 { qkey } else { qp.qkey() };
-    let Some((peer_nic, peer)) = find(ctx, nic, route.destination, qpn, qkey) else {
-        return drop_it(nic);
-    };
     // Before a receive is taken for it: what is the sender's fault must not cost the receiver one.
     if gather_source(ctx, nic, qp, job).is_err() {
         return Step::Failed(WcStatus::LocProtErr);
     }
-    let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
-    note_limit(&peer_nic, &peer);
-    match taken {
-        Taken::Empty if peer.recv.lock().starved => return drop_it(nic),
-        Taken::Empty => {
-            return Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience);
+    let header = route.header(job.wqe.length as u16, imm);
+    if qpn == MULTICAST_QPN && route.destination.is_multicast() {
+        return match nic.groups.members(route.destination) {
+            Some(members) => mcast::step(ctx, nic, qp, job, Box::new(Cast::new(members, header)), datagram, budget),
+            None => drop_it(nic),
+        };
+    }
+    let Some((peer_nic, peer)) = find(ctx, nic, route.destination, datagram) else {
+        return drop_it(nic);
+    };
+    match offer(ctx, qp, (&peer_nic, &peer), job, &header, imm) {
+        Offered::Delivered => Step::Done,
+        Offered::NoReceive if !peer.recv.lock().starved => {
+            Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience)
         }
-        Taken::TooShort => return drop_it(nic),
+        Offered::NoReceive | Offered::Refused => drop_it(nic),
+    }
+}
+
+/// What became of a datagram at its destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offered {
+    /// It is there.
+    Delivered,
+    /// No receive is posted.
+    NoReceive,
+    /// The destination cannot take it.
+    Refused,
+}
+
+/// Offers the datagram whose payload is gathered to a queue pair.
+pub(super) fn offer(
+    ctx: &mut Context,
+    sender: &Qp,
+    (peer_nic, peer): (&Arc<Nic>, &Arc<Qp>),
+    job: &mut Job,
+    header: &[u8; GRH_SIZE],
+    imm: bool,
+) -> Offered {
+    let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
+    note_limit(peer_nic, peer);
+    match taken {
+        Taken::Empty => return Offered::NoReceive,
+        Taken::TooShort => return Offered::Refused,
         Taken::Broken(reason) => {
-            fatal(&peer_nic, &peer, reason);
-            ctx.engine.attend(&peer_nic, &peer);
-            return drop_it(nic);
+            fatal(peer_nic, peer, reason);
+            ctx.engine.attend(peer_nic, peer);
+            return Offered::Refused;
         }
         Taken::Malformed => {
-            refuse(ctx, &peer_nic, &peer, job.recv.wr_id, WcStatus::LocQpOpErr);
-            return drop_it(nic);
+            refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocQpOpErr);
+            return Offered::Refused;
         }
         Taken::Yes => {}
     }
-    deliver(ctx, nic, qp, (&peer_nic, &peer), job, &route, imm)
+    if !place(ctx, (peer_nic, peer), job, header) {
+        refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
+        return Offered::Refused;
+    }
+    let done = RecvDone {
+        wr_id: job.recv.wr_id,
+        status: WcStatus::Success,
+        opcode: WcOpcode::Recv,
+        byte_len: (GRH_SIZE as u64 + job.wqe.length) as u32,
+        imm: imm.then_some(job.wqe.imm),
+        src_qp: sender.id.qpn,
+        flags: WcFlags::GRH,
+        solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
+    };
+    complete_recv(ctx, peer_nic, peer, &done);
+    Offered::Delivered
+}
+
+/// Copies header and payload into the receive. False if the receive's memory is not what it says.
+fn place(ctx: &mut Context, (nic, qp): (&Arc<Nic>, &Arc<Qp>), job: &Job, header: &[u8; GRH_SIZE]) -> bool {
+    ctx.dst.clear();
+    let len = GRH_SIZE as u64 + job.wqe.length;
+    let sges = job.recv.sges.as_slice();
+    let to = Gather { nic, pdn: qp.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
+    if ctx.gather(Side::Destination, &to).is_err() {
+        return false;
+    }
+    mem::copy(Source { own: &[header, &job.wqe.inline], guest: &ctx.src }, &ctx.dst);
+    true
 }
 
 /// Patience with this datagram's destination has ended: until it posts a receive nobody waits for it again, since what is queued
 /// behind may be for others.
 pub(super) fn starve(ctx: &Context, nic: &Nic, qp: &Qp, job: &Job) {
-    let Op::Datagram { qpn, qkey, ah, .. } = job.wqe.op else {
+    let Op::Datagram { imm, qpn, qkey, ah } = job.wqe.op else {
         return;
     };
-    let qkey = if qkey >> 31 == 0 { qkey } else { qp.qkey() };
-    let peer = route(nic, qp, ah).and_then(|route| find(ctx, nic, route.destination, qpn, qkey));
+    let datagram = Datagram { qpn, qkey: sent_qkey(qp, qkey), imm };
+    let peer = route(nic, qp, ah).and_then(|route| find(ctx, nic, route.destination, datagram));
     if let Some((_, peer)) = peer {
         peer.recv.lock().starved = true;
     }
@@ -116,44 +196,24 @@ fn route(nic: &Nic, qp: &Qp, ah: u32) -> Option<Route> {
     })
 }
 
-fn find(ctx: &Context, nic: &Nic, destination: Gid, qpn: u32, qkey: u32) -> Option<(Arc<Nic>, Arc<Qp>)> {
+fn find(ctx: &Context, nic: &Nic, destination: Gid, datagram: Datagram) -> Option<(Arc<Nic>, Arc<Qp>)> {
     let peer_nic = ctx.engine.find(nic.id, destination).filter(|n| n.is_running())?;
-    let peer = peer_nic.qp(qpn)?;
-    let takes = peer.id.kind == QpType::Ud && peer.responds() && peer.qkey() == qkey;
-    takes.then_some((peer_nic, peer))
+    let peer = peer_nic.qp(datagram.qpn)?;
+    accepts(&peer, datagram.qkey).then_some((peer_nic, peer))
 }
 
-fn deliver(
-    ctx: &mut Context,
-    nic: &Nic,
-    qp: &Qp,
-    (peer_nic, peer): (&Arc<Nic>, &Arc<Qp>),
-    job: &Job,
-    route: &Route,
-    imm: bool,
-) -> Step {
-    let grh = route.header(job.wqe.length as u16, imm);
-    ctx.dst.clear();
-    let len = GRH_SIZE as u64 + job.wqe.length;
-    let sges = job.recv.sges.as_slice();
-    let to = Gather { nic: peer_nic, pdn: peer.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
-    if ctx.gather(Side::Destination, &to).is_err() {
-        refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
-        return drop_it(nic);
-    }
-    mem::copy(Source { own: &[&grh, &job.wqe.inline], guest: &ctx.src }, &ctx.dst);
-    let done = RecvDone {
-        wr_id: job.recv.wr_id,
-        status: WcStatus::Success,
-        opcode: WcOpcode::Recv,
-        byte_len: len as u32,
-        imm: imm.then_some(job.wqe.imm),
-        src_qp: qp.id.qpn,
-        flags: WcFlags::GRH,
-        solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
-    };
-    complete_recv(ctx, peer_nic, peer, &done);
-    Step::Done
+/// Whether a queue pair takes datagrams with this `Q_Key` now.
+pub(super) fn accepts(peer: &Qp, qkey: u32) -> bool {
+    peer.id.kind.is_datagram() && peer.responds() && own_qkey(peer) == qkey
+}
+
+/// The `Q_Key` of a request; with the top bit set it is the sender's own (IBA 10.2.5).
+fn sent_qkey(qp: &Qp, qkey: u32) -> u32 {
+    if qkey >> 31 == 0 { qkey } else { own_qkey(qp) }
+}
+
+fn own_qkey(qp: &Qp) -> u32 {
+    if qp.id.kind == QpType::Gsi { GSI_QKEY } else { qp.qkey() }
 }
 
 /// The receiver's own fault: its receive completes in error and its QP fails.

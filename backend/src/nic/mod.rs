@@ -23,6 +23,7 @@ use self::gids::GidTable;
 use self::keys::RandomKeyMap;
 use self::log::LimitedLog;
 use self::stats::Counters;
+use crate::groups::Groups;
 use crate::mr::KeyTable;
 use crate::overlay::{Gid, NicId};
 use crate::profile::Profile;
@@ -79,6 +80,8 @@ pub struct Nic {
     pub qps: RwLock<RandomKeyMap<Arc<Qp>>>,
     /// Doorbell queues.
     pub doorbells: Vec<DoorbellQueue>,
+    /// The multicast groups of its tenant.
+    pub groups: Arc<Groups>,
     /// Address handles; `None` until the driver gives the area.
     pub handles: RwLock<Option<Arc<AhArea>>>,
     /// The GID table.
@@ -95,14 +98,21 @@ pub struct Nic {
 }
 
 impl Nic {
-    /// A virtual NIC whose doorbell queues are served by these workers and whose events go to these virtqueues.
-    pub fn new(id: NicId, config: NicConfig, workers: &[usize], event_vrings: Vec<Arc<Mutex<Vring>>>) -> Self {
+    /// A virtual NIC with the groups of its tenant, whose doorbell queues are served by these workers and whose events go to these virtqueues.
+    pub fn new(
+        id: NicId,
+        config: NicConfig,
+        groups: Arc<Groups>,
+        workers: &[usize],
+        event_vrings: Vec<Arc<Mutex<Vring>>>,
+    ) -> Self {
         let queue = |&worker| DoorbellQueue { worker, slots: RwLock::default(), area: RwLock::default() };
         Self {
             id,
             keys: KeyTable::default(),
             qps: RwLock::default(),
             doorbells: workers.iter().map(queue).collect(),
+            groups,
             handles: RwLock::default(),
             gids: RwLock::new(GidTable::new(config.profile.max_gids)),
             events: event_vrings.into_iter().map(EventQueue::new).collect(),

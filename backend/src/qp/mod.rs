@@ -69,6 +69,8 @@ pub struct Qp {
     pub scheduled: AtomicBool,
     /// Its earliest timer, `u64::MAX` for none; only its worker touches it.
     pub next_timer: AtomicU64,
+    /// Multicast groups that it is in; only the control queue touches it.
+    pub groups: AtomicU32,
     /// Names this life of the QP, from RESET to RESET; QP numbers and PSNs alone can come again.
     incarnation: AtomicU64,
     /// `access_flags` of the attributes, for peers' workers.
@@ -103,6 +105,7 @@ impl Qp {
             recv: Mutex::new(recv),
             scheduled: AtomicBool::new(false),
             next_timer: AtomicU64::new(u64::MAX),
+            groups: AtomicU32::new(0),
             incarnation: AtomicU64::new(new_incarnation()),
             access: AtomicU32::new(0),
             qkey: AtomicU32::new(0),

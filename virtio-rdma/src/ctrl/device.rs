@@ -51,8 +51,10 @@ wire! {
         atomic_cap: U32,
         /// Most extents of one fast registration; zero while it is not offered.
         max_fast_reg_extents: U32,
+        /// Most QPs of this virtual NIC in one multicast group.
+        max_mcast_qp_attach: U32,
         /// Zero.
-        reserved: [U32; 8],
+        reserved: [U32; 7],
         /// Vendor id for display.
         vendor_id: U32,
     }

@@ -110,11 +110,13 @@ wire_enum! {
         AllocMw = 0x0601,
         /// Free a memory window.
         DeallocMw = 0x0602,
+        /// A UD queue pair joins a multicast group: [`Mcast`](super::Mcast).
+        AttachMcast = 0x0701,
+        /// It leaves the group: [`Mcast`](super::Mcast).
+        DetachMcast = 0x0702,
     }
 }
 
-/// First number of the range reserved for multicast groups.
-pub const OPCODES_MCAST: u16 = 0x0700;
 /// First number of the range reserved for streams (sockets).
 pub const OPCODES_STREAM: u16 = 0x0800;
 

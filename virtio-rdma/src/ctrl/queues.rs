@@ -225,3 +225,15 @@ wire! {
         reserved: U32,
     }
 }
+
+wire! {
+    /// `ATTACH_MCAST`, `DETACH_MCAST` (IBA 11.2.7).
+    Mcast = "virtio_rdma_mcast", 24 {
+        /// Number of a UD QP.
+        qpn: U32,
+        /// Zero.
+        reserved: U32,
+        /// The group: a multicast IPv6 address, or an IPv4 one mapped into one.
+        mgid: [u8; 16],
+    }
+}

@@ -130,10 +130,11 @@ impl Qp {
         self.to_rts(o.psn, o)
     }
 
-    /// RESET to RTS of a UD QP.
+    /// RESET to RTS of a UD or GSI QP.
     pub fn to_ud(&self, qkey: u32) -> Result<()> {
         let attr = QpAttr { qp_state: QpState::Init.to_wire(), port_num: 1, qkey: qkey.into(), ..QpAttr::default() };
-        self.modify(UD_INIT, attr)?;
+        let mask = if self.spec().kind == QpType::Gsi { UD_INIT - QpMask::PORT } else { UD_INIT };
+        self.modify(mask, attr)?;
         self.modify_state(QpState::Rtr)?;
         let attr = QpAttr { qp_state: QpState::Rts.to_wire(), sq_psn: 1.into(), ..QpAttr::default() };
         self.modify(QpMask::STATE | QpMask::SQ_PSN, attr)

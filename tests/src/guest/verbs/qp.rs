@@ -1,6 +1,6 @@
 //! Queue pairs: creation, states, posting.
 
-use virtio_rdma::ctrl::{CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectRequest, Opcode, QpAttr};
+use virtio_rdma::ctrl::{CreateQp, CreateQpResponse, Mcast, ModifyQp, NO_OBJECT, ObjectRequest, Opcode, QpAttr};
 use virtio_rdma::ib::{QpMask, QpState, QpType};
 use virtio_rdma::ring::{RecvWqe, SendWqe};
 
@@ -8,7 +8,7 @@ use super::wr::{self, SendWr, Sge};
 use super::{Cq, Pd, Ring, Srq};
 use crate::guest::doorbell::{Doorbell, DoorbellArea};
 use crate::guest::mem::Placement;
-use crate::guest::{Error, Guest, Result};
+use crate::guest::{Error, Gid, Guest, Result};
 
 /// What a QP is created with.
 #[derive(Debug, Clone)]
@@ -54,6 +54,11 @@ impl QpSpec {
     /// A UD QP with room for most tests.
     pub fn ud() -> Self {
         Self { kind: QpType::Ud, ..Self::rc() }
+    }
+
+    /// The QP of the general service interface.
+    pub fn gsi() -> Self {
+        Self { kind: QpType::Gsi, ..Self::rc() }
     }
 
     /// With queues of this depth.
@@ -274,6 +279,20 @@ impl Qp {
     /// Asks for the state.
     pub fn state(&self) -> Result<QpState> {
         QpState::from_wire(self.query()?.qp_state).ok_or(Error::BadResponse("QP state"))
+    }
+
+    /// Joins a multicast group.
+    pub fn attach(&self, mgid: Gid) -> Result<()> {
+        self.mcast(Opcode::AttachMcast, mgid)
+    }
+
+    /// Leaves a multicast group.
+    pub fn detach(&self, mgid: Gid) -> Result<()> {
+        self.mcast(Opcode::DetachMcast, mgid)
+    }
+
+    fn mcast(&self, opcode: Opcode, mgid: Gid) -> Result<()> {
+        self.guest.command_ok(opcode, &Mcast { qpn: self.number.into(), mgid, ..Mcast::default() }, &[])
     }
 
     /// Destroys it, and says how that went.

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+/* Completions for users in the kernel, in any context. Processes read their rings themselves. */
+#include <linux/rcupdate.h>
+
+#include "kring.h"
+#include "vrdma.h"
+
+/*
+ * The QP is not looked at, which a user may be about to destroy. One that is gone has no
+ * completions any more.
+ */
+static struct ib_qp *vrdma_wc_qp(struct vrdma_dev *dev, u32 qpn)
+{
+	struct vrdma_qp *qp = xa_load(&dev->qps, qpn);
+
+	return qp ? &qp->ibqp : NULL;
+}
+
+/*
+ * The type of a datagram's network header is left to the core, which finds it in the first 40
+ * bytes (ib_get_net_type_by_grh()).
+ */
+static bool vrdma_wc_fill(struct vrdma_dev *dev, const struct ib_uverbs_wc *cqe, struct ib_wc *wc)
+{
+	memset(wc, 0, sizeof(*wc));
+	wc->qp = vrdma_wc_qp(dev, cqe->qp_num);
+	if (!wc->qp)
+		return false;
+	wc->wr_id = cqe->wr_id;
+	wc->status = cqe->status;
+	wc->opcode = cqe->opcode;
+	wc->vendor_err = cqe->vendor_err;
+	wc->byte_len = cqe->byte_len;
+	wc->ex.imm_data = (__force __be32)cqe->ex.imm_data;
+	wc->src_qp = cqe->src_qp;
+	wc->wc_flags = cqe->wc_flags;
+	wc->port_num = VRDMA_PORT;
+	return true;
+}
+
+int vrdma_poll_cq(struct ib_cq *ibcq, int num, struct ib_wc *wc)
+{
+	struct vrdma_dev *dev = to_vdev(ibcq->device);
+	struct vrdma_cq *cq = to_vcq(ibcq);
+	struct vrdma_ring *ring = cq->ring;
+	u32 index, producer;
+	unsigned long flags;
+	int taken = 0;
+
+	if (!ring->header)
+		return -EINVAL;
+	spin_lock_irqsave(&cq->lock, flags);
+	index = vrdma_ring_consumer(ring);
+	producer = vrdma_ring_producer(ring);
+	for (; taken < num && index != producer; index = vrdma_ring_next(ring, index))
+		taken += vrdma_wc_fill(dev, vrdma_ring_element(ring, index), &wc[taken]);
+	vrdma_ring_taken(ring, index);
+	spin_unlock_irqrestore(&cq->lock, flags);
+	return taken;
+}
