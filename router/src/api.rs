@@ -54,6 +54,7 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
+    listener: UnixListener,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -68,9 +69,9 @@ impl Server {
         let listener = bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
         let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let (stopped, incoming) = (stop.clone(), listener.try_clone()?);
         let thread = std::thread::Builder::new().name("control".to_owned()).spawn(move || {
-            for stream in listener.incoming() {
+            for stream in incoming.incoming() {
                 if stopped.load(Ordering::SeqCst) {
                     return;
                 }
@@ -79,15 +80,15 @@ impl Server {
                 }
             }
         })?;
-        Ok(Self { path: path.to_owned(), stop, thread: Some(thread) })
+        Ok(Self { path: path.to_owned(), listener, stop, thread: Some(thread) })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Wakes the thread from `accept`; if that fails there is no listener to wake.
-        let _ = UnixStream::connect(&self.path);
+        // Wakes the thread from `accept`, which fails from now on. Connecting would too, but a daemon that is sealed cannot.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             // A panic there was reported when it happened.
             let _ = thread.join();

@@ -10,6 +10,8 @@ use std::time::Duration;
 use freeflow_backend::{EngineConfig, NicConfig, Profile};
 use serde::{Deserialize, Serialize};
 
+use crate::sandbox::Security;
+
 /// Default of [`Config::control`].
 pub const DEFAULT_CONTROL: &str = "/run/freeflow/control.sock";
 
@@ -63,6 +65,8 @@ pub struct Config {
     pub control: Option<PathBuf>,
     /// Data-path workers.
     pub engine: EngineSettings,
+    /// What the daemon gives up.
+    pub security: Security,
     /// Virtual NICs.
     pub nic: Vec<NicSettings>,
 }
@@ -281,10 +285,14 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::Seccomp;
 
     const TWO: &str = r#"
         [engine]
         workers = 2
+
+        [security]
+        user = "freeflow"
 
         [[nic]]
         name = "a"
@@ -309,6 +317,7 @@ mod tests {
     fn tenants_may_use_the_same_addresses() {
         parse(TWO).unwrap();
         let config: Config = toml::from_str(TWO).unwrap();
+        assert_eq!(config.security, Security { user: Some("freeflow".to_owned()), seccomp: Seccomp::Enforce });
         assert_eq!(config.nic[0].mac(), [2, 0xff, 10, 0, 0, 1]);
         assert_eq!(config.nic[1].mac(), [2, 0, 0, 0, 0, 0xb]);
         assert_eq!(config.nic[1].limits, Profile { max_qp: 10, ..Profile::default() });
@@ -325,6 +334,7 @@ mod tests {
         for (from, to, expected) in [
             ("workers = 2", "workers = 0", "workers"),
             ("workers = 2", "worker = 2", "unknown field"),
+            ("user = \"freeflow\"", "seccomp = \"kill\"", "unknown variant"),
             ("max_qp = 10", "max_qp = 0", "max_qp"),
             ("[\"10.0.0.1\"]", "[]", "address"),
             ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),

@@ -52,7 +52,7 @@ impl RouterSpec {
             workers: self.engine.workers as u16,
             limits: self.limits.clone(),
         };
-        Config { control: None, engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect() }
+        Config { engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect(), ..Config::default() }
     }
 }
 

@@ -3,13 +3,13 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Parser;
 use freeflow_backend::Profile;
 use freeflow_router::config::{Mac, NicSettings};
-use freeflow_router::{Config, Router, api};
+use freeflow_router::sandbox::Seccomp;
+use freeflow_router::{Config, daemon};
 
 /// Serve virtual RDMA NICs to the virtual machines of this host.
 ///
@@ -36,6 +36,12 @@ struct Args {
     /// Microseconds that a worker polls after the last work before it sleeps.
     #[arg(long, value_name = "US")]
     poll_us: Option<u64>,
+    /// User to go on as once started, by name or number [default: stay].
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+    /// What happens at system calls that the daemon does not need: enforce (it is ended), log, off [default: enforce].
+    #[arg(long, value_name = "MODE")]
+    seccomp: Option<Seccomp>,
     /// Check the configuration and exit.
     #[arg(long)]
     check: bool,
@@ -95,6 +101,8 @@ impl Args {
         if !self.cores.is_empty() {
             config.engine.cores = self.cores;
         }
+        config.security.user = self.user.or(config.security.user);
+        config.security.seccomp = self.seccomp.unwrap_or(config.security.seccomp);
         if config.nic.is_empty() {
             bail!("no virtual NICs: name them in --config FILE or with --nic (see --help)");
         }
@@ -142,19 +150,7 @@ fn run(args: Args) -> Result<()> {
         println!("the configuration is valid: {} virtual NICs", config.nic.len());
         return Ok(());
     }
-    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])
-        .context("cannot wait for signals")?;
-    let router = Arc::new(Router::start(&config)?);
-    let _api = api::Server::start(config.control(), router.clone())?;
-    log::info!(
-        "serving {} virtual NICs; look with: freeflow --control {} nics",
-        config.nic.len(),
-        config.control().display()
-    );
-    signals.forever().next();
-    log::info!("stopping");
-    router.stop();
-    Ok(())
+    daemon::run(&config)
 }
 
 #[cfg(test)]

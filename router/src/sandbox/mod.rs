@@ -1,0 +1,105 @@
+//! What the daemon gives up, since it works on bytes that hostile guests write: its user, its capabilities, and the system calls
+//! that it does not need.
+//!
+//! In two steps. [`Sandbox::enter`] comes before any thread and any socket: the user and the capabilities go, and with them most of the system
+//! calls. [`Sandbox::seal`] comes when everything runs: opening files, connecting, listening and starting threads are over.
+//! Limits on memory, processors and files are not here: those are the service manager's.
+
+mod filter;
+mod user;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use self::filter::Stage;
+use self::user::Target;
+
+pub use self::filter::FilterError;
+pub use self::user::UserError;
+
+/// What happens at a system call that the daemon does not need.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    /// The kernel ends the daemon, and says so in the audit log.
+    #[default]
+    Enforce,
+    /// The kernel writes it into the audit log and goes on.
+    Log,
+    /// Nothing: there is no filter.
+    Off,
+}
+
+impl FromStr for Seccomp {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "enforce" => Ok(Self::Enforce),
+            "log" => Ok(Self::Log),
+            "off" => Ok(Self::Off),
+            _ => Err("use enforce, log or off".to_owned()),
+        }
+    }
+}
+
+/// What to give up.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Security {
+    /// User to go on as, by name or number.
+    pub user: Option<String>,
+    /// System calls.
+    pub seccomp: Seccomp,
+}
+
+/// What could not be given up.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// User and capabilities.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// System calls.
+    #[error("cannot filter system calls (--seccomp off goes without)")]
+    Filter(#[from] FilterError),
+}
+
+/// What is given up, checked.
+#[derive(Debug)]
+pub struct Sandbox {
+    user: Option<Target>,
+    seccomp: Seccomp,
+}
+
+impl Sandbox {
+    /// Changes nothing yet.
+    ///
+    /// # Errors
+    /// When the user does not exist.
+    pub fn new(security: &Security) -> Result<Self, SandboxError> {
+        let user = security.user.as_deref().map(Target::find).transpose()?;
+        Ok(Self { user, seccomp: security.seccomp })
+    }
+
+    /// Gives up what the start does not need. `folders` were made for the user to come, and become its own.
+    ///
+    /// # Errors
+    /// When the user may not be taken on, or the kernel has no filters.
+    pub fn enter(&self, folders: &[PathBuf]) -> Result<(), SandboxError> {
+        if let Some(user) = &self.user {
+            user.own(folders)?;
+        }
+        user::drop_privileges(self.user.as_ref())?;
+        Ok(filter::install(self.seccomp, Stage::Start)?)
+    }
+
+    /// Gives up, in all threads, what was needed for the start only.
+    ///
+    /// # Errors
+    /// When the kernel refuses the filter.
+    pub fn seal(&self) -> Result<(), SandboxError> {
+        Ok(filter::install(self.seccomp, Stage::Running)?)
+    }
+}

@@ -1,0 +1,266 @@
+//! The daemon itself, without privileges and behind its system-call filter, under guests that use all of it.
+#![allow(missing_docs, reason = "a test program")]
+
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use freeflow_router::api;
+use freeflow_router::sandbox::{Sandbox, Seccomp, Security};
+use freeflow_tests::bed::eventually;
+use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr};
+use freeflow_tests::guest::{Guest, GuestConfig};
+use freeflow_tests::router::TestRouter;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, Uid};
+use virtio_rdma::ib::WcStatus;
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// A daemon that is killed when a test fails.
+struct Daemon {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// With two virtual NICs, as `nobody` where we may choose.
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_freeflow-router"));
+        command.arg("--control").arg(run.join("control.sock"));
+        for nic in 0..2 {
+            let (n, socket) = (nic + 1, run.join(format!("nic{nic}")));
+            let nic = format!("name=n{nic},ip=10.0.0.{n},ip=fd00::{n},mac=02:00:00:00:00:0{n}");
+            command.args(["--nic", &format!("{nic},socket={}", socket.display())]);
+        }
+        if Uid::effective().is_root() {
+            // The folder is private, and the daemon must get through.
+            std::os::unix::fs::chown(dir.path(), Some(65534), None).unwrap();
+            command.args(["--user", "65534"]);
+        }
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let daemon = Self { child, dir };
+        eventually("start of the daemon", SOON, || api::nics(&daemon.path("control.sock")).is_ok());
+        daemon
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join("run").join(name)
+    }
+
+    fn guest(&self, nic: usize) -> Guest {
+        let config = GuestConfig { gids: TestRouter::gids_of(nic), ..GuestConfig::default() };
+        Guest::connect(&self.path(&format!("nic{nic}")), config).unwrap()
+    }
+
+    /// A field of each thread's status.
+    fn status(&self, field: &str) -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        tasks.map(|task| status_field(&task.unwrap().path().join("status"), field)).collect()
+    }
+
+    fn is_connected(&self, nic: usize) -> bool {
+        api::nics(&self.path("control.sock")).unwrap()[nic].connected
+    }
+
+    fn stop(mut self) -> (ExitStatus, String) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let status = self.child.wait().unwrap();
+        let mut log = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        let left: Vec<_> = std::fs::read_dir(self.dir.path().join("run")).unwrap().collect();
+        assert!(left.is_empty(), "sockets stay behind: {left:?}\n{log}");
+        (status, log)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It has ended already, or a test has failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn status_field(path: &Path, field: &str) -> String {
+    let text = std::fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn write(a: &Rc, b: &Rc) {
+    a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, 4096)])).unwrap();
+    a.cq.next().ok();
+}
+
+#[test]
+fn all_threads_are_without_privileges() {
+    let daemon = Daemon::start();
+    // The last filter is installed a moment after the control socket answers.
+    eventually("the last filter", SOON, || daemon.status("Seccomp_filters").iter().all(|value| value == "2"));
+    assert!(daemon.status("NoNewPrivs").iter().all(|value| value == "1"));
+    assert!(daemon.status("Seccomp").iter().all(|value| value == "2"));
+    for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+        assert!(daemon.status(set).iter().all(|value| value == "0000000000000000"), "{set}");
+    }
+    if Uid::effective().is_root() {
+        assert!(daemon.status("CapBnd").iter().all(|value| value == "0000000000000000"));
+        for ids in ["Uid", "Gid"] {
+            assert!(daemon.status(ids).iter().all(|value| value == "65534 65534 65534 65534"), "{ids}");
+        }
+        assert!(daemon.status("Groups").iter().all(|value| value == "65534" || value.is_empty()));
+    }
+    assert!(daemon.status("Uid").len() >= 5, "main, control, a worker, two virtual NICs");
+}
+
+/// Guests that come, work, sleep, change their memory, lose it, and go: none of that makes a call that is not allowed.
+#[test]
+fn guests_can_do_everything() {
+    let daemon = Daemon::start();
+    let (first, second) = (daemon.guest(0), daemon.guest(1));
+    let impatient = RcOptions { timeout: 8, retry_cnt: 2, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(&first, &second, &QpSpec::rc(), 4096, &impatient).unwrap();
+    write(&a, &b);
+    sleep_for_a_completion(&a, &b);
+    refuse(&first, &second);
+    stop_and_start(&second);
+    write(&a, &b);
+    lose_memory(&daemon, &second, &a, &b);
+    let again = daemon.guest(1);
+    let (a, b) = Rc::pair(&first, &again, 4096).unwrap();
+    write(&a, &b);
+    api::qps(&daemon.path("control.sock")).unwrap();
+    drop((a, b, again, first));
+    let (status, log) = daemon.stop();
+    assert!(status.success(), "{status}\n{log}");
+}
+
+fn sleep_for_a_completion(a: &Rc, b: &Rc) {
+    // Longer than a worker polls, so that both sides sleep.
+    std::thread::sleep(Duration::from_millis(20));
+    b.qp.post_recv(7, &[b.mr.sge(0, 64)]).unwrap();
+    std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| b.cq.next_sleeping(SOON).unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+        a.qp.post(SendWr::inline(2, Op::Send, b"wake up")).unwrap();
+        assert_eq!(receiver.join().unwrap().ok().wr_id(), 7);
+    });
+    a.cq.next().ok();
+}
+
+/// A refusal, with a warning in the log.
+fn refuse(first: &Guest, second: &Guest) {
+    let (a, b) = Rc::pair(first, second, 4096).unwrap();
+    a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(4096)), &[a.mr.sge(0, 8)])).unwrap();
+    assert_eq!(a.cq.next().status(), WcStatus::RemAccessErr);
+}
+
+fn stop_and_start(guest: &Guest) {
+    let bases = guest.stop_queues().unwrap();
+    guest.start_queues_at(&bases).unwrap();
+}
+
+/// The VMM takes memory away behind the daemon's back: SIGBUS, and the end of its session.
+fn lose_memory(daemon: &Daemon, guest: &Guest, a: &Rc, b: &Rc) {
+    let region = guest.memory().plug(1 << 40, 16 << 20).unwrap();
+    guest.with_connection(|vmm| vmm.add_region(&region)).unwrap();
+    let plugged = Arc::new(guest.memory().view(1 << 40, 16 << 20).unwrap());
+    let mr = b.pd.reg_spec(MrSpec::whole(&plugged)).unwrap();
+    region.truncate().unwrap();
+    a.qp.post(SendWr::new(1, Op::Write(mr.remote(0)), &[a.mr.sge(0, 4096)])).unwrap();
+    a.cq.next();
+    eventually("end of the session", SOON, || !daemon.is_connected(1));
+}
+
+/// What [`forbidden`] is told to do, and whether the daemon may do it at its start, and when it runs.
+const CALLS: [(&str, bool, bool); 8] = [
+    ("nothing", true, true),
+    ("open", true, false),
+    ("thread", true, false),
+    ("connect", true, false),
+    ("write-file", false, false),
+    ("internet", false, false),
+    ("program", false, false),
+    ("kill", false, false),
+];
+
+/// Not a test by itself: the process that [`refused_calls_end_the_daemon`] starts.
+#[test]
+#[ignore = "only as a process of its own"]
+fn forbidden() {
+    let Ok(plan) = std::env::var("FREEFLOW_FORBIDDEN") else {
+        return;
+    };
+    let [mode, stage, call] = plan.split(' ').collect::<Vec<_>>().try_into().unwrap();
+    let security = Security { user: None, seccomp: mode.parse().unwrap() };
+    let sandbox = Sandbox::new(&security).unwrap();
+    sandbox.enter(&[]).unwrap();
+    if stage == "running" {
+        sandbox.seal().unwrap();
+    }
+    // Whether they work does not matter: the process lives or not.
+    match call {
+        "nothing" => {}
+        "open" => drop(std::fs::File::open("/etc/passwd")),
+        "write-file" => drop(std::fs::OpenOptions::new().write(true).open("/dev/null")),
+        "thread" => drop(std::thread::Builder::new().spawn(|| {}).map(std::thread::JoinHandle::join)),
+        "connect" => drop(std::os::unix::net::UnixStream::connect("/nowhere")),
+        "internet" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
+        "program" => drop(Command::new("/nowhere").exec()),
+        "kill" => drop(kill(Pid::from_raw(std::process::id().cast_signed()), None)),
+        _ => unreachable!(),
+    }
+    // Not by way of the test harness, which does all kinds of things.
+    nix::unistd::write(std::io::stdout(), b"survived").unwrap();
+    std::process::exit(0);
+}
+
+fn survives(mode: &str, stage: &str, call: &str) -> bool {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "forbidden", "--ignored", "--nocapture", "--test-threads=1"])
+        .env("FREEFLOW_FORBIDDEN", format!("{mode} {stage} {call}"))
+        .output()
+        .unwrap();
+    let survived = String::from_utf8_lossy(&output.stdout).contains("survived");
+    if !survived {
+        assert_eq!(output.status.signal(), Some(Signal::SIGSYS as i32), "{mode} {stage} {call}: {output:?}");
+    }
+    survived
+}
+
+#[test]
+fn refused_calls_end_the_daemon() {
+    assert_eq!(Seccomp::default(), Seccomp::Enforce);
+    for (call, at_start, running) in CALLS {
+        assert_eq!(survives("enforce", "start", call), at_start, "{call} at the start");
+        assert_eq!(survives("enforce", "running", call), running, "{call} when running");
+    }
+}
+
+#[test]
+fn a_filter_that_only_logs_ends_nothing() {
+    for (call, ..) in CALLS {
+        assert!(survives("log", "running", call), "{call}");
+        assert!(survives("off", "running", call), "{call}");
+    }
+}
+
+#[test]
+fn a_user_that_is_not_there_is_a_mistake() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("run");
+    let output = Command::new(env!("CARGO_BIN_EXE_freeflow-router"))
+        .args(["--user", "no-such-user", "--nic", "name=a,ip=10.0.0.1,socket=/nowhere/a.sock"])
+        .arg("--control")
+        .arg(folder.join("control.sock"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no user \"no-such-user\""), "{output:?}");
+    assert!(!folder.exists(), "nothing was made for it");
+}
