@@ -4,6 +4,7 @@
 //! * [`vhost`] talks to the VMM, [`control`] executes the guest's control commands on the objects of [`nic`], [`mr`], [`cq`] and [`qp`].
 //! * [`engine`] moves the bytes: doorbells to work requests ([`ring`], [`wqe`]) to copies between guests' memories ([`mem`]) to completions.
 //! * [`overlay`] is what it asks of the router.
+//! * [`stepped`] is a host for simulations.
 //!
 //! Everything that a guest can write is hostile: it is copied once, checked, and only then used.
 
@@ -21,6 +22,7 @@ pub mod profile;
 pub mod qp;
 pub mod ring;
 mod srq;
+pub mod stepped;
 pub mod vhost;
 pub mod wqe;
 

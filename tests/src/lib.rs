@@ -2,6 +2,7 @@
 //!
 //! [`guest`] is a whole guest in this process: a vhost-user frontend and a driver over memfd memory, written from
 //! `docs/device.md` and sharing nothing but the `virtio-rdma` ABI crate with the device. [`router`] starts the daemon under test.
+//! [`stepped`] is a device with guests but without threads and sockets, under a virtual clock.
 //! [`e2e`] is the program `freeflow-e2e`: real guests.
 //! End-to-end tests are in `tests/`, the benchmark is the program `bench`.
 #![allow(
@@ -18,4 +19,5 @@ pub mod guest;
 pub mod logs;
 pub mod rng;
 pub mod router;
+pub mod stepped;
 pub mod sys;

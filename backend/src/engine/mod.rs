@@ -30,6 +30,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::quiesce::Quiesce;
 use self::wake::Mailbox;
+pub use self::worker::SteppedWorker;
 use crate::nic::Nic;
 use crate::overlay::{Gid, NicId, Overlay, Place};
 use crate::qp::Qp;
@@ -58,6 +59,9 @@ impl Default for EngineConfig {
     }
 }
 
+/// In place of a version: a worker that will look at everything anew before it works.
+const RESTING: u64 = u64::MAX;
+
 /// The engine, shared by workers and by the virtual NICs' own threads.
 #[derive(Debug)]
 pub struct Engine {
@@ -66,7 +70,7 @@ pub struct Engine {
     nics: RwLock<HashMap<NicId, Arc<Nic>>>,
     /// Changes when workers must look at the list of NICs and their areas again.
     version: AtomicU64,
-    /// The version that each worker has taken over.
+    /// The version that each worker has taken over; [`RESTING`] for one that uses nothing now.
     seen: Vec<AtomicU64>,
     quiesce: Quiesce,
     mailboxes: Vec<Mailbox>,
@@ -80,8 +84,27 @@ impl Engine {
     /// # Errors
     /// When the system gives no threads or descriptors.
     pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Arc<Self>> {
+        let engine = Self::new(config, overlay)?;
+        for index in 0..engine.num_workers() {
+            let thread = worker::spawn(engine.clone(), index)?;
+            engine.threads.lock().push(thread);
+        }
+        Ok(engine)
+    }
+
+    /// Without threads: its workers are handed out.
+    ///
+    /// # Errors
+    /// When the system gives no descriptors.
+    pub fn stepped(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<(Arc<Self>, Vec<SteppedWorker>)> {
+        let engine = Self::new(config, overlay)?;
+        let workers = (0..engine.num_workers()).map(|index| SteppedWorker::new(engine.clone(), index)).collect();
+        Ok((engine, workers))
+    }
+
+    fn new(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Arc<Self>> {
         let workers = config.workers.max(1);
-        let engine = Arc::new(Self {
+        Ok(Arc::new(Self {
             overlay,
             nics: RwLock::default(),
             version: AtomicU64::new(1),
@@ -91,12 +114,7 @@ impl Engine {
             stop: AtomicBool::new(false),
             threads: Mutex::default(),
             config,
-        });
-        for index in 0..workers {
-            let thread = worker::spawn(engine.clone(), index)?;
-            engine.threads.lock().push(thread);
-        }
-        Ok(engine)
+        }))
     }
 
     /// Ends the workers and waits for them.

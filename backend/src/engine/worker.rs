@@ -8,11 +8,11 @@ use std::sync::atomic::{Ordering, fence};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::Engine;
 use super::context::Context;
 use super::serve::{Next, serve};
 use super::timers::Timers;
 use super::wake::Mailbox;
+use super::{Engine, RESTING};
 use crate::nic::Nic;
 use crate::nic::areas::DoorbellArea;
 use crate::overlay::NicId;
@@ -38,6 +38,29 @@ pub fn spawn(engine: Arc<Engine>, index: usize) -> io::Result<JoinHandle<()>> {
     })
 }
 
+/// A worker without a thread: it works when it is told to.
+#[derive(Debug)]
+pub struct SteppedWorker(Worker);
+
+impl SteppedWorker {
+    pub(super) fn new(engine: Arc<Engine>, index: usize) -> Self {
+        engine.seen[index].store(RESTING, Ordering::SeqCst);
+        Self(Worker::new(engine, index))
+    }
+
+    /// Looks everywhere once, at this time. True if there was something to do.
+    pub fn step(&mut self, now: Instant) -> bool {
+        let worker = &mut self.0;
+        // Before the version is looked at: whoever changes it then waits for us, or we see the change.
+        worker.engine.seen[worker.index].store(worker.version, Ordering::SeqCst);
+        worker.ctx.now = now;
+        let worked = worker.round();
+        worker.engine.seen[worker.index].store(RESTING, Ordering::SeqCst);
+        worked
+    }
+}
+
+#[derive(Debug)]
 struct Worker {
     engine: Arc<Engine>,
     index: usize,
@@ -49,6 +72,7 @@ struct Worker {
 }
 
 /// One virtual NIC as this worker sees it.
+#[derive(Debug)]
 struct Port {
     nic: Arc<Nic>,
     queue: usize,

@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
+use virtio_rdma::ABI_VERSION;
+use virtio_rdma::config::{Config, MAGIC, STATUS_LINK_UP};
 use virtio_rdma::event::EventType;
 
 use self::areas::{AhArea, DoorbellArea};
@@ -25,7 +27,7 @@ use self::log::LimitedLog;
 use self::stats::Counters;
 use crate::groups::Groups;
 use crate::mr::KeyTable;
-use crate::overlay::{Gid, NicId};
+use crate::overlay::{Gid, NicId, eui64};
 use crate::profile::Profile;
 use crate::qp::Qp;
 use crate::vhost::vring::Vring;
@@ -122,6 +124,24 @@ impl Nic {
             running: AtomicBool::new(false),
             link_up: AtomicBool::new(true),
             config,
+        }
+    }
+
+    /// The configuration space, as the guest's driver reads it.
+    pub fn config_space(&self) -> Config {
+        let config = &self.config;
+        Config {
+            magic: MAGIC.into(),
+            version: ABI_VERSION.into(),
+            status: if self.link_up() { STATUS_LINK_UP } else { 0 }.into(),
+            num_event_queues: (self.events.len() as u16).into(),
+            num_doorbell_queues: (self.doorbells.len() as u16).into(),
+            mac: config.mac,
+            max_mtu: 5,
+            active_mtu: 5,
+            node_guid: eui64(config.mac),
+            speed_mbps: config.profile.speed_mbps.into(),
+            ..Config::default()
         }
     }
 

@@ -14,8 +14,8 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::QueueT;
-use virtio_rdma::config::{Config, MAGIC, NUM_CTRL_QUEUES, STATUS_LINK_UP};
-use virtio_rdma::{ABI_VERSION, zerocopy::IntoBytes};
+use virtio_rdma::config::{Config, NUM_CTRL_QUEUES};
+use virtio_rdma::zerocopy::IntoBytes;
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,7 +26,6 @@ use crate::control::Control;
 use crate::engine::Engine;
 use crate::mem::{Alarm, Map, RegionId};
 use crate::nic::Nic;
-use crate::overlay::eui64;
 
 /// Requests of the control queue that are executed before the VMM's messages are looked at again.
 const REQUESTS_PER_TURN: usize = 64;
@@ -201,23 +200,6 @@ impl Session {
         self.features & feature.bits() != 0
     }
 
-    fn config(&self) -> Config {
-        let config = &self.nic.config;
-        Config {
-            magic: MAGIC.into(),
-            version: ABI_VERSION.into(),
-            status: if self.nic.link_up() { STATUS_LINK_UP } else { 0 }.into(),
-            num_event_queues: (self.nic.events.len() as u16).into(),
-            num_doorbell_queues: (self.nic.doorbells.len() as u16).into(),
-            mac: config.mac,
-            max_mtu: 5,
-            active_mtu: 5,
-            node_guid: eui64(config.mac),
-            speed_mbps: config.profile.speed_mbps.into(),
-            ..Config::default()
-        }
-    }
-
     fn refuse(&self, what: &str, error: &crate::mem::MapError) -> Error {
         self.nic.warn(format_args!("{what}: {error}"));
         Error::ReqHandlerError(std::io::Error::other(error.to_string()))
@@ -377,7 +359,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let mut space = [0; CONFIG_SPACE];
-        let config = self.config();
+        let config = self.nic.config_space();
         space[..size_of::<Config>()].copy_from_slice(config.as_bytes());
         let end = offset.checked_add(size).ok_or(invalid("configuration offset"))?;
         space.get(offset as usize..end as usize).map(<[u8]>::to_vec).ok_or(invalid("configuration offset"))

@@ -1,7 +1,9 @@
 //! The control queue: typed commands, several at a time, and raw bytes for commands that no driver would send.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use freeflow_backend::stepped::SteppedNic;
 use virtio_rdma::ctrl::{Extent, Header, MAX_REQUEST, MAX_RESPONSE, Opcode, ResponseHeader, Status};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -90,16 +92,25 @@ pub struct Ctrl {
     /// The virtqueue.
     pub virtq: Virtq,
     slots: Buf,
-    pulse: Pulse,
+    link: Link,
+}
+
+/// How requests come to the device.
+#[derive(Debug)]
+pub enum Link {
+    /// By the virtqueue, while the connection is.
+    Queue(Pulse),
+    /// By a call, without virtqueue and threads.
+    Direct(Arc<Mutex<SteppedNic>>),
 }
 
 impl Ctrl {
     /// A control queue that the device does not know yet.
-    pub fn new(memory: &GuestMemory, pulse: Pulse) -> Result<Self> {
+    pub fn new(memory: &GuestMemory, link: Link) -> Result<Self> {
         Ok(Self {
             virtq: Virtq::new(memory, 2 * SLOTS as u16)?,
             slots: memory.alloc(SLOTS * SLOT, Placement::Contiguous)?,
-            pulse,
+            link,
         })
     }
 
@@ -114,6 +125,10 @@ impl Ctrl {
         if requests.len() > SLOTS {
             return Err(Error::Full);
         }
+        if let Link::Direct(nic) = &self.link {
+            return Ok(requests.iter().map(|request| execute(nic, request)).collect());
+        }
+        let pulse = self.pulse()?;
         let mut heads = Vec::new();
         for (slot, request) in requests.iter().enumerate() {
             heads.push(self.push(slot, request)?);
@@ -122,13 +137,20 @@ impl Ctrl {
         let deadline = Instant::now() + ANSWER;
         let mut responses = Vec::new();
         for (slot, head) in heads.into_iter().enumerate() {
-            let (used, written) = self.virtq.pop_wait(deadline, &self.pulse)?.ok_or(Error::Timeout("a command"))?;
+            let (used, written) = self.virtq.pop_wait(deadline, &pulse)?.ok_or(Error::Timeout("a command"))?;
             if used != head {
                 return Err(Error::BadResponse("commands answered out of order"));
             }
             responses.push(self.response(slot, requests[slot].room, written as usize)?);
         }
         Ok(responses)
+    }
+
+    fn pulse(&self) -> Result<Pulse> {
+        match &self.link {
+            Link::Queue(pulse) => Ok(pulse.clone()),
+            Link::Direct(_) => Err(Error::Disconnected),
+        }
     }
 
     fn push(&mut self, slot: usize, request: &Request) -> Result<u16> {
@@ -176,22 +198,29 @@ impl Ctrl {
 
     /// Makes one chain available and waits for it; `None` when the device does not return it.
     pub fn send_parts(&mut self, parts: &[Part]) -> Result<Option<u32>> {
+        let pulse = self.pulse()?;
         self.virtq.push(parts)?;
         self.virtq.notify();
-        Ok(self.virtq.pop_wait(Instant::now() + ANSWER, &self.pulse)?.map(|(_, written)| written))
+        Ok(self.virtq.pop_wait(Instant::now() + ANSWER, &pulse)?.map(|(_, written)| written))
     }
 
     /// Makes descriptors available exactly as given, and waits a while for the device to return them.
     pub fn send_raw(&mut self, descs: &[Desc], wait: Duration) -> Result<Option<u32>> {
+        let pulse = self.pulse()?;
         self.virtq.push_raw(descs)?;
         self.virtq.notify();
-        Ok(self.virtq.pop_wait(Instant::now() + wait, &self.pulse)?.map(|(_, written)| written))
+        Ok(self.virtq.pop_wait(Instant::now() + wait, &pulse)?.map(|(_, written)| written))
     }
 
     /// Memory that raw descriptors may point into.
     pub fn scratch(&self) -> &Buf {
         &self.slots
     }
+}
+
+fn execute(nic: &Mutex<SteppedNic>, request: &Request) -> Response {
+    let bytes = nic.lock().unwrap_or_else(PoisonError::into_inner).execute(&request.bytes, request.room);
+    Response { written: bytes.len(), bytes }
 }
 
 #[cfg(test)]

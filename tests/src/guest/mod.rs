@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use freeflow_backend::stepped::SteppedNic;
 use virtio_rdma::config::Config;
 use virtio_rdma::ctrl::{DeviceAttr, Extent, ObjectRequest, Opcode, Status};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -81,6 +82,13 @@ impl Guest {
     pub fn connect(socket: &Path, config: GuestConfig) -> Result<Self> {
         let inner = setup::connect(socket, config)?;
         let guest = Self(Arc::new(inner));
+        guest.give_areas_and_gids()?;
+        Ok(guest)
+    }
+
+    /// Brings up a device that has neither VMM nor threads.
+    pub fn direct(nic: &Arc<Mutex<SteppedNic>>, config: GuestConfig) -> Result<Self> {
+        let guest = Self(Arc::new(setup::direct(nic, config)?));
         guest.give_areas_and_gids()?;
         Ok(guest)
     }

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use freeflow_backend::mem::{Map, RegionId};
+use freeflow_backend::stepped::{QueueAddresses, SteppedNic};
 use virtio_rdma::area::{AH_STRIDE, ARM_STRIDE, AreaKind};
 use virtio_rdma::config::Config;
 use virtio_rdma::ctrl::{AddGid, DelGid, DeviceAttr, Opcode, SetArea};
 
-use super::ctrl::{Ctrl, Request};
+use super::ctrl::{Ctrl, Link, Request};
 use super::doorbell::DoorbellArea;
 use super::events::Events;
-use super::mem::{Buf, GuestMemory, PAGE};
+use super::mem::{Buf, GuestMemory, PAGE, Region};
 use super::verbs::AhTable;
 use super::vhost::Connection;
 use super::virtq::Virtq;
@@ -20,50 +22,109 @@ use super::{Gid, Guest, GuestConfig, Inner, Result};
 /// Descriptors of a doorbell queue, which carries no buffers.
 const DOORBELL_QUEUE_SIZE: u16 = 8;
 
+/// What a device is made of before it is reset for the first time.
+struct Parts {
+    memory: Arc<GuestMemory>,
+    space: Config,
+    ctrl: Ctrl,
+    events: Events,
+    doorbell_queues: Vec<Virtq>,
+}
+
+impl Parts {
+    fn new(memory: Arc<GuestMemory>, space: Config, link: Link) -> Result<Self> {
+        let ctrl = Ctrl::new(&memory, link)?;
+        let events = Events::new(&memory, space.num_event_queues.get().into())?;
+        let doorbell_queues = (0..space.num_doorbell_queues.get())
+            .map(|_| Virtq::new(&memory, DOORBELL_QUEUE_SIZE))
+            .collect::<Result<_>>()?;
+        Ok(Self { memory, space, ctrl, events, doorbell_queues })
+    }
+
+    /// Resets the device and asks for its limits.
+    fn begin(mut self, connection: Option<Connection>, config: GuestConfig) -> Result<Inner> {
+        let (memory, rings) = (self.memory, config.rings);
+        let attr = reset_and_query(&mut self.ctrl)?;
+        for index in 0..self.events.count() {
+            self.events.queue(index).fill()?;
+        }
+        let area = |q: &Virtq| DoorbellArea::new(&memory, attr.max_doorbells.get(), q.kick.try_clone()?, rings);
+        let doorbells = self.doorbell_queues.iter().map(|q| Ok(Arc::new(area(q)?))).collect::<Result<_>>()?;
+        let arm = memory.alloc(attr.max_cq.get() as usize * ARM_STRIDE, rings)?;
+        let ahs = AhTable::new(memory.alloc(attr.max_ah.get() as usize * AH_STRIDE, rings)?, attr.max_ah.get());
+        let mut gids = vec![link_local(self.space.mac)];
+        gids.extend(config.gids);
+        Ok(Inner {
+            connection: Mutex::new(connection),
+            connected: AtomicBool::new(true),
+            generation: AtomicU64::new(0),
+            memory,
+            placement: rings,
+            config: self.space,
+            attr,
+            ctrl: Mutex::new(self.ctrl),
+            events: self.events,
+            doorbells,
+            doorbell_queues: self.doorbell_queues,
+            arm,
+            ahs,
+            gids,
+        })
+    }
+}
+
+fn memory_of(config: &GuestConfig) -> Result<Arc<GuestMemory>> {
+    config.memory.clone().map_or_else(|| GuestMemory::new(config.memory_size), Ok)
+}
+
 /// Connects, starts the virtqueues, resets the device and asks for its limits.
 pub(super) fn connect(socket: &Path, config: GuestConfig) -> Result<Inner> {
-    let memory = match config.memory {
-        Some(memory) => memory,
-        None => GuestMemory::new(config.memory_size)?,
-    };
+    let memory = memory_of(&config)?;
     let mut connection = Connection::open(socket)?;
     let space = connection.config()?;
     check(&space, connection.num_queues()?)?;
     connection.set_memory(&memory.regions())?;
-    let mut ctrl = Ctrl::new(&memory, connection.pulse())?;
-    let events = Events::new(&memory, space.num_event_queues.get().into())?;
-    let doorbell_queues: Vec<Virtq> = (0..space.num_doorbell_queues.get())
-        .map(|_| Virtq::new(&memory, DOORBELL_QUEUE_SIZE))
-        .collect::<Result<_>>()?;
-    start_queues(&mut connection, &ctrl, &events, &doorbell_queues)?;
-    let attr = reset_and_query(&mut ctrl)?;
-    for index in 0..events.count() {
-        events.queue(index).fill()?;
+    let parts = Parts::new(memory, space, Link::Queue(connection.pulse()))?;
+    start_queues(&mut connection, &parts.ctrl, &parts.events, &parts.doorbell_queues)?;
+    parts.begin(Some(connection), config)
+}
+
+/// The same without VMM and connection.
+pub(super) fn direct(nic: &Arc<Mutex<SteppedNic>>, config: GuestConfig) -> Result<Inner> {
+    let memory = memory_of(&config)?;
+    let space = nic.lock().unwrap_or_else(PoisonError::into_inner).nic().config_space();
+    let parts = Parts::new(memory, space, Link::Direct(Arc::clone(nic)))?;
+    let mut nic = nic.lock().unwrap_or_else(PoisonError::into_inner);
+    nic.set_map(map_of(&parts.memory)?);
+    for index in 0..parts.events.count() {
+        nic.start_queue(1 + index, addresses(&parts.events.queue(index).virtq));
     }
-    let doorbells = doorbell_queues
-        .iter()
-        .map(|q| Ok(Arc::new(DoorbellArea::new(&memory, attr.max_doorbells.get(), q.kick.try_clone()?, config.rings)?)))
-        .collect::<Result<_>>()?;
-    let arm = memory.alloc(attr.max_cq.get() as usize * ARM_STRIDE, config.rings)?;
-    let ahs = AhTable::new(memory.alloc(attr.max_ah.get() as usize * AH_STRIDE, config.rings)?, attr.max_ah.get());
-    let mut gids = vec![link_local(space.mac)];
-    gids.extend(config.gids);
-    Ok(Inner {
-        connection: Mutex::new(Some(connection)),
-        connected: AtomicBool::new(true),
-        generation: AtomicU64::new(0),
-        memory,
-        placement: config.rings,
-        config: space,
-        attr,
-        ctrl: Mutex::new(ctrl),
-        events,
-        doorbells,
-        doorbell_queues,
-        arm,
-        ahs,
-        gids,
-    })
+    nic.set_running(true);
+    drop(nic);
+    parts.begin(None, config)
+}
+
+/// What a VMM would tell about this memory.
+fn map_of(memory: &GuestMemory) -> Result<Map> {
+    let region = |region: Region| {
+        let info = region.info();
+        let id =
+            RegionId { gpa: region.gpa, size: region.len, vmm_addr: info.userspace_addr, offset: info.mmap_offset };
+        Ok((id, region.file().try_clone()?))
+    };
+    let table = memory.regions().into_iter().map(region).collect::<std::io::Result<_>>()?;
+    Map::default().replaced(table).map_err(|e| std::io::Error::other(e).into())
+}
+
+fn addresses(queue: &Virtq) -> QueueAddresses {
+    let (layout, start) = (queue.layout(), queue.ring().gpa(0));
+    let gpa = |address: u64| start + (address - layout.desc_table_addr);
+    QueueAddresses {
+        size: queue.size(),
+        descriptors: start,
+        available: gpa(layout.avail_ring_addr),
+        used: gpa(layout.used_ring_addr),
+    }
 }
 
 fn check(config: &Config, queues: u64) -> Result<()> {

@@ -56,6 +56,11 @@ impl Region {
         Ok(self.map.file().set_len(0)?)
     }
 
+    /// The memfd.
+    pub fn file(&self) -> &std::fs::File {
+        self.map.file()
+    }
+
     fn contains(&self, gpa: u64) -> bool {
         gpa >= self.gpa && gpa - self.gpa < self.len
     }

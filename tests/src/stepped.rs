@@ -1,0 +1,120 @@
+//! Guests on a device that has no threads, no sockets and no clock: everything happens when it is asked for. What a run does
+//! depends on nothing but what it is told (and on keys and QP numbers, which are random).
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use freeflow_backend::stepped::{SteppedHost, SteppedNic};
+use freeflow_backend::{EngineConfig, NicId, Profile};
+use freeflow_router::config::EngineSettings;
+use freeflow_router::overlay::LocalOverlay;
+
+use crate::guest::{Guest, GuestConfig, Result};
+use crate::router::{RouterSpec, TestRouter};
+
+/// Bytes of each guest's memory.
+pub const MEMORY: u64 = 16 << 20;
+
+/// A host with one worker, virtual NICs with a guest on each, and the time.
+#[derive(Debug)]
+pub struct Stepped {
+    /// The guests.
+    pub guests: Vec<Guest>,
+    nics: Vec<Arc<Mutex<SteppedNic>>>,
+    host: SteppedHost,
+    now: Instant,
+}
+
+impl Stepped {
+    /// This many virtual NICs of one tenant.
+    pub fn new(nics: usize, limits: &Profile) -> Result<Self> {
+        let overlay = Arc::new(LocalOverlay::default());
+        let mut host = SteppedHost::new(EngineConfig::default(), overlay.clone())?;
+        let engine = EngineSettings { workers: 1, ..EngineSettings::default() };
+        let spec = RouterSpec { limits: limits.clone(), vectors: 1, engine, ..RouterSpec::of(nics) };
+        let config = spec.config(Path::new("/"), |nic| format!("n{nic}"));
+        let mut all = Vec::new();
+        for (number, settings) in config.nic.iter().enumerate() {
+            let (id, nic) = (NicId(number as u32), settings.to_nic());
+            overlay.add(id, &nic);
+            all.push(Arc::new(Mutex::new(host.add_nic(id, nic))));
+        }
+        let guest = |(number, nic): (usize, &Arc<Mutex<SteppedNic>>)| {
+            let gids = TestRouter::gids_of(number);
+            Guest::direct(nic, GuestConfig { memory_size: MEMORY, gids, ..GuestConfig::default() })
+        };
+        let guests = all.iter().enumerate().map(guest).collect::<Result<_>>()?;
+        Ok(Self { guests, nics: all, host, now: Instant::now() })
+    }
+
+    /// The device side of a virtual NIC.
+    pub fn nic(&self, nic: usize) -> MutexGuard<'_, SteppedNic> {
+        self.nics[nic].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The worker looks everywhere once. True if there was something to do.
+    pub fn step(&mut self) -> bool {
+        self.host.step(0, self.now)
+    }
+
+    /// Time goes on.
+    pub fn pass(&mut self, time: Duration) {
+        self.now += time;
+    }
+
+    /// Steps until there is nothing to do now; panics if that does not come.
+    pub fn settle(&mut self) {
+        for _ in 0..1_000_000 {
+            if !self.step() {
+                return;
+            }
+        }
+        panic!("the worker finds work for ever");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr};
+    use virtio_rdma::ib::WcStatus;
+
+    fn pair(bed: &Stepped) -> (Rc, Rc) {
+        Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), 4096, &RcOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn nothing_happens_by_itself() {
+        let mut bed = Stepped::new(2, &Profile::default()).unwrap();
+        let (a, b) = pair(&bed);
+        bed.settle();
+        a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"now")).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(a.cq.poll().is_none());
+        assert!(bed.step());
+        a.cq.poll().unwrap().ok();
+        assert_eq!(b.mr.read(0, 3), b"now");
+    }
+
+    #[test]
+    fn waits_end_by_the_clock_that_is_told() {
+        let mut bed = Stepped::new(2, &Profile::default()).unwrap();
+        // 4.096 us x 2^18 is a second; the first try and one more.
+        let options = RcOptions { timeout: 18, retry_cnt: 1, ..RcOptions::default() };
+        let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), 64, &options).unwrap();
+        drop(b);
+        let id = 7;
+        a.qp.post(SendWr::inline(id, Op::Send, b"nobody is there")).unwrap();
+        for _ in 0..15 {
+            bed.pass(Duration::from_millis(100));
+            bed.settle();
+            assert!(a.cq.poll().is_none());
+        }
+        bed.pass(Duration::from_secs(10));
+        bed.settle();
+        bed.pass(Duration::from_secs(10));
+        bed.settle();
+        assert_eq!(a.cq.poll().map(|wc| (wc.wr_id(), wc.status())), Some((id, WcStatus::RetryExcErr)));
+    }
+}
