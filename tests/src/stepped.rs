@@ -55,7 +55,21 @@ impl Stepped {
 
     /// The worker looks everywhere once. True if there was something to do.
     pub fn step(&mut self) -> bool {
-        self.host.step(0, self.now)
+        self.host.step(0, self.now).0
+    }
+
+    /// The worker works for this long, by the clock that its own work turns.
+    pub fn run(&mut self, time: Duration) {
+        self.run_with(time, || {});
+    }
+
+    /// As [`run`](Self::run), with what the guests do between two steps.
+    pub fn run_with(&mut self, time: Duration, mut guests: impl FnMut()) {
+        let end = self.now + time;
+        while self.now < end {
+            guests();
+            self.now += self.host.step(0, self.now).1;
+        }
     }
 
     /// Time goes on.

@@ -8,6 +8,7 @@ use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
 use super::context::{Budget, Context, Gather, Side};
+use super::cost;
 use super::job::Job;
 use super::serve::{RecvDone, complete_recv, fatal, note_limit};
 use crate::mem::{self, AtomicOp, Source};
@@ -278,6 +279,7 @@ fn move_piece(
         }
         job.done += len;
         budget.bytes -= len;
+        ctx.charge(cost::bytes(len));
     }
     if !last {
         return Ok(Progress::Paused);

@@ -7,8 +7,8 @@ use virtio_rdma::event::EventType;
 use virtio_rdma::ib::Access;
 use virtio_rdma::ring::Cqe;
 
-use super::Engine;
 use super::job::Job;
+use super::{Engine, cost};
 use crate::cq::{Cq, CqBroken};
 use crate::mem::Seg;
 use crate::mr::{KeyError, Mr};
@@ -80,6 +80,8 @@ pub struct Context {
     #[expect(clippy::vec_box, reason = "jobs move between here and queues, and are large")]
     spare: Vec<Box<Job>>,
     touched: Vec<Touched>,
+    /// Cost of what was done since somebody asked.
+    spent: u64,
 }
 
 /// A CQ that got completions in this quantum.
@@ -101,7 +103,18 @@ impl Context {
             keys: KeyCache::default(),
             spare: Vec::new(),
             touched: Vec::new(),
+            spent: 0,
         }
+    }
+
+    /// Counts work, in units of [`cost`].
+    pub fn charge(&mut self, cost: u64) {
+        self.spent += cost;
+    }
+
+    /// What was done since the last call cost this much.
+    pub fn take_spent(&mut self) -> u64 {
+        std::mem::take(&mut self.spent)
     }
 
     /// A cleared job.
@@ -171,6 +184,7 @@ impl Context {
     /// # Errors
     /// When the CQ is broken; that was reported to the guest here.
     pub fn push_cqe(&mut self, nic: &Arc<Nic>, cq: &Arc<Cq>, cqe: &Cqe, solicited: bool) -> Result<(), CqBroken> {
+        self.charge(cost::CQE);
         if let Err(broken) = cq.push(cqe) {
             if cq.first_break() {
                 nic.warn(format_args!("completion queue {} overflowed", cq.cqn));
@@ -189,6 +203,7 @@ impl Context {
     pub fn announce(&mut self) {
         for touched in self.touched.drain(..) {
             if touched.cq.take_event(touched.solicited) {
+                self.spent += cost::EVENT;
                 touched.nic.raise_on(touched.cq.vector, EventType::Completion, touched.cq.cqn);
             }
         }

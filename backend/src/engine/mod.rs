@@ -3,10 +3,12 @@
 //! * [`worker`]: the loop: doorbells, run queues, timers, sleeping.
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
 //!   [`connected`] what the first two share, [`mcast`] the last to many.
+//! * [`cost`]: what work costs, by which virtual NICs share a worker.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
 mod connected;
 pub mod context;
+mod cost;
 pub mod job;
 pub mod mcast;
 pub mod quiesce;

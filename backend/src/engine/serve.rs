@@ -10,7 +10,7 @@ use virtio_rdma::ring::Cqe;
 
 use super::context::{Budget, Context};
 use super::job::Job;
-use super::{rc, uc, ud};
+use super::{cost, rc, uc, ud};
 use crate::nic::Nic;
 use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
@@ -42,6 +42,7 @@ pub enum Step {
 
 /// Visits a QP of `nic`. `alone` tells whether nobody else waits for the worker.
 pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -> bool) -> Next {
+    ctx.charge(cost::VISIT);
     // The control queue has it: its change is looked at next time, and nobody waits here.
     let Some(send) = qp.send.try_lock() else {
         return Next::Again;
@@ -99,7 +100,11 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
     let job = match send.job.take() {
         Some(job) => Some(job),
         None => match fetch(ctx, qp, send) {
-            Ok(job) => job.inspect(|job| budget.charge_sges(job.wqe.sges.as_slice().len())),
+            Ok(job) => job.inspect(|job| {
+                let sges = job.wqe.sges.as_slice().len();
+                ctx.charge(cost::SGE * sges as u64);
+                budget.charge_sges(sges);
+            }),
             Err(reason) => return Some(fatal(nic, qp, reason)),
         },
     };
@@ -160,6 +165,7 @@ fn fetch(ctx: &mut Context, qp: &Qp, send: &SendQueue) -> Result<Option<Box<Job>
     let Some((ring, index)) = next else {
         return Ok(None);
     };
+    ctx.charge(cost::WQE);
     let mut job = ctx.new_job();
     if let Err(error) = parse_send(ring, index, send.caps, &mut job.wqe) {
         log::debug!("QP {:#x}: {error}", qp.id.qpn);
@@ -278,6 +284,7 @@ fn fail(
     status: WcStatus,
 ) -> Next {
     nic.warn(format_args!("QP {:#x}: work request failed: {status:?}", qp.id.qpn));
+    ctx.charge(cost::FAILURE);
     job.give_up_receive();
     let pushed = complete(ctx, nic, qp, send, &job, status);
     ctx.recycle(job);

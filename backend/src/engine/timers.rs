@@ -1,4 +1,4 @@
-//! QPs that want to be visited at a time. Each QP remembers its earliest entry, so that a guest that rings its doorbell
+//! QPs of one virtual NIC that want to be visited at a time. Each QP remembers its earliest entry, so that a guest that rings its doorbell
 //! without end does not fill the heap.
 
 use std::cmp::{Ordering, Reverse};
@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use crate::nic::Nic;
 use crate::qp::Qp;
 
-/// Timers of one worker. A visit too many does no harm.
+/// Timers of one virtual NIC at one worker. A visit too many does no harm.
 #[derive(Debug)]
 pub struct Timers {
     heap: BinaryHeap<Reverse<Entry>>,
@@ -20,32 +19,31 @@ pub struct Timers {
 #[derive(Debug)]
 struct Entry {
     at: Instant,
-    nic: Arc<Nic>,
     qp: Arc<Qp>,
 }
 
 impl Timers {
-    /// No timers yet.
-    pub fn new() -> Self {
-        Self { heap: BinaryHeap::new(), start: Instant::now() }
+    /// No timers yet; all will be later than `now`.
+    pub fn new(now: Instant) -> Self {
+        Self { heap: BinaryHeap::new(), start: now }
     }
 
     /// Visits the QP at this time, unless it is visited earlier anyway.
-    pub fn push(&mut self, at: Instant, nic: Arc<Nic>, qp: Arc<Qp>) {
+    pub fn push(&mut self, at: Instant, qp: Arc<Qp>) {
         let nanos = at.saturating_duration_since(self.start).as_nanos() as u64;
         if nanos < qp.next_timer.fetch_min(nanos, Relaxed) {
-            self.heap.push(Reverse(Entry { at, nic, qp }));
+            self.heap.push(Reverse(Entry { at, qp }));
         }
     }
 
     /// The next QP whose time has come.
-    pub fn pop_due(&mut self, now: Instant) -> Option<(Arc<Nic>, Arc<Qp>)> {
+    pub fn pop_due(&mut self, now: Instant) -> Option<Arc<Qp>> {
         if self.next()? > now {
             return None;
         }
         let Reverse(entry) = self.heap.pop()?;
         entry.qp.next_timer.store(u64::MAX, Relaxed);
-        Some((entry.nic, entry.qp))
+        Some(entry.qp)
     }
 
     /// When the next one is due.

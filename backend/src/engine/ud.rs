@@ -9,6 +9,7 @@ use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlag
 use virtio_rdma::ring::GRH_SIZE;
 
 use super::context::{Budget, Context, Gather, Side};
+use super::cost;
 use super::job::Job;
 use super::mcast::{self, Cast};
 use super::serve::{RecvDone, Step, complete_recv, fatal, note_limit};
@@ -147,6 +148,7 @@ pub(super) fn offer(
 fn place(ctx: &mut Context, (nic, qp): (&Arc<Nic>, &Arc<Qp>), job: &Job, header: &[u8; GRH_SIZE]) -> bool {
     ctx.dst.clear();
     let len = GRH_SIZE as u64 + job.wqe.length;
+    ctx.charge(cost::VISIT + cost::bytes(len));
     let sges = job.recv.sges.as_slice();
     let to = Gather { nic, pdn: qp.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
     if ctx.gather(Side::Destination, &to).is_err() {

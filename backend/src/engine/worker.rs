@@ -1,18 +1,21 @@
 //! A data-path worker: a thread that looks at the doorbells of its virtual NICs, visits their QPs in turn, and sleeps when
 //! there has been nothing to do for a while.
+//!
+//! Virtual NICs share it by deficit round robin over what their work costs ([`cost`]): each gets the same credit in each round, is
+//! served while it has some, and what it used beyond that is missing in the next round.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::serve::{Next, serve};
 use super::timers::Timers;
 use super::wake::Mailbox;
-use super::{Engine, RESTING};
+use super::{Engine, RESTING, cost};
 use crate::nic::Nic;
 use crate::nic::areas::DoorbellArea;
 use crate::overlay::NicId;
@@ -24,7 +27,7 @@ const WORDS_PER_ROUND: usize = 2;
 const ROUNDS_PER_CLOCK: u32 = 16;
 /// Posts from other threads that one round takes.
 const POSTS_PER_ROUND: usize = 64;
-/// Timers that one round takes.
+/// Timers that one round takes from one virtual NIC.
 const TIMERS_PER_ROUND: usize = 64;
 
 /// Starts worker `index`.
@@ -48,15 +51,16 @@ impl SteppedWorker {
         Self(Worker::new(engine, index))
     }
 
-    /// Looks everywhere once, at this time. True if there was something to do.
-    pub fn step(&mut self, now: Instant) -> bool {
+    /// Looks everywhere once, at this time. True if there was something to do; with how long that takes on a nominal machine.
+    pub fn step(&mut self, now: Instant) -> (bool, Duration) {
         let worker = &mut self.0;
         // Before the version is looked at: whoever changes it then waits for us, or we see the change.
         worker.engine.seen[worker.index].store(worker.version, Ordering::SeqCst);
         worker.ctx.now = now;
+        let before = worker.spent;
         let worked = worker.round();
         worker.engine.seen[worker.index].store(RESTING, Ordering::SeqCst);
-        worked
+        (worked, Duration::from_nanos(cost::ROUND + worker.spent - before))
     }
 }
 
@@ -67,8 +71,11 @@ struct Worker {
     ctx: Context,
     ports: Vec<Port>,
     version: u64,
-    timers: Timers,
     last_work: Instant,
+    /// Cost of all that was done.
+    spent: u64,
+    /// Whether the last round served anybody.
+    served: bool,
 }
 
 /// One virtual NIC as this worker sees it.
@@ -81,6 +88,10 @@ struct Port {
     pending: Vec<u64>,
     /// QPs with something to do.
     run: VecDeque<Arc<Qp>>,
+    /// QPs with something to do later.
+    timers: Timers,
+    /// What it may use still in this round, or has used too much.
+    credit: i64,
     /// The QP that had something to do last. While the worker polls it looks at that one's ring directly, which is
     /// quicker than waiting for the doorbell.
     hot: Option<Arc<Qp>>,
@@ -90,7 +101,7 @@ impl Worker {
     fn new(engine: Arc<Engine>, index: usize) -> Self {
         let ctx = Context::new(engine.clone());
         let last_work = Instant::now();
-        Self { engine, index, ctx, ports: Vec::new(), version: 0, timers: Timers::new(), last_work }
+        Self { engine, index, ctx, ports: Vec::new(), version: 0, last_work, spent: 0, served: false }
     }
 
     fn run(&mut self) {
@@ -118,17 +129,50 @@ impl Worker {
         let mut worked = self.enter();
         worked |= self.take_posts();
         worked |= self.take_timers();
+        self.grant();
         let mut port = 0;
         while port < self.ports.len() {
-            if self.visit(port) {
-                worked = true;
-                self.leave();
-                self.enter();
-            }
+            worked |= self.turn(port);
             port += 1;
         }
         self.leave();
         worked
+    }
+
+    /// A new round: everybody gets the same credit. Where nobody had any left, that is as much as the first one needs.
+    fn grant(&mut self) {
+        let waiting = self.ports.iter().filter(|port| port.is_in_debt() && !port.is_quiet());
+        let debt = if self.served { 0 } else { waiting.map(|port| -port.credit).min().unwrap_or(0) };
+        for port in &mut self.ports {
+            port.credit = (port.credit + debt + cost::QUANTUM).min(cost::QUANTUM);
+        }
+        self.served = false;
+    }
+
+    /// One virtual NIC's turn: it is served until its credit is used up. True if it had something to do, whether it was served or
+    /// must wait.
+    fn turn(&mut self, index: usize) -> bool {
+        let mut worked = false;
+        while let Some(port) = self.ports.get(index) {
+            if port.is_in_debt() {
+                return worked || !port.is_quiet();
+            }
+            if !self.visit(index) {
+                return worked;
+            }
+            self.leave();
+            self.charge(index);
+            self.enter();
+            (worked, self.served) = (true, true);
+        }
+        worked
+    }
+
+    /// What was done since the last time was for this virtual NIC.
+    fn charge(&mut self, index: usize) {
+        let spent = self.ctx.take_spent();
+        self.spent += spent;
+        self.ports[index].charge(spent);
     }
 
     /// A quantum begins: what is looked up from here on stays valid until it ends. What the worker remembers from earlier is
@@ -157,7 +201,7 @@ impl Worker {
                 if doorbells.worker == self.index {
                     let known = old.iter().position(|p| p.nic.id == nic.id && p.queue == queue);
                     let port = known.map(|i| old.swap_remove(i));
-                    self.ports.push(Port::refreshed(port, &nic, queue));
+                    self.ports.push(Port::refreshed(port, &nic, queue, self.ctx.now));
                 }
             }
         }
@@ -179,20 +223,15 @@ impl Worker {
     }
 
     fn take_timers(&mut self) -> bool {
-        let mut any = false;
-        for _ in 0..TIMERS_PER_ROUND {
-            let Some((nic, qp)) = self.timers.pop_due(self.ctx.now) else {
-                break;
-            };
-            self.schedule(nic.id, qp);
-            any = true;
-        }
-        any
+        let now = self.ctx.now;
+        // All of them, not only up to the first that has some.
+        self.ports.iter_mut().filter_map(|port| port.take_timers(now).then_some(())).count() > 0
     }
 
     fn schedule(&mut self, nic: NicId, qp: Arc<Qp>) {
         let queue = qp.id.doorbell_queue;
         if let Some(port) = self.ports.iter_mut().find(|p| p.nic.id == nic && p.queue == queue) {
+            port.charge(cost::POST);
             port.schedule(qp);
         }
     }
@@ -214,7 +253,7 @@ impl Worker {
         match next {
             Next::Idle => port.hot = Some(qp),
             Next::Again => port.schedule(qp),
-            Next::At(at) => self.timers.push(at, port.nic.clone(), qp),
+            Next::At(at) => port.timers.push(at, qp),
         }
         true
     }
@@ -230,7 +269,8 @@ impl Worker {
         if wanted {
             self.mailbox().stay_awake();
         } else {
-            let limit = self.timers.next().map(|at| at.saturating_duration_since(Instant::now()));
+            let next = self.ports.iter().filter_map(|port| port.timers.next()).min();
+            let limit = next.map(|at| at.saturating_duration_since(Instant::now()));
             self.mailbox().sleep(limit);
         }
         self.enter();
@@ -266,7 +306,7 @@ impl Worker {
 }
 
 impl Port {
-    fn refreshed(old: Option<Self>, nic: &Arc<Nic>, queue: usize) -> Self {
+    fn refreshed(old: Option<Self>, nic: &Arc<Nic>, queue: usize, now: Instant) -> Self {
         let area = nic.doorbells[queue].area.read().clone();
         let same = |port: &Self| match (&port.area, &area) {
             (Some(a), Some(b)) => Arc::ptr_eq(a, b),
@@ -278,8 +318,40 @@ impl Port {
             Some(port) if same(&port) => port,
             // QPs that wait to be visited still do.
             Some(port) => Self { area, pending: vec![0; words], ..port },
-            None => Self { nic: nic.clone(), queue, area, pending: vec![0; words], run: VecDeque::new(), hot: None },
+            None => Self {
+                nic: nic.clone(),
+                queue,
+                area,
+                pending: vec![0; words],
+                run: VecDeque::new(),
+                timers: Timers::new(now),
+                credit: 0,
+                hot: None,
+            },
         }
+    }
+
+    fn charge(&mut self, cost: u64) {
+        self.credit = (self.credit - cost.cast_signed()).max(-cost::MAX_DEBT);
+    }
+
+    fn is_in_debt(&self) -> bool {
+        self.credit <= 0
+    }
+
+    /// Visits QPs whose time has come. True if there were any.
+    fn take_timers(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        for _ in 0..TIMERS_PER_ROUND {
+            let due = if self.is_in_debt() { None } else { self.timers.pop_due(now) };
+            let Some(qp) = due else {
+                break;
+            };
+            self.charge(cost::TIMER);
+            self.schedule(qp);
+            any = true;
+        }
+        any
     }
 
     fn schedule(&mut self, qp: Arc<Qp>) {
@@ -323,7 +395,9 @@ impl Port {
                 let bit = self.pending[index].trailing_zeros() as usize;
                 self.pending[index] &= self.pending[index] - 1;
                 let word = index * 64 + bit;
-                self.follow(word, area.take_doorbells(word));
+                let doorbells = area.take_doorbells(word);
+                self.charge(cost::DOORBELL_WORD + cost::DOORBELL * u64::from(doorbells.count_ones()));
+                self.follow(word, doorbells);
                 words -= 1;
                 any = true;
             }
