@@ -1,7 +1,7 @@
 //! Completion queues (IBA 11.2.8): the ring, and the handshake with a guest that waits for an event.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 use parking_lot::Mutex;
 use virtio_rdma::area::{ARM_NEXT, ARM_NONE, ARM_SOLICITED, ARM_STRIDE};
@@ -9,7 +9,7 @@ use virtio_rdma::ring::Cqe;
 use zerocopy::IntoBytes;
 
 use crate::mem::{Map, Pages};
-use crate::ring::Ring;
+use crate::ring::{MOVED_AT_A_TIME, ResizeError, Ring};
 
 /// The guest did not take its completions, wrote nonsense, or took the ring's memory away. The CQ does nothing more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -26,7 +26,7 @@ pub struct Cq {
     /// QPs that use it, counted once for each of their two queues.
     pub users: AtomicU32,
     /// Bytes of guest memory that its ring takes.
-    pub ring_bytes: u64,
+    pub ring_bytes: AtomicU64,
     memory: Mutex<Producer>,
     broken: AtomicBool,
 }
@@ -45,7 +45,7 @@ struct Producer {
 impl Cq {
     /// A CQ over this ring, with its arm word in `arm`.
     pub fn new(cqn: u32, vector: usize, ring: Ring, arm: Arc<Pages>) -> Self {
-        let ring_bytes = ring.geometry().size() as u64;
+        let ring_bytes = AtomicU64::new(ring.geometry().size() as u64);
         let memory = Mutex::new(Producer { ring: Some(ring), arm: Some(arm), index: 0, consumer: 0 });
         Self { cqn, vector, users: AtomicU32::new(0), ring_bytes, memory, broken: AtomicBool::new(false) }
     }
@@ -57,6 +57,21 @@ impl Cq {
     pub fn push(&self, cqe: &Cqe) -> Result<(), CqBroken> {
         let mut producer = self.memory.lock();
         producer.push(cqe).inspect_err(|_| producer.close())
+    }
+
+    /// Writes into another ring from now on, to whose beginning completions that were not polled move. The guest does not poll meanwhile.
+    ///
+    /// # Errors
+    /// Why not; the ring of before stays in use then.
+    pub fn resize(&self, ring: Ring) -> Result<(), ResizeError> {
+        let start = self.memory.lock().start()?;
+        let bytes = ring.geometry().size() as u64;
+        let (mut ring, mut moved) = (Some(ring), 0);
+        while ring.is_some() {
+            self.memory.lock().move_to(&mut ring, start, &mut moved)?;
+        }
+        self.ring_bytes.store(bytes, Ordering::Relaxed);
+        Ok(())
     }
 
     /// After completions were pushed: whether the guest waits for an event for them. The answer is yes at most once for each arming.
@@ -101,6 +116,35 @@ impl Producer {
     fn close(&mut self) {
         self.ring = None;
         self.arm = None;
+    }
+
+    /// The first completion that was not polled.
+    fn start(&self) -> Result<u32, ResizeError> {
+        let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
+        ring.consumer().map_err(|_| ResizeError::Broken)
+    }
+
+    /// Copies some more completions, those from `start` on; with the last of them the other ring takes the place of this one.
+    fn move_to(&mut self, other: &mut Option<Ring>, start: u32, moved: &mut u32) -> Result<(), ResizeError> {
+        let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
+        let Some(to) = other else { return Ok(()) };
+        let count = self.index.wrapping_sub(start) & (ring.geometry().entries - 1);
+        if count >= to.geometry().entries {
+            return Err(ResizeError::TooSmall);
+        }
+        if *moved > count {
+            // The guest polls all the same.
+            return Err(ResizeError::Broken);
+        }
+        let now = (count - *moved).min(MOVED_AT_A_TIME);
+        ring.copy_elements(start.wrapping_add(*moved), to, *moved, now, size_of::<Cqe>());
+        *moved += now;
+        if *moved == count {
+            to.set_consumer(0);
+            to.set_producer(count);
+            (self.ring, self.index, self.consumer) = (other.take(), count, 0);
+        }
+        Ok(())
     }
 
     fn push(&mut self, cqe: &Cqe) -> Result<(), CqBroken> {

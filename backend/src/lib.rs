@@ -14,6 +14,7 @@ pub mod cq;
 pub mod engine;
 pub mod groups;
 pub mod host;
+pub mod key_table;
 pub mod mem;
 pub mod mr;
 pub mod nic;

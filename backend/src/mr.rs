@@ -1,12 +1,13 @@
-//! Memory regions: what a key allows, and where its bytes are (IBA 10.6).
+//! Memory regions and windows: what a key allows, and where its bytes are (IBA 10.6). Which keys work at the moment is in
+//! [`key_table`](crate::key_table).
 
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use virtio_rdma::PAGE_SIZE;
 use virtio_rdma::ib::Access;
 
 use crate::mem::{Extent, Map, Seg};
-use crate::nic::keys::RandomKeyMap;
+use crate::profile::Profile;
 
 /// Why a key, address and length were refused. The guest sees a protection or access error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -17,6 +18,9 @@ pub enum KeyError {
     /// The region is in another protection domain.
     #[error("key {0:#x} is of another protection domain")]
     WrongPd(u32),
+    /// It is the key of a window of another queue pair.
+    #[error("key {0:#x} is bound to another queue pair")]
+    WrongQp(u32),
     /// The region does not allow this kind of access.
     #[error("key {0:#x} does not allow this access")]
     Access(u32),
@@ -32,10 +36,24 @@ pub enum KeyError {
     },
 }
 
-/// A complete memory region. Immutable: a change makes a new one under the same key.
+/// Why guest memory does not make a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// Pages in the middle are not whole.
+    #[error("pages in the middle must be whole")]
+    CutPage,
+    /// Not guest memory.
+    #[error("memory outside the guest")]
+    NotThere,
+    /// More bytes than the region has.
+    #[error("more than the region's length")]
+    TooLong,
+}
+
+/// What an access key gives access to, at one time. Immutable: a change makes a new one.
 #[derive(Debug)]
 pub struct Mr {
-    /// lkey and rkey.
+    /// lkey and rkey; of a window, the rkey alone.
     pub key: u32,
     /// Protection domain.
     pub pdn: u32,
@@ -45,7 +63,45 @@ pub struct Mr {
     pub iova: u64,
     /// Bytes.
     pub length: u64,
-    extents: Arc<Layout>,
+    /// Where they are.
+    memory: Memory,
+    /// Where they begin there: a window may begin in the middle of its region.
+    offset: u64,
+    /// Who may use it.
+    reach: Reach,
+}
+
+/// Where the bytes of a region are.
+#[derive(Debug, Clone)]
+enum Memory {
+    /// In these pieces.
+    Pieces(Arc<Layout>),
+    /// All guest memory, at its guest-physical addresses.
+    Guest(Arc<Map>),
+}
+
+/// Who may use a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    /// A region's: work requests of the protection domain, local and remote.
+    Region,
+    /// A type 1 window's: peers of all queue pairs of the protection domain.
+    Window,
+    /// A type 2 window's: peers of this queue pair.
+    QueuePair(u32),
+}
+
+/// What a window is bound with (IBA 10.6.6.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowPart {
+    /// First byte, as the region addresses it.
+    pub addr: u64,
+    /// Bytes.
+    pub length: u64,
+    /// What peers may do.
+    pub access: Access,
+    /// The only queue pair that may use it, for type 2.
+    pub qpn: Option<u32>,
 }
 
 /// Where the bytes of a region are.
@@ -58,8 +114,31 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Appends guest memory to a region of `total` bytes, all or nothing. Only the first and the last page of a region may be cut, so
+    /// that no amount of bytes lies in more pieces than pages.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn append(&mut self, map: &Map, extents: &[(u64, u64)], total: u64) -> Result<(), LayoutError> {
+        if !is_paged(extents, self.length, total) {
+            return Err(LayoutError::CutPage);
+        }
+        let mut found = Vec::with_capacity(extents.len());
+        if !extents.iter().all(|&(addr, len)| map.resolve(addr, len, &mut found)) {
+            return Err(LayoutError::NotThere);
+        }
+        let added: u64 = found.iter().map(Extent::len).sum();
+        if self.length.saturating_add(added) > total {
+            return Err(LayoutError::TooLong);
+        }
+        for extent in found {
+            self.push(extent);
+        }
+        Ok(())
+    }
+
     /// Appends memory; neighbours are merged.
-    pub fn push(&mut self, extent: Extent) {
+    fn push(&mut self, extent: Extent) {
         let len = extent.len();
         match self.extents.last_mut() {
             Some(last) if last.touches(&extent) => last.join(&extent),
@@ -74,6 +153,12 @@ impl Layout {
     /// Bytes.
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Of so many bytes that are nowhere.
+    #[cfg(test)]
+    pub fn of_length(length: u64) -> Self {
+        Self { length, ..Self::default() }
     }
 
     /// Whether all of it is still guest memory.
@@ -98,63 +183,144 @@ impl Layout {
 impl Mr {
     /// A region whose memory is complete.
     pub fn new(key: u32, pdn: u32, access: Access, iova: u64, layout: Arc<Layout>) -> Self {
-        Self { key, pdn, access, iova, length: layout.length, extents: layout }
+        let (length, memory) = (layout.length, Memory::Pieces(layout));
+        Self { key, pdn, access, iova, length, memory, offset: 0, reach: Reach::Region }
     }
 
-    /// Its memory, to be shared with a successor.
-    pub fn layout(&self) -> &Arc<Layout> {
-        &self.extents
+    /// A region of all guest memory.
+    pub fn of_guest(key: u32, pdn: u32, access: Access, map: Arc<Map>) -> Self {
+        let memory = Memory::Guest(map);
+        Self { key, pdn, access, iova: 0, length: u64::MAX, memory, offset: 0, reach: Reach::Region }
     }
 
-    /// Checks that `len` bytes at `addr` may be accessed this way by a QP of protection domain `pdn`.
+    /// A window over part of this region, if that allows it (IBA 10.6.6.2.5; what rxe checks, and that the bytes of a zero-based window
+    /// are in the region too).
+    pub fn window(&self, key: u32, part: &WindowPart) -> Option<Self> {
+        let changes = part.access.intersects(Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
+        let allowed = self.reach == Reach::Region
+            && self.access.contains(Access::MW_BIND)
+            && !self.access.contains(Access::ZERO_BASED)
+            && (!changes || self.access.contains(Access::LOCAL_WRITE))
+            && self.contains(part.addr, part.length);
+        allowed.then(|| Self {
+            key,
+            pdn: self.pdn,
+            access: part.access,
+            iova: if part.access.contains(Access::ZERO_BASED) { 0 } else { part.addr },
+            length: part.length,
+            memory: self.memory.clone(),
+            offset: self.offset + (part.addr - self.iova),
+            reach: part.qpn.map_or(Reach::Window, Reach::QueuePair),
+        })
+    }
+
+    /// Whether it is there for all guest memory.
+    pub fn is_of_guest(&self) -> bool {
+        matches!(self.memory, Memory::Guest(_))
+    }
+
+    /// Whether all of its memory is still the guest's. What is for all guest memory may have lost some.
+    pub fn is_in(&self, map: &Map) -> bool {
+        match &self.memory {
+            Memory::Pieces(layout) => layout.is_in(map),
+            Memory::Guest(_) => true,
+        }
+    }
+
+    /// The same over another table of memory, if it is for all guest memory.
+    #[must_use]
+    pub fn with_map(&self, map: &Arc<Map>) -> Option<Self> {
+        let memory = Memory::Guest(map.clone());
+        self.is_of_guest().then_some(Self { memory, ..*self })
+    }
+
+    /// Checks that a work request of protection domain `pdn` may access `len` bytes at `addr` this way.
     ///
     /// # Errors
     /// What does not hold.
     pub fn check(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Result<(), KeyError> {
+        if self.reach != Reach::Region {
+            return Err(KeyError::NoSuchKey(self.key));
+        }
+        self.check_bytes(pdn, need, addr, len)
+    }
+
+    /// Checks that the peer of queue pair `qpn` of protection domain `pdn` may access `len` bytes at `addr` this way.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn check_remote(&self, (pdn, qpn): (u32, u32), need: Access, addr: u64, len: u64) -> Result<(), KeyError> {
+        if matches!(self.reach, Reach::QueuePair(only) if only != qpn) {
+            return Err(KeyError::WrongQp(self.key));
+        }
+        self.check_bytes(pdn, need, addr, len)
+    }
+
+    fn check_bytes(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Result<(), KeyError> {
         if self.pdn != pdn {
             return Err(KeyError::WrongPd(self.key));
         }
         if !self.access.contains(need) {
             return Err(KeyError::Access(self.key));
         }
-        let inside = addr.checked_sub(self.iova).and_then(|o| o.checked_add(len)).is_some_and(|end| end <= self.length);
-        if inside { Ok(()) } else { Err(KeyError::OutOfBounds { key: self.key, addr, len }) }
+        if self.contains(addr, len) { Ok(()) } else { Err(KeyError::OutOfBounds { key: self.key, addr, len }) }
     }
 
-    /// Appends where `len` bytes at `addr` are. They were checked by [`check`](Self::check).
+    fn contains(&self, addr: u64, len: u64) -> bool {
+        let start = addr.checked_sub(self.iova);
+        let inside = start.and_then(|o| o.checked_add(len)).is_some_and(|end| end <= self.length);
+        match &self.memory {
+            Memory::Pieces(_) => inside,
+            // A window over guest memory has its offset there.
+            Memory::Guest(map) => inside && map.covers(addr - self.iova + self.offset, len),
+        }
+    }
+
+    /// Appends where `len` bytes at `addr` are. They were checked before.
     pub fn segments(&self, addr: u64, len: u64, out: &mut Vec<Seg>) {
-        self.extents.segments(addr - self.iova, len, out);
+        let at = addr - self.iova + self.offset;
+        match &self.memory {
+            Memory::Pieces(layout) => layout.segments(at, len, out),
+            Memory::Guest(map) => map.segments(at, len, out),
+        }
     }
 }
 
-/// The regions of one virtual NIC that work, by key. Workers read it, the control queue changes it.
-#[derive(Debug, Default)]
-pub struct KeyTable {
-    live: RwLock<RandomKeyMap<Arc<Mr>>>,
+/// Checks access flags of a region.
+///
+/// # Errors
+/// What is wrong with them.
+pub fn check_access(bits: u32) -> Result<Access, &'static str> {
+    let access = Access::from_bits(bits).filter(|a| Profile::access().contains(*a)).ok_or("access flags")?;
+    let remote_change = access.intersects(Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
+    if remote_change && !access.contains(Access::LOCAL_WRITE) {
+        return Err("access flags: remote write needs local write");
+    }
+    Ok(access)
 }
 
-impl KeyTable {
-    /// The region of this key.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn get(&self, key: u32) -> Result<Arc<Mr>, KeyError> {
-        self.live.read().get(&key).cloned().ok_or(KeyError::NoSuchKey(key))
+/// Checks address and length of a region.
+///
+/// # Errors
+/// What is wrong with them.
+pub fn check_range(access: Access, iova: u64, length: u64) -> Result<(), &'static str> {
+    if length == 0 || length > Profile::MAX_MR_SIZE || iova.checked_add(length).is_none() {
+        return Err("address or length");
     }
+    if access.contains(Access::ZERO_BASED) && iova != 0 {
+        return Err("address of a zero-based region");
+    }
+    Ok(())
+}
 
-    /// Makes a region work, in place of what had its key.
-    pub fn insert(&self, mr: Arc<Mr>) {
-        self.live.write().insert(mr.key, mr);
-    }
-
-    /// Makes a key work no longer for work that starts from now on. What is under way ends with the
-    /// worker's quantum, see [`crate::engine::quiesce`].
-    pub fn remove(&self, key: u32) {
-        self.live.write().remove(&key);
-    }
-
-    /// Removes all, for the caller to free once no worker uses them.
-    pub fn take(&self) -> RandomKeyMap<Arc<Mr>> {
-        std::mem::take(&mut *self.live.write())
-    }
+/// Whether only the first and the last page of a region of `length` bytes are cut; `before` bytes were described before.
+fn is_paged(extents: &[(u64, u64)], before: u64, length: u64) -> bool {
+    let mut offset = before;
+    extents.iter().all(|&(addr, len)| {
+        let first = offset == 0;
+        offset = offset.saturating_add(len);
+        let last = offset == length;
+        let whole = |at: u64| at.is_multiple_of(PAGE_SIZE as u64);
+        (first || whole(addr)) && (last || whole(addr.wrapping_add(len)))
+    })
 }

@@ -27,6 +27,10 @@ pub struct Profile {
     pub max_mr: u32,
     /// Most extents in all memory regions together: 24 bytes of router memory each.
     pub max_extents: u32,
+    /// Most extents of one fast registration; a worker looks all of them up at once.
+    pub max_fast_reg_extents: u32,
+    /// Most memory windows.
+    pub max_mw: u32,
     /// Most shared receive queues.
     pub max_srq: u32,
     /// Most multicast groups that QPs of this virtual NIC are in.
@@ -56,6 +60,8 @@ impl Default for Profile {
             max_cqe: (1 << 17) - 1,
             max_mr: 131_072,
             max_extents: 4 << 20,
+            max_fast_reg_extents: Self::FAST_REG_EXTENTS,
+            max_mw: 65_536,
             max_srq: 4_096,
             max_mcast_grp: 1_024,
             max_mcast_qp_attach: 64,
@@ -81,6 +87,8 @@ pub struct BadLimit {
 impl Profile {
     /// Transports that are offered.
     pub const QP_TYPES: [QpType; 4] = [QpType::Gsi, QpType::Rc, QpType::Uc, QpType::Ud];
+    /// Most extents of one fast registration that any profile allows.
+    pub const FAST_REG_EXTENTS: u32 = 512;
     /// Largest message (IBA 9.7.7: 2^31 bytes).
     pub const MAX_MESSAGE: u32 = 1 << 31;
     /// Vendor id: that of software devices without one, as rxe has it.
@@ -102,6 +110,8 @@ impl Profile {
             ("max_cqe", 1, 1 << 22, self.max_cqe),
             ("max_mr", 1, 1 << 22, self.max_mr),
             ("max_extents", 1, 1 << 28, self.max_extents),
+            ("max_fast_reg_extents", 0, Self::FAST_REG_EXTENTS, self.max_fast_reg_extents),
+            ("max_mw", 0, 1 << 20, self.max_mw),
             ("max_srq", 0, 1 << 16, self.max_srq),
             ("max_mcast_grp", 0, 1 << 14, self.max_mcast_grp),
             ("max_mcast_qp_attach", 1, 1 << 12, self.max_mcast_qp_attach),
@@ -129,6 +139,7 @@ impl Profile {
             | Access::MW_BIND
             | Access::ZERO_BASED
             | Access::HUGETLB
+            | Access::FLUSH_GLOBAL
             | Access::RELAXED_ORDERING
     }
 
@@ -144,6 +155,8 @@ impl Profile {
             max_cq: self.max_cq.into(),
             max_cqe: self.max_cqe.into(),
             max_mr: self.max_mr.into(),
+            max_fast_reg_extents: self.max_fast_reg_extents.into(),
+            max_mw: self.max_mw.into(),
             max_srq: self.max_srq.into(),
             max_mcast_grp: self.max_mcast_grp.into(),
             max_mcast_qp_attach: self.max_mcast_qp_attach.into(),

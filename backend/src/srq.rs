@@ -1,13 +1,13 @@
 //! Shared receive queues (IBA 10.2.9): receives that several QPs take from.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::mem::Map;
 use crate::qp::{RecvRing, Taken};
-use crate::ring::Ring;
 use crate::ring::rxe::Caps;
+use crate::ring::{ResizeError, Ring};
 use crate::wqe::Recv;
 
 /// A shared receive queue. Its lock is taken with that of a QP's receive queue held, never the other way round.
@@ -20,7 +20,7 @@ pub struct Srq {
     /// QPs that use it.
     pub users: AtomicU32,
     /// Bytes of guest memory that its ring takes.
-    pub ring_bytes: u64,
+    pub ring_bytes: AtomicU64,
     queue: Mutex<Shared>,
     /// The limit was reached and nobody has told the guest yet.
     reached: AtomicBool,
@@ -35,7 +35,7 @@ struct Shared {
 impl Srq {
     /// Over this ring.
     pub fn new(srqn: u32, pdn: u32, ring: Ring, caps: Caps) -> Self {
-        let ring_bytes = ring.geometry().size() as u64;
+        let ring_bytes = AtomicU64::new(ring.geometry().size() as u64);
         let queue = Mutex::new(Shared { ring: RecvRing::new(ring, caps), limit: 0 });
         Self { srqn, pdn, users: AtomicU32::new(0), ring_bytes, queue, reached: AtomicBool::new(false) }
     }
@@ -49,6 +49,30 @@ impl Srq {
             self.reached.store(true, Ordering::Relaxed);
         }
         taken
+    }
+
+    /// Bytes that the elements of its rings need.
+    pub fn element(&self) -> usize {
+        self.queue.lock().ring.element()
+    }
+
+    /// Takes receives from another ring from now on, to whose beginning those that are posted move. The guest does not post meanwhile.
+    ///
+    /// # Errors
+    /// Why not; the ring of before stays in use then.
+    pub fn resize(&self, ring: Ring) -> Result<(), ResizeError> {
+        let bytes = ring.geometry().size() as u64;
+        let start = self.queue.lock().ring.start();
+        let (mut ring, mut moved) = (Some(ring), 0);
+        while let Some(other) = &ring {
+            let mut shared = self.queue.lock();
+            if shared.limit >= other.geometry().entries {
+                return Err(ResizeError::TooSmall);
+            }
+            shared.ring.move_to(&mut ring, start, &mut moved)?;
+        }
+        self.ring_bytes.store(bytes, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether an event is due since the limit was reached. True once for each arming.

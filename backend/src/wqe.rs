@@ -2,7 +2,9 @@
 
 use virtio_rdma::ib::{SendFlags, WcOpcode, WrOpcode};
 
+use crate::key_table::Bind;
 use crate::mem::AtomicOp;
+use crate::profile::Profile;
 
 /// What is wrong with a ring element. The guest sees `IBV_WC_LOC_QP_OP_ERR`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -90,6 +92,11 @@ pub enum Op {
         /// Address handle.
         ah: u32,
     },
+    /// SEND that makes a key of the peer's free once it has arrived.
+    SendInvalidate {
+        /// The key.
+        rkey: u32,
+    },
     /// RDMA WRITE.
     Write {
         /// With immediate data.
@@ -115,12 +122,76 @@ pub enum Op {
         /// What to do with it.
         action: AtomicOp,
     },
+    /// Stores one word at the peer, as one.
+    AtomicWrite {
+        /// The word.
+        remote_addr: u64,
+        /// Key of the peer's region.
+        rkey: u32,
+    },
+    /// Has earlier WRITEs become visible, which they are.
+    Flush(Flush),
+    /// What needs no peer.
+    Local(LocalOp),
+}
+
+/// What a FLUSH names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flush {
+    /// First byte at the peer.
+    pub remote_addr: u64,
+    /// Bytes.
+    pub length: u32,
+    /// Key of the peer's region.
+    pub rkey: u32,
+    /// Persistence is asked for, which is not offered.
+    pub persistent: bool,
+    /// The whole region is meant.
+    pub whole: bool,
+}
+
+/// What needs no peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalOp {
+    /// Makes this key free.
+    Invalidate(u32),
+    /// Binds a window.
+    Bind(Bind),
+    /// Gives a region memory.
+    Register(FastReg),
+}
+
+/// What a region is registered with, as the guest wrote it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FastReg {
+    /// Guest-physical address of the extents.
+    pub extents: u64,
+    /// Address of the first byte.
+    pub iova: u64,
+    /// Bytes.
+    pub length: u64,
+    /// New key.
+    pub key: u32,
+    /// Access bits.
+    pub access: u32,
+    /// Number of extents.
+    pub num_extents: u32,
 }
 
 impl Op {
     /// Whether the request carries bytes away from the requester.
     pub fn sends_payload(self) -> bool {
-        !self.fetches() && self != Self::Invalid
+        self.takes_receive() || matches!(self, Self::Write { .. } | Self::AtomicWrite { .. })
+    }
+
+    /// Whether the responder has to keep something for it (IBA 9.7.4.1.2): READs and atomics.
+    pub fn takes_resource(self) -> bool {
+        self.fetches() || matches!(self, Self::AtomicWrite { .. })
+    }
+
+    /// Whether UC knows it.
+    pub fn is_for_uc(self) -> bool {
+        matches!(self, Self::Send { .. } | Self::Write { .. })
     }
 
     /// Whether bytes come back to the requester's buffers.
@@ -130,7 +201,10 @@ impl Op {
 
     /// Whether it takes a receive at the peer.
     pub fn takes_receive(self) -> bool {
-        matches!(self, Self::Send { .. } | Self::Datagram { .. } | Self::Write { imm: true, .. })
+        matches!(
+            self,
+            Self::Send { .. } | Self::SendInvalidate { .. } | Self::Datagram { .. } | Self::Write { imm: true, .. }
+        )
     }
 }
 
@@ -158,7 +232,17 @@ pub struct Send {
 impl Send {
     /// Whether its payload is in [`inline`](Self::inline).
     pub fn is_inline(&self) -> bool {
-        self.flags.contains(SendFlags::INLINE) && self.op.sends_payload()
+        let always = matches!(self.op, Op::AtomicWrite { .. });
+        always || (self.flags.contains(SendFlags::INLINE) && self.op.sends_payload())
+    }
+
+    /// How many keys or extents are looked up for it.
+    pub fn lookups(&self) -> usize {
+        match self.op {
+            // With more it is refused.
+            Op::Local(LocalOp::Register(args)) => args.num_extents.min(Profile::FAST_REG_EXTENTS) as usize,
+            _ => self.sges.as_slice().len(),
+        }
     }
 
     /// The opcode that its completion names.
@@ -168,6 +252,11 @@ impl Send {
             Some(WrOpcode::RdmaRead) => WcOpcode::RdmaRead,
             Some(WrOpcode::AtomicCmpAndSwp) => WcOpcode::CompSwap,
             Some(WrOpcode::AtomicFetchAndAdd) => WcOpcode::FetchAdd,
+            Some(WrOpcode::AtomicWrite) => WcOpcode::AtomicWrite,
+            Some(WrOpcode::Flush) => WcOpcode::Flush,
+            Some(WrOpcode::BindMw) => WcOpcode::BindMw,
+            Some(WrOpcode::LocalInv) => WcOpcode::LocalInv,
+            Some(WrOpcode::RegMr) => WcOpcode::RegMr,
             _ => WcOpcode::Send,
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use freeflow_tests::attack::{Attack, SOON};
 use freeflow_tests::bed::eventually;
 use freeflow_tests::guest::mem::Buf;
-use freeflow_tests::guest::verbs::{MrSpec, Op, Payload, Rc, RcOptions, Remote, SendWr, Sge, connect};
+use freeflow_tests::guest::verbs::{MrSpec, Op, PART, Payload, Rc, RcOptions, Remote, SendWr, Sge, connect};
 use freeflow_tests::rng::Rng;
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{QpState, SendFlags, WcStatus};
@@ -229,9 +229,9 @@ fn inline_length_no_driver_would_write() {
 #[test]
 fn opcode_no_driver_would_write() {
     let attack = Attack::start();
-    // Invalidation and windows are not offered; the others do not exist.
-    for opcode in [7u32, 8, 9, 10, 11, 14, 255, 0x100, 0x8000_0000, u32::MAX] {
-        attack.request(&[WcStatus::LocQpOpErr], |a, _| spoiled(a, Op::Raw(opcode, [0; 32]), |_, _| ()));
+    // 7: to invalidate a key that there is not; 32: REG_MR, which is the kernel's; the others do not exist.
+    for opcode in [7u32, 10, 11, 12, 13, 32, 255, 0x100, 0x8000_0000, u32::MAX] {
+        attack.request(&[WcStatus::LocQpOpErr], |a, _| spoiled(a, Op::Raw(opcode, [0; PART]), |_, _| ()));
     }
     attack.finish();
 }

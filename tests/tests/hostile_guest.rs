@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::mem::PAGE;
-use freeflow_tests::guest::verbs::{AhAttr, Cq, Mr, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect};
+use freeflow_tests::guest::verbs::{AhAttr, Cq, Mr, Op, PART, QpSpec, Rc, RcOptions, SendWr, Sge, connect};
 use virtio_rdma::area::{ARM_NEXT, AreaKind};
 use virtio_rdma::ctrl::{CreateQp, CreateQpResponse, Extent, NO_OBJECT, Opcode, RingDesc, Status};
 use virtio_rdma::ib::{QpState, QpType, WcStatus};
@@ -93,7 +93,7 @@ fn a_malformed_request_does_not_tell_the_length_of_somebody_elses() {
     let (a, b) = bed.pair(65_536);
     a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, 54_321)])).unwrap();
     a.cq.next().ok();
-    b.qp.post(SendWr::inline(7, Op::Raw(99, [0; 32]), b"")).unwrap();
+    b.qp.post(SendWr::inline(7, Op::Raw(99, [0; PART]), b"")).unwrap();
     let wc = b.cq.next();
     assert_eq!((wc.status(), wc.byte_len()), (WcStatus::LocQpOpErr, 0));
 }

@@ -1,36 +1,46 @@
-//! Memory regions: registration, in several commands where it is long.
+//! Memory regions: registration, in several commands where it is long; regions for fast registration; windows.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use virtio_rdma::PAGE_SIZE;
-use virtio_rdma::ctrl::{ObjectResponse, REREG_ACCESS, REREG_PD, REREG_TRANS, RegMr, ReregMr};
+use virtio_rdma::ctrl::{
+    AllocMr, AllocMw, MW_TYPE_1, MW_TYPE_2, ObjectResponse, REG_DMA, REREG_ACCESS, REREG_PD, REREG_TRANS, RegMr,
+    ReregMr,
+};
 use virtio_rdma::ib::Access;
 
 use super::parse::RawExtent;
 use super::{Answer, Control, Refusal, answer, nothing};
-use crate::mem::{Extent, Map};
-use crate::mr::{Layout, Mr};
-use crate::nic::keys::random_key;
-use crate::profile::Profile;
+use crate::key_table::{WindowKind, index};
+use crate::mr::{Layout, LayoutError, Mr, check_access, check_range};
 
-/// Regions that exist, working or not.
+/// Regions that exist, working or not, and the number of windows.
 #[derive(Debug, Default)]
 pub struct Regions {
-    by_key: HashMap<u32, Region>,
+    /// By the part of their keys that does not change.
+    by_index: HashMap<u32, Region>,
     /// Extents of all of them.
     extents: u64,
+    windows: u32,
 }
 
 impl Regions {
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.by_key.len()
+        self.by_index.len()
+    }
+
+    /// The region of a key. The low byte counts unless it is the consumer's.
+    fn get(&self, key: u32) -> Result<&Region, Refusal> {
+        let region = self.by_index.get(&index(key)).filter(|region| region.key == key || region.is_fast());
+        region.ok_or(Refusal::NotFound("memory region"))
     }
 }
 
 #[derive(Debug)]
 struct Region {
+    /// Its first key.
+    key: u32,
     pdn: u32,
     access: Access,
     iova: u64,
@@ -48,28 +58,103 @@ pub(super) enum Memory {
     Live(Arc<Layout>),
     /// Its memory went away.
     Lost,
+    /// All that the guest has.
+    Guest,
+    /// What work requests give it.
+    Fast,
+}
+
+impl Region {
+    fn is_fast(&self) -> bool {
+        matches!(self.memory, Memory::Fast)
+    }
+
+    /// Whether its memory is described by extents of commands.
+    fn is_described(&self) -> bool {
+        !matches!(self.memory, Memory::Fast | Memory::Guest)
+    }
 }
 
 impl Control {
     pub(super) fn reg_mr(&mut self, args: &RegMr, extents: &[RawExtent]) -> Answer {
         let (pdn, iova, length) = (args.pdn.get(), args.iova.get(), args.length.get());
-        if args.flags.get() != 0 {
-            return Err(Refusal::Reserved);
+        if args.flags.get() & !REG_DMA != 0 {
+            return Err(Refusal::Value("flags"));
         }
         self.check_pd(pdn)?;
-        let access = check_access(args.access.get())?;
-        check_range(access, iova, length)?;
-        if self.regions.len() >= self.nic.config.profile.max_mr as usize {
-            return Err(Refusal::Quota("memory regions"));
+        let access = check_access(args.access.get()).map_err(Refusal::Value)?;
+        let memory = if args.flags.get() & REG_DMA != 0 {
+            if iova != 0 || length != 0 || !extents.is_empty() {
+                return Err(Refusal::Value("a part of all guest memory"));
+            }
+            Memory::Guest
+        } else {
+            check_range(access, iova, length).map_err(Refusal::Value)?;
+            Memory::Draft(Layout::default())
+        };
+        self.check_room_for_region()?;
+        let mut region = Region { key: 0, pdn, access, iova, length, extents: 0, memory };
+        if region.is_described() {
+            self.append(&mut region, extents)?;
         }
-        let memory = Memory::Draft(Layout::default());
-        let mut region = Region { pdn, access, iova, length, extents: 0, memory };
-        self.append(&mut region, extents)?;
-        let key = random_key(|key| self.regions.by_key.contains_key(&key));
-        self.publish(key, &mut region);
-        self.enter_pd(pdn);
-        self.regions.by_key.insert(key, region);
+        Ok(self.add_region(region, None))
+    }
+
+    fn check_room_for_region(&self) -> Result<(), Refusal> {
+        let full = self.regions.len() >= self.nic.config.profile.max_mr as usize;
+        if full { Err(Refusal::Quota("memory regions")) } else { Ok(()) }
+    }
+
+    fn add_region(&mut self, mut region: Region, fast: Option<usize>) -> Vec<u8> {
+        let key = self.nic.keys.add_region(region.pdn, fast);
+        region.key = key;
+        self.publish(&mut region);
+        self.enter_pd(region.pdn);
+        self.regions.by_index.insert(index(key), region);
+        answer(&ObjectResponse { number: key.into(), ..ObjectResponse::default() })
+    }
+
+    pub(super) fn alloc_mr(&mut self, args: AllocMr) -> Answer {
+        let (pdn, extents) = (args.pdn.get(), args.max_extents.get());
+        let profile = &self.nic.config.profile;
+        self.check_pd(pdn)?;
+        if !(1..=profile.max_fast_reg_extents).contains(&extents) {
+            return Err(Refusal::Value("number of extents"));
+        }
+        self.check_room_for_region()?;
+        self.check_room_for_extents(extents.into())?;
+        self.regions.extents += u64::from(extents);
+        let (access, memory) = (Access::empty(), Memory::Fast);
+        let region = Region { key: 0, pdn, access, iova: 0, length: 0, extents: extents.into(), memory };
+        Ok(self.add_region(region, Some(extents as usize)))
+    }
+
+    pub(super) fn alloc_mw(&mut self, args: AllocMw) -> Answer {
+        let kind = match args.kind {
+            MW_TYPE_1 => WindowKind::One,
+            MW_TYPE_2 => WindowKind::Two,
+            _ => return Err(Refusal::Value("window type")),
+        };
+        if args.reserved != [0; 3] {
+            return Err(Refusal::Reserved);
+        }
+        self.check_pd(args.pdn.get())?;
+        if self.regions.windows >= self.nic.config.profile.max_mw {
+            return Err(Refusal::Quota("memory windows"));
+        }
+        let key = self.nic.keys.add_window(args.pdn.get(), kind);
+        self.regions.windows += 1;
+        self.enter_pd(args.pdn.get());
         Ok(answer(&ObjectResponse { number: key.into(), ..ObjectResponse::default() }))
+    }
+
+    pub(super) fn dealloc_mw(&mut self, key: u32) -> Answer {
+        let (pdn, live) = self.nic.keys.remove_window(key).ok_or(Refusal::NotFound("memory window"))?;
+        self.regions.windows -= 1;
+        self.leave_pd(pdn);
+        self.engine.quiesce().wait();
+        drop(live);
+        Ok(nothing())
     }
 
     pub(super) fn extend_mr(&mut self, key: u32, extents: &[RawExtent]) -> Answer {
@@ -90,17 +175,24 @@ impl Control {
         if args.reserved.get() != 0 {
             return Err(Refusal::Reserved);
         }
-        let (new_pd, old_pd) = (args.pdn.get(), self.regions.by_key.get(&args.key.get()).map(|r| r.pdn));
+        let region = self.regions.get(args.key.get())?;
+        if !region.is_described() {
+            return Err(Refusal::State("not a region that can be changed"));
+        }
+        let (new_pd, old_pd) = (args.pdn.get(), region.pdn);
         if flags & REREG_PD != 0 {
             self.check_pd(new_pd)?;
         }
         let before = self.layout(args.key.get());
-        self.change(args.key.get(), |control, region| {
-            let access = if flags & REREG_ACCESS != 0 { check_access(args.access.get())? } else { region.access };
+        self.freeze(args.key.get())?;
+        let changed = self.change(args.key.get(), |control, region| {
+            let new = || check_access(args.access.get()).map_err(Refusal::Value);
+            let access = if flags & REREG_ACCESS != 0 { new()? } else { region.access };
             let (iova, length) =
                 if translate { (args.iova.get(), args.length.get()) } else { (region.iova, region.length) };
-            check_range(access, iova, length)?;
-            let mut changed = Region { pdn: region.pdn, access, iova, length, extents: 0, memory: Memory::Lost };
+            check_range(access, iova, length).map_err(Refusal::Value)?;
+            let (key, pdn, memory) = (region.key, region.pdn, Memory::Lost);
+            let mut changed = Region { key, pdn, access, iova, length, extents: 0, memory };
             if flags & REREG_PD != 0 {
                 changed.pdn = new_pd;
             }
@@ -114,9 +206,11 @@ impl Control {
             }
             *region = changed;
             Ok(())
-        })?;
-        if let (Some(old), true) = (old_pd, flags & REREG_PD != 0) {
-            self.leave_pd(old);
+        });
+        self.nic.keys.thaw(args.key.get());
+        changed?;
+        if flags & REREG_PD != 0 {
+            self.leave_pd(old_pd);
             self.enter_pd(new_pd);
         }
         self.engine.quiesce().wait();
@@ -126,31 +220,47 @@ impl Control {
     }
 
     fn layout(&self, key: u32) -> Option<Arc<Layout>> {
-        match &self.regions.by_key.get(&key)?.memory {
+        match &self.regions.get(key).ok()?.memory {
             Memory::Live(layout) => Some(layout.clone()),
             _ => None,
         }
     }
 
+    /// No window may be bound to a region while it changes (IBA 10.6.7.2.6).
+    fn freeze(&self, key: u32) -> Result<(), Refusal> {
+        self.nic.keys.freeze(key).map_err(|_| Refusal::Busy("memory region"))
+    }
+
     pub(super) fn dereg_mr(&mut self, key: u32) -> Answer {
-        let region = self.regions.by_key.remove(&key).ok_or(Refusal::NotFound("memory region"))?;
-        self.nic.keys.remove(key);
-        self.regions.extents -= region.extents;
-        self.leave_pd(region.pdn);
+        self.regions.get(key)?;
+        self.freeze(key)?;
+        let region = self.regions.by_index.remove(&index(key));
+        let live = self.nic.keys.remove(key);
+        if let Some(region) = &region {
+            self.regions.extents -= region.extents;
+            self.leave_pd(region.pdn);
+        }
         self.engine.quiesce().wait();
-        drop(region);
+        drop((region, live));
         Ok(nothing())
     }
 
     /// Changes a region; if that succeeds, what the data path sees follows.
     fn change(&mut self, key: u32, change: impl FnOnce(&mut Self, &mut Region) -> Result<(), Refusal>) -> Answer {
-        let mut region = self.regions.by_key.remove(&key).ok_or(Refusal::NotFound("memory region"))?;
+        self.regions.get(key)?;
+        let removed = self.regions.by_index.remove(&index(key));
+        let mut region = removed.ok_or(Refusal::NotFound("memory region"))?;
         let result = change(self, &mut region);
         if result.is_ok() {
-            self.publish(key, &mut region);
+            self.publish(&mut region);
         }
-        self.regions.by_key.insert(key, region);
+        self.regions.by_index.insert(index(key), region);
         result.map(|()| nothing())
+    }
+
+    fn check_room_for_extents(&self, count: u64) -> Result<(), Refusal> {
+        let max = u64::from(self.nic.config.profile.max_extents);
+        if self.regions.extents + count > max { Err(Refusal::Quota("extents")) } else { Ok(()) }
     }
 
     /// Appends memory to a draft, all or nothing.
@@ -158,97 +268,48 @@ impl Control {
         let Memory::Draft(layout) = &mut region.memory else {
             return Err(Refusal::State("the region is complete"));
         };
-        let max = u64::from(self.nic.config.profile.max_extents);
         let count = extents.len() as u64;
-        if self.regions.extents + count > max {
-            return Err(Refusal::Quota("extents"));
-        }
-        if !is_paged(extents, layout.length(), region.length) {
-            return Err(Refusal::Value("extents: pages in the middle must be whole"));
-        }
-        let found = resolve(&self.map, extents)?;
-        let added: u64 = found.iter().map(Extent::len).sum();
-        if layout.length().saturating_add(added) > region.length {
-            return Err(Refusal::Value("extents: more than the region's length"));
-        }
-        for extent in found {
-            layout.push(extent);
-        }
+        self.check_room_for_extents(count)?;
+        layout.append(&self.map, extents, region.length).map_err(|error| match error {
+            LayoutError::CutPage => Refusal::Value("extents: pages in the middle must be whole"),
+            LayoutError::NotThere => Refusal::Memory("memory region"),
+            LayoutError::TooLong => Refusal::Value("extents: more than the region's length"),
+        })?;
         region.extents += count;
         self.regions.extents += count;
         Ok(())
     }
 
     /// Makes the data path see a region as it is now: a complete one works, another does not.
-    fn publish(&self, key: u32, region: &mut Region) {
+    fn publish(&self, region: &mut Region) {
         if let Memory::Draft(layout) = &mut region.memory
             && layout.length() == region.length
         {
             region.memory = Memory::Live(Arc::new(std::mem::take(layout)));
         }
-        match &region.memory {
-            Memory::Live(layout) => {
-                let mr = Mr::new(key, region.pdn, region.access, region.iova, layout.clone());
-                self.nic.keys.insert(Arc::new(mr));
-            }
-            _ => self.nic.keys.remove(key),
-        }
+        let Region { key, pdn, access, iova, .. } = *region;
+        let live = match &region.memory {
+            Memory::Live(layout) => Some(Mr::new(key, pdn, access, iova, layout.clone())),
+            Memory::Guest => Some(Mr::of_guest(key, pdn, access, self.map.clone())),
+            Memory::Draft(_) | Memory::Lost => None,
+            Memory::Fast => return,
+        };
+        self.nic.keys.publish(key, pdn, live.map(Arc::new));
     }
 
     /// Regions whose memory is gone work no longer. Returns what is to be freed when no worker uses it any more.
-    pub(super) fn drop_lost_regions(&mut self) -> Vec<Memory> {
-        let map = &self.map;
+    pub(super) fn drop_lost_regions(&mut self) -> impl Sized + use<> {
         let mut freed = Vec::new();
-        for (&key, region) in &mut self.regions.by_key {
+        for region in self.regions.by_index.values_mut() {
             let lost = match &region.memory {
-                Memory::Draft(layout) => !layout.is_in(map),
-                Memory::Live(layout) => !layout.is_in(map),
-                Memory::Lost => false,
+                Memory::Draft(layout) => !layout.is_in(&self.map),
+                Memory::Live(layout) => !layout.is_in(&self.map),
+                Memory::Lost | Memory::Guest | Memory::Fast => false,
             };
             if lost {
                 freed.push(std::mem::replace(&mut region.memory, Memory::Lost));
-                self.nic.keys.remove(key);
             }
         }
-        freed
+        (freed, self.nic.keys.set_map(&self.map))
     }
-}
-
-fn check_access(bits: u32) -> Result<Access, Refusal> {
-    let access = Access::from_bits(bits).filter(|a| Profile::access().contains(*a));
-    let access = access.ok_or(Refusal::Value("access flags"))?;
-    let remote_change = access.intersects(Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
-    if remote_change && !access.contains(Access::LOCAL_WRITE) {
-        return Err(Refusal::Value("access flags: remote write needs local write"));
-    }
-    Ok(access)
-}
-
-fn check_range(access: Access, iova: u64, length: u64) -> Result<(), Refusal> {
-    if length == 0 || length > Profile::MAX_MR_SIZE || iova.checked_add(length).is_none() {
-        return Err(Refusal::Value("address or length"));
-    }
-    if access.contains(Access::ZERO_BASED) && iova != 0 {
-        return Err(Refusal::Value("address of a zero-based region"));
-    }
-    Ok(())
-}
-
-/// Whether only the first and the last page of a region of `length` bytes are cut, so that no amount of bytes lies in more pieces than pages;
-/// `before` bytes were described before.
-fn is_paged(extents: &[RawExtent], before: u64, length: u64) -> bool {
-    let mut offset = before;
-    extents.iter().all(|&(addr, len)| {
-        let first = offset == 0;
-        offset = offset.saturating_add(len);
-        let last = offset == length;
-        let whole = |at: u64| at.is_multiple_of(PAGE_SIZE as u64);
-        (first || whole(addr)) && (last || whole(addr.wrapping_add(len)))
-    })
-}
-
-fn resolve(map: &Map, extents: &[RawExtent]) -> Result<Vec<Extent>, Refusal> {
-    let mut found = Vec::with_capacity(extents.len());
-    let all = extents.iter().all(|&(addr, len)| map.resolve(addr, len, &mut found));
-    if all { Ok(found) } else { Err(Refusal::Memory("memory region")) }
 }

@@ -194,11 +194,13 @@ impl Control {
             Command::ModifySrq(args) => self.modify_srq(args),
             Command::QuerySrq(srqn) => self.query_srq(srqn),
             Command::DestroySrq(srqn) => self.destroy_srq(srqn),
-            Command::AllocMr(_) => Err(Refusal::NotOffered("fast registration")),
-            Command::AllocMw(_) | Command::DeallocMw(_) => Err(Refusal::NotOffered("memory windows")),
-            Command::ResizeCq(..) | Command::ResizeSrq(..) => Err(Refusal::NotOffered("another ring")),
+            Command::AllocMr(args) => self.alloc_mr(args),
+            Command::AllocMw(args) => self.alloc_mw(args),
+            Command::DeallocMw(key) => self.dealloc_mw(key),
             Command::AttachMcast(args) => self.attach_mcast(&args),
             Command::DetachMcast(args) => self.detach_mcast(&args),
+            Command::ResizeCq(args, extents) => self.resize_cq(&args, &extents),
+            Command::ResizeSrq(args, extents) => self.resize_srq(&args, &extents),
         }
     }
 
@@ -243,6 +245,8 @@ impl Control {
     /// Guest memory has changed. What lies in memory that went fails; nothing else notices. When it returns no worker touches what went.
     pub fn set_map(&mut self, map: Arc<Map>) {
         let before = std::mem::replace(&mut self.map, map);
+        // From here on workers register what is in the new table; what they registered before is looked through below.
+        *self.nic.map.write() = self.map.clone();
         self.drop_lost_areas();
         let lost = self.drop_lost_regions();
         self.drop_lost_queues();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_rdma::ctrl::{
-    CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QP_KERNEL, QpAttr, RingDesc,
+    CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QP_KERNEL, QpAttr, ResizeCq, RingDesc,
 };
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, GSI_QPN, QpMask, QpState, QpType};
@@ -18,7 +18,7 @@ use crate::profile::Profile;
 use crate::qp::state::allowed;
 use crate::qp::{Identity, Qp, RecvQueue, RecvRing, RecvSource, SendQueue};
 use crate::ring::rxe::Caps;
-use crate::ring::{Geometry, Ring};
+use crate::ring::{Geometry, ResizeError, Ring};
 
 impl Control {
     pub(super) fn create_cq(&mut self, args: &CreateCq, extents: &[RawExtent]) -> Answer {
@@ -32,13 +32,29 @@ impl Control {
         }
         let arm = self.arm.clone().ok_or(Refusal::State("no area for arm words"))?;
         let cqn = free_slot(&mut self.cqs, profile.max_cq).ok_or(Refusal::Quota("completion queues"))?;
-        let max_entries = (profile.max_cqe + 1).next_power_of_two();
-        let geometry = Geometry::parse(&args.ring, max_entries, RXE_CQE_STRIDE as usize);
-        let geometry = geometry.ok_or(Refusal::Value("completion ring"))?;
-        let ring = self.new_ring(geometry, extents, "completion ring")?;
-        self.ring_bytes += geometry.size() as u64;
+        let ring = self.completion_ring(&args.ring, extents)?;
+        self.ring_bytes += ring.geometry().size() as u64;
         self.cqs[cqn] = Some(Arc::new(Cq::new(cqn as u32, vector, ring, arm)));
         Ok(answer(&ObjectResponse { number: (cqn as u32).into(), ..ObjectResponse::default() }))
+    }
+
+    fn completion_ring(&self, desc: &RingDesc, extents: &[RawExtent]) -> Result<Ring, Refusal> {
+        let max_entries = (self.nic.config.profile.max_cqe + 1).next_power_of_two();
+        let geometry = Geometry::parse(desc, max_entries, RXE_CQE_STRIDE as usize);
+        self.new_ring(geometry.ok_or(Refusal::Value("completion ring"))?, extents, "completion ring")
+    }
+
+    pub(super) fn resize_cq(&mut self, args: &ResizeCq, extents: &[RawExtent]) -> Answer {
+        let cq = self.cq(args.cqn.get())?;
+        if args.reserved.get() != 0 {
+            return Err(Refusal::Reserved);
+        }
+        let ring = self.completion_ring(&args.ring, extents)?;
+        let before = cq.ring_bytes.load(Ordering::Relaxed);
+        cq.resize(ring).map_err(unresized)?;
+        self.ring_bytes += cq.ring_bytes.load(Ordering::Relaxed);
+        self.ring_bytes -= before;
+        Ok(nothing())
     }
 
     pub(super) fn destroy_cq(&mut self, cqn: u32) -> Answer {
@@ -47,7 +63,7 @@ impl Control {
             return Err(Refusal::Busy("completion queue"));
         }
         cq.close();
-        self.ring_bytes -= cq.ring_bytes;
+        self.ring_bytes -= cq.ring_bytes.load(Ordering::Relaxed);
         self.cqs[cqn as usize] = None;
         self.engine.quiesce().wait();
         Ok(nothing())
@@ -59,8 +75,13 @@ impl Control {
 
     pub(super) fn create_qp(&mut self, args: &CreateQp, sq: &[RawExtent], rq: &[RawExtent]) -> Answer {
         let kind = self.check_create(args)?;
-        let caps =
-            |max_sge: u16, max_inline| Caps { max_sge: max_sge.into(), max_inline, datagram: kind.is_datagram() };
+        let kernel = args.flags.get() & QP_KERNEL != 0;
+        let caps = |max_sge: u16, max_inline| Caps {
+            max_sge: max_sge.into(),
+            max_inline,
+            datagram: kind.is_datagram(),
+            kernel,
+        };
         let send_caps = caps(args.max_send_sge.get(), args.max_inline_data.get());
         let recv_caps = caps(args.max_recv_sge.get(), 0);
         let send_ring = self.ring(&args.sq, sq, send_caps.send_element())?;
@@ -188,7 +209,9 @@ impl Control {
         self.nic.qps.write().remove(&qpn);
         self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = None;
         qp.close();
+        let windows = self.nic.keys.release(qpn);
         self.engine.quiesce().wait();
+        drop(windows);
         self.leave_pd(qp.id.pdn);
         self.ring_bytes -= qp.id.ring_bytes;
         qp.id.send_cq.users.fetch_sub(1, Ordering::Relaxed);
@@ -256,6 +279,8 @@ impl Control {
         qp.set_state(to);
         self.engine.quiesce().wait();
         if to == QpState::Reset {
+            // No worker uses them any more: only work requests of this QP's peer could.
+            drop(self.nic.keys.release(qp.id.qpn));
             let mut send = qp.send.lock();
             qp.start_over();
             send.reset();
@@ -337,6 +362,14 @@ fn check_attributes(mask: QpMask, attr: &QpAttr, max_rd_atomic: u32, max_gids: u
         () => return Ok(()),
     };
     Err(Refusal::Value(field))
+}
+
+/// Why a ring was not exchanged.
+pub(super) fn unresized(error: ResizeError) -> Refusal {
+    match error {
+        ResizeError::TooSmall => Refusal::Value("size: what is in the ring does not fit"),
+        ResizeError::Broken => Refusal::State("the ring is broken"),
+    }
 }
 
 /// The first free slot, in a table of at most `max`.

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use virtio_rdma::ctrl::{CreateSrq, ModifySrq, ObjectResponse, SrqAttr};
+use virtio_rdma::ctrl::{CreateSrq, ModifySrq, ObjectResponse, ResizeSrq, SrqAttr};
 use virtio_rdma::event::EventType;
 
 use super::parse::RawExtent;
-use super::queues::free_slot;
+use super::queues::{free_slot, unresized};
 use super::{Answer, Control, Refusal, answer, nothing};
 use crate::ring::rxe::Caps;
 use crate::srq::Srq;
@@ -23,14 +23,14 @@ impl Control {
             return Err(Refusal::Value("SGEs"));
         }
         let srqn = free_slot(&mut self.srqs, profile.max_srq).ok_or(Refusal::Quota("shared receive queues"))?;
-        let caps = Caps { max_sge: args.max_sge.get().into(), max_inline: 0, datagram: false };
+        let caps = Caps { max_sge: args.max_sge.get().into(), max_inline: 0, datagram: false, kernel: false };
         let ring = self.ring(&args.ring, extents, caps.recv_element())?;
         let srq = Srq::new(srqn as u32, args.pdn.get(), ring, caps);
         if !srq.set_limit(args.limit.get()) {
             return Err(Refusal::Value("limit"));
         }
         self.enter_pd(srq.pdn);
-        self.ring_bytes += srq.ring_bytes;
+        self.ring_bytes += srq.ring_bytes.load(Ordering::Relaxed);
         self.srqs[srqn] = Some(Arc::new(srq));
         Ok(answer(&ObjectResponse { number: (srqn as u32).into(), ..ObjectResponse::default() }))
     }
@@ -38,6 +38,19 @@ impl Control {
     pub(super) fn modify_srq(&mut self, args: ModifySrq) -> Answer {
         let srq = self.srq(args.srqn.get())?;
         if srq.set_limit(args.limit.get()) { Ok(nothing()) } else { Err(Refusal::Value("limit")) }
+    }
+
+    pub(super) fn resize_srq(&mut self, args: &ResizeSrq, extents: &[RawExtent]) -> Answer {
+        let srq = self.srq(args.srqn.get())?;
+        if args.reserved.get() != 0 {
+            return Err(Refusal::Reserved);
+        }
+        let ring = self.ring(&args.ring, extents, srq.element())?;
+        let before = srq.ring_bytes.load(Ordering::Relaxed);
+        srq.resize(ring).map_err(unresized)?;
+        self.ring_bytes += srq.ring_bytes.load(Ordering::Relaxed);
+        self.ring_bytes -= before;
+        Ok(nothing())
     }
 
     pub(super) fn query_srq(&mut self, srqn: u32) -> Answer {
@@ -51,7 +64,7 @@ impl Control {
         }
         srq.close();
         self.srqs[srqn as usize] = None;
-        self.ring_bytes -= srq.ring_bytes;
+        self.ring_bytes -= srq.ring_bytes.load(Ordering::Relaxed);
         self.leave_pd(srq.pdn);
         self.engine.quiesce().wait();
         Ok(nothing())

@@ -7,17 +7,18 @@ use std::sync::Arc;
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
-use super::context::{Budget, Context, Gather, Side};
+use super::context::{Budget, Context, Gather, Remote, Side};
 use super::cost;
 use super::job::Job;
-use super::serve::{RecvDone, complete_recv, fatal, note_limit};
+use super::serve::{RecvDone, Word, complete_recv, fatal, note_limit};
+use crate::key_table::Actor;
 use crate::mem::{self, AtomicOp, Source};
 use crate::mr::KeyError;
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::profile::Profile;
 use crate::qp::{Binding, Qp, SendQueue, Taken};
-use crate::wqe::{Op, Sge};
+use crate::wqe::{Flush, Op};
 
 /// How far a message came.
 pub(super) enum Progress {
@@ -101,6 +102,9 @@ fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), W
     if job.wqe.op.fetches() && job.wqe.sges.total() < job.wqe.length {
         // An atomic without room for its answer; the status is rxe's.
         return Err(WcStatus::LocProtErr);
+    }
+    if job.wqe.op.takes_resource() && !qp.has_resources() {
+        return Err(WcStatus::LocQpOpErr);
     }
     let need = if job.wqe.op.fetches() { Access::LOCAL_WRITE } else { Access::empty() };
     ctx.check_sges(nic, qp.id.pdn, need, job.wqe.sges.as_slice()).map_err(|error| {
@@ -190,6 +194,8 @@ impl Fault {
         event: EventType::QpRequestError,
         own: false,
     };
+    /// IBA 9.9.3, class J. There the requester hears nothing; here it does.
+    const INVALIDATION: Self = Self { event: EventType::QpFatal, ..Self::INVALID };
     const TOO_LONG: Self = Self { responder: WcStatus::LocLenErr, ..Self::INVALID };
     const ACCESS: Self = Self {
         requester: WcStatus::RemAccessErr,
@@ -210,25 +216,47 @@ fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, 
     Ok(Admission::Accepted)
 }
 
-/// Checks what a WRITE, READ or atomic reaches at the peer.
+/// Checks what a WRITE, READ, atomic or FLUSH reaches at the peer.
 fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job) -> Result<(), Fault> {
-    let (need, remote_addr, rkey) = match job.wqe.op {
-        Op::Write { remote_addr, rkey, .. } => (Access::REMOTE_WRITE, remote_addr, rkey),
+    let (need, addr, rkey) = match job.wqe.op {
+        Op::Write { remote_addr, rkey, .. } | Op::AtomicWrite { remote_addr, rkey } => {
+            (Access::REMOTE_WRITE, remote_addr, rkey)
+        }
         Op::Read { remote_addr, rkey } => (Access::REMOTE_READ, remote_addr, rkey),
         Op::Atomic { remote_addr, rkey, .. } => (Access::REMOTE_ATOMIC, remote_addr, rkey),
+        Op::Flush(flush) => return check_flush(ctx, peer, flush),
         _ => return Ok(()),
     };
-    if !peer.qp.access().contains(need) {
+    if !peer.qp.access().contains(need) || (job.wqe.op.takes_resource() && !peer.qp.lends_resources()) {
         return Err(Fault::INVALID);
     }
     if job.wqe.length == 0 {
         return Ok(());
     }
-    if matches!(job.wqe.op, Op::Atomic { .. }) && !remote_addr.is_multiple_of(job.wqe.length) {
+    let is_word = matches!(job.wqe.op, Op::Atomic { .. } | Op::AtomicWrite { .. });
+    if is_word && !addr.is_multiple_of(job.wqe.length) {
         return Err(Fault::INVALID);
     }
-    let mr = ctx.key(&peer.nic, rkey).map_err(|_| Fault::ACCESS)?;
-    mr.check(peer.qp.id.pdn, need, remote_addr, job.wqe.length).map_err(|_| Fault::ACCESS)
+    check_key(ctx, peer, Remote { need, addr, rkey }, job.wqe.length)
+}
+
+fn check_key(ctx: &mut Context, peer: &Binding, at: Remote, len: u64) -> Result<(), Fault> {
+    let mr = ctx.key(&peer.nic, at.rkey).map_err(|_| Fault::ACCESS)?;
+    let who = (peer.qp.id.pdn, peer.qp.id.qpn);
+    mr.check_remote(who, at.need, at.addr, len).map_err(|_| Fault::ACCESS)
+}
+
+/// What WRITEs have written is visible when they are complete: there is nothing to do but to check.
+fn check_flush(ctx: &mut Context, peer: &Binding, flush: Flush) -> Result<(), Fault> {
+    if flush.persistent {
+        return Err(Fault::ACCESS);
+    }
+    if !peer.qp.access().contains(Access::FLUSH_GLOBAL) {
+        return Err(Fault::INVALID);
+    }
+    let mr = ctx.key(&peer.nic, flush.rkey).map_err(|_| Fault::ACCESS)?;
+    let (addr, len) = if flush.whole { (mr.iova, 0) } else { (flush.remote_addr, flush.length.into()) };
+    check_key(ctx, peer, Remote { need: Access::FLUSH_GLOBAL, addr, rkey: flush.rkey }, len)
 }
 
 fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Fault> {
@@ -271,6 +299,9 @@ fn move_piece(
     let last = len == job.left();
     if len > 0 {
         map_piece(ctx, nic, qp, peer, job, len)?;
+        if matches!(job.wqe.op, Op::AtomicWrite { .. }) && !matches!(ctx.dst[..], [word] if word.is_word()) {
+            return Err(Failure::Remote(Fault::INVALID));
+        }
         let from = Source { own: &[inline_piece(job, len)], guest: &ctx.src };
         if last {
             mem::copy_ordered(from, &ctx.dst);
@@ -281,13 +312,26 @@ fn move_piece(
         budget.bytes -= len;
         ctx.charge(cost::bytes(len));
     }
-    if !last {
+    if !last || !invalidate(ctx, peer, job)? {
         return Ok(Progress::Paused);
     }
     if job.finish_receive() && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
         return Err(Failure::Remote(Fault::OPERATION));
     }
     Ok(Progress::Done)
+}
+
+/// The message has arrived: makes a key of the responder's free if it says so. False while others may still be using that.
+fn invalidate(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<bool, Failure> {
+    let Op::SendInvalidate { rkey } = job.wqe.op else {
+        return Ok(true);
+    };
+    if job.grace.is_none() {
+        let actor = Actor { qpn: peer.qp.id.qpn, pdn: peer.qp.id.pdn };
+        peer.nic.keys.invalidate(actor, rkey).map_err(|_| Failure::Remote(Fault::INVALIDATION))?;
+        job.grace = Some(ctx.forget_key(&peer.nic, rkey));
+    }
+    Ok(job.grace.as_ref().is_none_or(|grace| ctx.engine.quiesce().is_over(grace)))
 }
 
 /// Executes an atomic; it is too short to take more than one visit.
@@ -302,7 +346,7 @@ fn fetch_atomic(
     ctx.src.clear();
     ctx.dst.clear();
     let (from, len) = (0, job.wqe.length);
-    reach(ctx, peer, Side::Source, (Access::REMOTE_ATOMIC, remote_addr, rkey), from, len)?;
+    reach(ctx, peer, Side::Source, Remote { need: Access::REMOTE_ATOMIC, addr: remote_addr, rkey }, len)?;
     let answer = Gather { nic, pdn: qp.id.pdn, need: Access::LOCAL_WRITE, sges: job.wqe.sges.as_slice(), from, len };
     ctx.gather(Side::Destination, &answer).map_err(local)?;
     // Addresses of a region need not be aligned as its memory is.
@@ -334,12 +378,14 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
     let own = |need| Gather { nic, pdn: qp.id.pdn, need, sges: job.wqe.sges.as_slice(), from: job.done, len };
     match job.wqe.op {
         Op::Read { remote_addr, rkey } => {
-            reach(ctx, peer, Side::Source, (Access::REMOTE_READ, remote_addr, rkey), job.done, len)?;
+            let at = Remote { need: Access::REMOTE_READ, addr: remote_addr.wrapping_add(job.done), rkey };
+            reach(ctx, peer, Side::Source, at, len)?;
             ctx.gather(Side::Destination, &own(Access::LOCAL_WRITE)).map_err(local)?;
         }
-        Op::Write { remote_addr, rkey, .. } => {
+        Op::Write { remote_addr, rkey, .. } | Op::AtomicWrite { remote_addr, rkey } => {
             source(ctx, job, &own(Access::empty()))?;
-            reach(ctx, peer, Side::Destination, (Access::REMOTE_WRITE, remote_addr, rkey), job.done, len)?;
+            let at = Remote { need: Access::REMOTE_WRITE, addr: remote_addr.wrapping_add(job.done), rkey };
+            reach(ctx, peer, Side::Destination, at, len)?;
         }
         _ => {
             source(ctx, job, &own(Access::empty()))?;
@@ -360,32 +406,23 @@ fn source(ctx: &mut Context, job: &Job, sges: &Gather<'_>) -> Result<(), Failure
 }
 
 /// Appends memory of the peer that a key gives access to.
-fn reach(
-    ctx: &mut Context,
-    peer: &Binding,
-    side: Side,
-    (need, addr, rkey): (Access, u64, u32),
-    from: u64,
-    len: u64,
-) -> Result<(), Failure> {
-    let length = len as u32;
-    let sges = [Sge { addr: addr.wrapping_add(from), length, lkey: rkey }];
-    let gather = Gather { nic: &peer.nic, pdn: peer.qp.id.pdn, need, sges: &sges, from: 0, len };
-    ctx.gather(side, &gather).map_err(|_| Failure::Remote(Fault::ACCESS))
+fn reach(ctx: &mut Context, peer: &Binding, side: Side, at: Remote, len: u64) -> Result<(), Failure> {
+    ctx.reach(side, &peer.nic, &peer.qp.id, at, len).map_err(|_| Failure::Remote(Fault::ACCESS))
 }
 
 fn received(job: &Job) -> RecvDone {
-    let (opcode, imm) = match job.wqe.op {
-        Op::Write { imm, .. } => (WcOpcode::RecvRdmaWithImm, imm),
-        Op::Send { imm } => (WcOpcode::Recv, imm),
-        _ => (WcOpcode::Recv, false),
+    let (opcode, word) = match job.wqe.op {
+        Op::Write { imm, .. } => (WcOpcode::RecvRdmaWithImm, Word::imm(imm, job.wqe.imm)),
+        Op::Send { imm } => (WcOpcode::Recv, Word::imm(imm, job.wqe.imm)),
+        Op::SendInvalidate { rkey } => (WcOpcode::Recv, Word::Invalidated(rkey)),
+        _ => (WcOpcode::Recv, Word::None),
     };
     RecvDone {
         wr_id: job.recv.wr_id,
         status: WcStatus::Success,
         opcode,
         byte_len: job.wqe.length as u32,
-        imm: imm.then_some(job.wqe.imm),
+        word,
         src_qp: 0,
         flags: WcFlags::empty(),
         solicited: job.wqe.flags.contains(SendFlags::SOLICITED),

@@ -8,12 +8,14 @@ use virtio_rdma::ib::Access;
 use virtio_rdma::ring::Cqe;
 
 use super::job::Job;
+use super::quiesce::Grace;
 use super::{Engine, cost};
 use crate::cq::{Cq, CqBroken};
 use crate::mem::Seg;
 use crate::mr::{KeyError, Mr};
 use crate::nic::Nic;
 use crate::overlay::NicId;
+use crate::qp::Identity;
 use crate::wqe::Sge;
 
 /// Bytes that one visit to a QP may move before others have their turn.
@@ -21,8 +23,8 @@ pub const QUANTUM_BYTES: u64 = 64 * 1024;
 /// Work requests that one visit to a QP may start.
 pub const QUANTUM_WQES: u32 = 32;
 
-/// Bytes that could be moved in the time that one more SGE takes.
-const BYTES_PER_SGE: u64 = 1024;
+/// Bytes that could be moved in the time that one more look-up takes.
+const BYTES_PER_LOOKUP: u64 = 1024;
 
 /// How often a visit may go on because nobody else waits. It bounds how long a quantum lasts.
 pub const REFILLS: u32 = 15;
@@ -52,9 +54,9 @@ impl Budget {
         true
     }
 
-    /// Looking up keys takes time too: a long list counts like bytes.
-    pub fn charge_sges(&mut self, count: usize) {
-        self.bytes = self.bytes.saturating_sub(count.saturating_sub(1) as u64 * BYTES_PER_SGE);
+    /// Looking up keys and extents takes time too: a long list counts like bytes.
+    pub fn charge_lookups(&mut self, count: usize) {
+        self.bytes = self.bytes.saturating_sub(count.saturating_sub(1) as u64 * BYTES_PER_LOOKUP);
     }
 
     /// Takes a work request out of the budget; false when it is used up.
@@ -70,6 +72,8 @@ impl Budget {
 pub struct Context {
     /// The engine.
     pub engine: Arc<Engine>,
+    /// The worker's number.
+    pub worker: usize,
     /// The time, as of the present round.
     pub now: Instant,
     /// Source of the present copy.
@@ -94,9 +98,10 @@ struct Touched {
 
 impl Context {
     /// For one worker of `engine`.
-    pub fn new(engine: Arc<Engine>) -> Self {
+    pub fn new(engine: Arc<Engine>, worker: usize) -> Self {
         Self {
             engine,
+            worker,
             now: Instant::now(),
             src: Vec::new(),
             dst: Vec::new(),
@@ -136,6 +141,27 @@ impl Context {
     /// When there is none.
     pub fn key(&mut self, nic: &Nic, key: u32) -> Result<&Arc<Mr>, KeyError> {
         self.keys.get(nic, key)
+    }
+
+    /// This key does not give access any more, to what it did: what to wait for until nobody uses that.
+    pub fn forget_key(&mut self, nic: &Nic, key: u32) -> Grace {
+        self.keys.entries.retain(|(id, mr)| *id != nic.id || mr.key != key);
+        self.engine.quiesce().begin(self.worker)
+    }
+
+    /// Appends where bytes of a responder are that a key gives its peer access to.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn reach(&mut self, side: Side, nic: &Nic, qp: &Identity, at: Remote, len: u64) -> Result<(), KeyError> {
+        let mr = self.keys.get(nic, at.rkey)?;
+        mr.check_remote((qp.pdn, qp.qpn), at.need, at.addr, len)?;
+        let out = match side {
+            Side::Source => &mut self.src,
+            Side::Destination => &mut self.dst,
+        };
+        mr.segments(at.addr, len, out);
+        Ok(())
     }
 
     /// Checks every key of an SGE list.
@@ -225,6 +251,17 @@ pub enum Side {
     Source,
     /// Bytes go there.
     Destination,
+}
+
+/// What a peer reaches.
+#[derive(Debug, Clone, Copy)]
+pub struct Remote {
+    /// Access that is needed.
+    pub need: Access,
+    /// First byte.
+    pub addr: u64,
+    /// Key.
+    pub rkey: u32,
 }
 
 /// Part of an SGE list.

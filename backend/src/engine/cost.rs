@@ -7,8 +7,8 @@
 pub const VISIT: u64 = 60;
 /// A work request, whatever becomes of it.
 pub const WQE: u64 = 120;
-/// Each element of its list.
-pub const SGE: u64 = 20;
+/// Each element of its list, and each extent of what it registers.
+pub const LOOKUP: u64 = 20;
 /// Writing a completion.
 pub const CQE: u64 = 40;
 /// A work request that fails: a line for the log, maybe, and events.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::mcast::Cast;
+use super::quiesce::Grace;
 use crate::qp::{Qp, Ticket};
 use crate::wqe::{Recv, Send};
 
@@ -21,6 +22,8 @@ pub struct Job {
     pub done: u64,
     /// A datagram to a group, on its way.
     pub cast: Option<Box<Cast>>,
+    /// It has taken access away and waits for those who had it.
+    pub grace: Option<Grace>,
 }
 
 impl Job {
@@ -30,6 +33,7 @@ impl Job {
         self.started = false;
         self.done = 0;
         self.cast = None;
+        self.grace = None;
     }
 
     /// Bytes still to move.

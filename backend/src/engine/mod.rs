@@ -4,12 +4,14 @@
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
 //!   [`connected`] what the first two share, [`mcast`] the last to many.
 //! * [`cost`]: what work costs, by which virtual NICs share a worker.
+//! * [`local`]: work requests that need no peer.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
 mod connected;
 pub mod context;
 mod cost;
 pub mod job;
+mod local;
 pub mod mcast;
 pub mod quiesce;
 mod rc;

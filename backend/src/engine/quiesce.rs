@@ -2,7 +2,8 @@
 //!
 //! Workers look things up (keys, QPs, areas, "is this NIC running?") and use what they found within
 //! one *quantum* of work, at most 64 KiB of copying. Whoever removes something first makes it impossible to find and then calls
-//! [`Quiesce::wait`]: when that returns, every quantum that may have found it is over.
+//! [`Quiesce::wait`]: when that returns, every quantum that may have found it is over. A worker, which is in a quantum itself, waits
+//! for the others without blocking ([`Quiesce::begin`]), and goes on with other work meanwhile: two that waited for each other would wait for ever.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
@@ -17,6 +18,10 @@ struct Ticks(AtomicU64);
 pub struct Quiesce {
     workers: Box<[Ticks]>,
 }
+
+/// Quanta that were under way at some time: workers with their counts.
+#[derive(Debug)]
+pub struct Grace(Vec<(usize, u64)>);
 
 impl Quiesce {
     /// For this many workers.
@@ -38,6 +43,23 @@ impl Quiesce {
         ticks.store(ticks.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
+    /// What a worker has to wait for, without blocking, after it took something away itself: quanta of the others.
+    pub fn begin(&self, worker: usize) -> Grace {
+        fence(Ordering::SeqCst);
+        let others = self.workers.iter().enumerate().filter(|&(index, _)| index != worker);
+        let under_way = others.map(|(index, ticks)| (index, ticks.0.load(Ordering::Acquire)));
+        Grace(under_way.filter(|(_, ticks)| !ticks.is_multiple_of(2)).collect())
+    }
+
+    /// Whether all those quanta are over.
+    pub fn is_over(&self, grace: &Grace) -> bool {
+        let over = grace.0.iter().all(|&(worker, ticks)| self.workers[worker].0.load(Ordering::Acquire) != ticks);
+        if over {
+            fence(Ordering::SeqCst);
+        }
+        over
+    }
+
     /// Returns when every quantum that was under way at the call is over. Not for workers.
     pub fn wait(&self) {
         fence(Ordering::SeqCst);
@@ -57,5 +79,29 @@ impl Quiesce {
             }
         }
         fence(Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grace_is_for_quanta_under_way_but_for_ones_own() {
+        let quiesce = Quiesce::new(3);
+        quiesce.enter(0);
+        assert!(quiesce.is_over(&quiesce.begin(0)), "nobody else is at work");
+        quiesce.enter(1);
+        let grace = quiesce.begin(0);
+        quiesce.enter(2);
+        assert!(!quiesce.is_over(&grace));
+        let theirs = quiesce.begin(1);
+        quiesce.leave(1);
+        quiesce.enter(1);
+        assert!(quiesce.is_over(&grace), "a later quantum does not count");
+        assert!(!quiesce.is_over(&theirs));
+        quiesce.leave(0);
+        quiesce.leave(2);
+        assert!(quiesce.is_over(&theirs));
     }
 }

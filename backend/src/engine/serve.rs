@@ -10,7 +10,7 @@ use virtio_rdma::ring::Cqe;
 
 use super::context::{Budget, Context};
 use super::job::Job;
-use super::{cost, rc, uc, ud};
+use super::{cost, local, rc, uc, ud};
 use crate::nic::Nic;
 use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
@@ -101,9 +101,9 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
         Some(job) => Some(job),
         None => match fetch(ctx, qp, send) {
             Ok(job) => job.inspect(|job| {
-                let sges = job.wqe.sges.as_slice().len();
-                ctx.charge(cost::SGE * sges as u64);
-                budget.charge_sges(sges);
+                let lookups = job.wqe.lookups();
+                ctx.charge(cost::LOOKUP * lookups as u64);
+                budget.charge_lookups(lookups);
             }),
             Err(reason) => return Some(fatal(nic, qp, reason)),
         },
@@ -140,6 +140,7 @@ fn advance(
     let step = match job.wqe.op {
         Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
         Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job, budget),
+        Op::Local(op) => local::step(ctx, nic, qp, &mut job, op),
         _ if qp.id.kind == QpType::Uc => uc::step(ctx, nic, qp, send, &mut job, budget),
         _ => rc::step(ctx, nic, qp, send, &mut job, budget),
     };
@@ -357,6 +358,31 @@ pub(super) fn note_limit(nic: &Nic, qp: &Qp) {
     }
 }
 
+/// What a message carries besides its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Word {
+    None,
+    /// Immediate data.
+    Imm(u32),
+    /// The key that it made free.
+    Invalidated(u32),
+}
+
+impl Word {
+    /// Immediate data where there are some.
+    pub(super) fn imm(there: bool, data: u32) -> Self {
+        if there { Self::Imm(data) } else { Self::None }
+    }
+
+    fn wire(self) -> (WcFlags, u32) {
+        match self {
+            Self::None => (WcFlags::empty(), 0),
+            Self::Imm(data) => (WcFlags::WITH_IMM, data),
+            Self::Invalidated(key) => (WcFlags::WITH_INV, key),
+        }
+    }
+}
+
 /// What a receive's completion says.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RecvDone {
@@ -364,7 +390,7 @@ pub(super) struct RecvDone {
     pub(super) status: WcStatus,
     pub(super) opcode: WcOpcode,
     pub(super) byte_len: u32,
-    pub(super) imm: Option<u32>,
+    pub(super) word: Word,
     pub(super) src_qp: u32,
     pub(super) flags: WcFlags,
     pub(super) solicited: bool,
@@ -378,7 +404,7 @@ impl RecvDone {
             status,
             opcode: WcOpcode::Recv,
             byte_len: 0,
-            imm: None,
+            word: Word::None,
             src_qp: 0,
             flags: WcFlags::empty(),
             solicited: true,
@@ -388,16 +414,16 @@ impl RecvDone {
 
 /// Writes a receive's completion to the QP's CQ. False if that is broken: the QP has failed then.
 pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, done: &RecvDone) -> bool {
-    let imm_flag = if done.imm.is_some() { WcFlags::WITH_IMM } else { WcFlags::empty() };
+    let (word_flag, word) = done.word.wire();
     let cqe = Cqe {
         wr_id: done.wr_id.into(),
         status: done.status.to_wire().into(),
         opcode: done.opcode.to_wire().into(),
         byte_len: done.byte_len.into(),
-        imm_data: done.imm.unwrap_or(0).into(),
+        imm_data: word.into(),
         qp_num: qp.id.qpn.into(),
         src_qp: done.src_qp.into(),
-        wc_flags: (done.flags | imm_flag).bits().into(),
+        wc_flags: (done.flags | word_flag).bits().into(),
         port_num: 1,
         ..Cqe::default()
     };

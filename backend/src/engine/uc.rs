@@ -21,7 +21,7 @@ pub(super) fn step(
     job: &mut Job,
     budget: &mut Budget,
 ) -> Step {
-    if job.wqe.op.fetches() {
+    if !job.wqe.op.is_for_uc() {
         return Step::Failed(WcStatus::LocQpOpErr);
     }
     match connected::step(ctx, nic, qp, send, job, budget) {

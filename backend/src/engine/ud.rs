@@ -12,7 +12,7 @@ use super::context::{Budget, Context, Gather, Side};
 use super::cost;
 use super::job::Job;
 use super::mcast::{self, Cast};
-use super::serve::{RecvDone, Step, complete_recv, fatal, note_limit};
+use super::serve::{RecvDone, Step, Word, complete_recv, fatal, note_limit};
 use crate::mem::{self, Source};
 use crate::mr::KeyError;
 use crate::nic::Nic;
@@ -135,7 +135,7 @@ pub(super) fn offer(
         status: WcStatus::Success,
         opcode: WcOpcode::Recv,
         byte_len: (GRH_SIZE as u64 + job.wqe.length) as u32,
-        imm: imm.then_some(job.wqe.imm),
+        word: Word::imm(imm, job.wqe.imm),
         src_qp: sender.id.qpn,
         flags: WcFlags::GRH,
         solicited: job.wqe.flags.contains(SendFlags::SOLICITED),

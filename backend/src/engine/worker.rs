@@ -99,7 +99,7 @@ struct Port {
 
 impl Worker {
     fn new(engine: Arc<Engine>, index: usize) -> Self {
-        let ctx = Context::new(engine.clone());
+        let ctx = Context::new(engine.clone(), index);
         let last_work = Instant::now();
         Self { engine, index, ctx, ports: Vec::new(), version: 0, last_work, spent: 0, served: false }
     }

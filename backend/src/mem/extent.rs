@@ -76,6 +76,11 @@ impl Seg {
         self.len == 0
     }
 
+    /// Whether it is one aligned word of 8 bytes, which is stored as one.
+    pub fn is_word(&self) -> bool {
+        self.len == size_of::<u64>() && self.ptr.addr().is_multiple_of(size_of::<u64>())
+    }
+
     /// `len` bytes from `offset` on; both clipped.
     #[must_use]
     pub fn slice(&self, offset: usize, len: usize) -> Self {

@@ -9,7 +9,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::fault::Guard;
-use super::{Alarm, Extent};
+use super::{Alarm, Extent, Seg, read};
 
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
@@ -234,12 +234,57 @@ impl Map {
         len > 0
     }
 
+    /// Whether all of these bytes are guest memory.
+    pub fn covers(&self, gpa: u64, len: u64) -> bool {
+        let (mut at, mut left) = (gpa, len);
+        while left > 0 {
+            let Some((_, _, there)) = self.find(at) else {
+                return false;
+            };
+            let step = left.min(there);
+            (at, left) = (at.wrapping_add(step), left - step);
+        }
+        true
+    }
+
+    /// Appends where these bytes are, as far as they are guest memory.
+    pub fn segments(&self, gpa: u64, len: u64, out: &mut Vec<Seg>) {
+        let (mut at, mut left) = (gpa, len);
+        while let Some(extent) = self.first_extent(at, left) {
+            at = at.wrapping_add(extent.len());
+            left -= extent.len();
+            out.push(extent.slice(0, extent.len()));
+        }
+    }
+
+    /// Copies guest bytes out; false if some are no guest memory.
+    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> bool {
+        if !self.covers(gpa, buf.len() as u64) {
+            return false;
+        }
+        let mut segs = Vec::new();
+        self.segments(gpa, buf.len() as u64, &mut segs);
+        let mut rest = buf;
+        for seg in segs {
+            let (now, later) = rest.split_at_mut(seg.len());
+            read(seg, now);
+            rest = later;
+        }
+        true
+    }
+
     fn first_extent(&self, gpa: u64, len: u64) -> Option<Extent> {
+        let (region, offset, there) = self.find(gpa)?;
+        (len > 0).then(|| Extent::new(region, offset, len.min(there)))
+    }
+
+    /// The region of an address, its offset there, and how many bytes follow.
+    fn find(&self, gpa: u64) -> Option<(&Arc<Region>, u64, u64)> {
         let index = self.regions.partition_point(|r| r.id.gpa <= gpa).checked_sub(1)?;
         let region = &self.regions[index];
         let offset = gpa - region.id.gpa;
         let there = region.id.size.checked_sub(offset).filter(|&n| n > 0)?;
-        Some(Extent::new(region, offset, len.min(there)))
+        Some((region, offset, there))
     }
 }
 

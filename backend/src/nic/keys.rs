@@ -1,12 +1,15 @@
 //! Numbers that a guest cannot guess: keys of memory regions and QP numbers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use rand::Rng;
 
 /// A map from numbers that are random already; hashing them again would be waste.
 pub type RandomKeyMap<T> = HashMap<u32, T, BuildHasherDefault<TakeAsIs>>;
+
+/// A set of such numbers.
+pub type RandomKeySet = HashSet<u32, BuildHasherDefault<TakeAsIs>>;
 
 /// Hasher for keys made by this module.
 #[derive(Debug, Default, Clone, Copy)]
@@ -38,9 +41,10 @@ pub fn random_qpn(taken: impl Fn(u32) -> bool) -> u32 {
     random(|| rand::rng().random_range(FIRST_QPN..=LAST_QPN), taken)
 }
 
-/// A random memory key for which `taken` is false; never zero, which applications take for "none".
+/// A random memory key for whose upper 24 bits `taken` is false; they are never zero, which applications take for "none".
 pub fn random_key(taken: impl Fn(u32) -> bool) -> u32 {
-    random(|| rand::rng().random_range(0x100..=u32::MAX), taken)
+    let index = random(|| rand::rng().random_range(1..=0xff_ffff), taken);
+    index << 8 | u32::from(rand::rng().random::<u8>())
 }
 
 fn random(draw: impl Fn() -> u32, taken: impl Fn(u32) -> bool) -> u32 {

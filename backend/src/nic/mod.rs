@@ -26,7 +26,8 @@ use self::keys::RandomKeyMap;
 use self::log::LimitedLog;
 use self::stats::Counters;
 use crate::groups::Groups;
-use crate::mr::KeyTable;
+use crate::key_table::KeyTable;
+use crate::mem::Map;
 use crate::overlay::{Gid, NicId, eui64};
 use crate::profile::Profile;
 use crate::qp::Qp;
@@ -76,8 +77,10 @@ pub struct Nic {
     pub id: NicId,
     /// What it was created with.
     pub config: NicConfig,
-    /// Memory regions that work.
+    /// Memory regions and windows.
     pub keys: KeyTable,
+    /// Guest memory, for workers that register some: they hold the lock until that is in [`keys`](Self::keys).
+    pub map: RwLock<Arc<Map>>,
     /// QPs by number.
     pub qps: RwLock<RandomKeyMap<Arc<Qp>>>,
     /// Doorbell queues.
@@ -112,6 +115,7 @@ impl Nic {
         Self {
             id,
             keys: KeyTable::default(),
+            map: RwLock::default(),
             qps: RwLock::default(),
             doorbells: workers.iter().map(queue).collect(),
             groups,

@@ -77,7 +77,13 @@ pub struct Qp {
     access: AtomicU32,
     /// `qkey` of the attributes, for workers.
     qkey: AtomicU32,
+    /// `max_rd_atomic` and `max_dest_rd_atomic` of the attributes are not zero.
+    resources: AtomicU8,
 }
+
+/// Bits of [`Qp::resources`].
+const AS_INITIATOR: u8 = 1;
+const AS_RESPONDER: u8 = 2;
 
 /// Attributes of a QP, and who it is connected to.
 #[derive(Debug, Default)]
@@ -109,6 +115,7 @@ impl Qp {
             incarnation: AtomicU64::new(new_incarnation()),
             access: AtomicU32::new(0),
             qkey: AtomicU32::new(0),
+            resources: AtomicU8::new(0),
         }
     }
 
@@ -122,6 +129,16 @@ impl Qp {
         Access::from_bits_truncate(self.access.load(Ordering::Acquire))
     }
 
+    /// Whether it may send READs and atomics.
+    pub fn has_resources(&self) -> bool {
+        self.resources.load(Ordering::Acquire) & AS_INITIATOR != 0
+    }
+
+    /// Whether it answers READs and atomics.
+    pub fn lends_resources(&self) -> bool {
+        self.resources.load(Ordering::Acquire) & AS_RESPONDER != 0
+    }
+
     /// Its `Q_Key`.
     pub fn qkey(&self) -> u32 {
         self.qkey.load(Ordering::Acquire)
@@ -133,6 +150,10 @@ impl Qp {
         change(&mut attrs.attr);
         self.access.store(attrs.attr.access_flags.get(), Ordering::Release);
         self.qkey.store(attrs.attr.qkey.get(), Ordering::Release);
+        let some = |count: u8, bit| if count > 0 { bit } else { 0 };
+        let initiator = some(attrs.attr.max_rd_atomic, AS_INITIATOR);
+        let resources = initiator | some(attrs.attr.max_dest_rd_atomic, AS_RESPONDER);
+        self.resources.store(resources, Ordering::Release);
     }
 
     /// Starts a new life without attributes; the caller holds the `send` lock.
@@ -143,6 +164,7 @@ impl Qp {
         drop(attrs);
         self.access.store(0, Ordering::Release);
         self.qkey.store(0, Ordering::Release);
+        self.resources.store(0, Ordering::Release);
     }
 
     /// Its state.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::mem::Map;
-use crate::ring::Ring;
 use crate::ring::rxe::{Caps, parse_recv};
+use crate::ring::{MOVED_AT_A_TIME, ResizeError, Ring};
 use crate::srq::Srq;
 use crate::wqe::Recv;
 
@@ -79,6 +79,44 @@ impl RecvRing {
         self.consumer = ring.geometry().next(self.consumer);
         ring.set_consumer(self.consumer);
         if parsed.is_ok() { Taken::Yes } else { Taken::Malformed }
+    }
+
+    /// Copies some more receives, those from `start` on, to the beginning of another ring; with the last of them that takes the place of
+    /// this one. The guest does not post meanwhile; others may take receives.
+    ///
+    /// # Errors
+    /// Why not; the ring of before stays in use then.
+    pub fn move_to(&mut self, other: &mut Option<Ring>, start: u32, moved: &mut u32) -> Result<(), ResizeError> {
+        let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
+        let Some(to) = other else { return Ok(()) };
+        let mask = ring.geometry().entries - 1;
+        let count = ring.producer().map_err(|_| ResizeError::Broken)?.wrapping_sub(start) & mask;
+        let taken = self.consumer.wrapping_sub(start) & mask;
+        if count >= to.geometry().entries {
+            return Err(ResizeError::TooSmall);
+        }
+        if taken > count || *moved > count {
+            return Err(ResizeError::Broken);
+        }
+        let now = (count - *moved).min(MOVED_AT_A_TIME);
+        ring.copy_elements(start.wrapping_add(*moved), to, *moved, now, self.caps.recv_element());
+        *moved += now;
+        if *moved == count {
+            to.set_consumer(taken);
+            to.set_producer(count);
+            (self.ring, self.consumer) = (other.take(), taken);
+        }
+        Ok(())
+    }
+
+    /// Index of the next receive to take.
+    pub fn start(&self) -> u32 {
+        self.consumer
+    }
+
+    /// Bytes that the elements of its rings need.
+    pub fn element(&self) -> usize {
+        self.caps.recv_element()
     }
 
     /// Receives that are posted. Of a ring with an index that makes no sense: none.

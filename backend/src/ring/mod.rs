@@ -46,6 +46,20 @@ impl Geometry {
 #[error("ring index {0} is outside the ring")]
 pub struct BadIndex(pub u32);
 
+/// Why a ring was not exchanged for another. Nothing has changed then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ResizeError {
+    /// What is in it does not fit into the other.
+    #[error("what is in the ring does not fit")]
+    TooSmall,
+    /// There is none any more, or its indices make no sense.
+    #[error("the ring is broken")]
+    Broken,
+}
+
+/// Elements that are moved to another ring at a time, for workers to get in between.
+pub const MOVED_AT_A_TIME: u32 = 64;
+
 /// A ring: the guest is on one side of it, we on the other.
 #[derive(Debug)]
 pub struct Ring {
@@ -103,6 +117,15 @@ impl Ring {
     /// Writes the start of an element.
     pub fn write(&self, index: u32, bytes: &[u8]) {
         self.pages.write(self.at(index, 0, bytes.len()), bytes);
+    }
+
+    /// Copies the start of `count` elements, from `from` on, to where `to` is the first of another ring.
+    pub fn copy_elements(&self, from: u32, other: &Self, to: u32, count: u32, len: usize) {
+        let mut element = vec![0; len];
+        for i in 0..count {
+            self.read(from.wrapping_add(i) & (self.geometry.entries - 1), 0, &mut element);
+            other.write(to + i, &element);
+        }
     }
 
     fn word(&self, offset: usize) -> &AtomicU32 {

@@ -3,16 +3,20 @@
 use std::mem::offset_of;
 
 use virtio_rdma::ib::{SendFlags, WrOpcode};
-use virtio_rdma::ring::{AtomicPart, RdmaPart, RecvWqe as RawRecv, SendWqe as RawSend, Sge as RawSge, UdPart};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use virtio_rdma::ring::{
+    ATOMIC_WRITE_SIZE, AtomicPart, BindMwPart, FlushPart, RdmaPart, RecvWqe as RawRecv, RegMrPart, SendWqe as RawSend,
+    Sge as RawSge, UdPart,
+};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::Ring;
+use crate::key_table::Bind;
 use crate::mem::AtomicOp;
-use crate::wqe::{Op, ParseError, Recv, Send, Sge, SgeList};
+use crate::wqe::{FastReg, Flush, LocalOp, Op, ParseError, Recv, Send, Sge, SgeList};
 
 const SEND_SIZE: usize = size_of::<RawSend>();
 /// End of what is used of the request: the largest of the parts that [`operation`] reads.
-const REQUEST_END: usize = offset_of!(RawSend, wr) + size_of::<AtomicPart>();
+const REQUEST_END: usize = offset_of!(RawSend, wr) + size_of::<RegMrPart>();
 /// Start of the payload's description.
 const DMA_START: usize = offset_of!(RawSend, dma);
 /// Bytes that an atomic works on.
@@ -28,6 +32,8 @@ pub struct Caps {
     pub max_inline: u32,
     /// Whether it is a datagram queue: SENDs name their destination.
     pub datagram: bool,
+    /// Whether the guest's kernel alone writes the ring: work requests may name guest-physical memory.
+    pub kernel: bool,
 }
 
 impl Caps {
@@ -60,7 +66,7 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
     wqe.sges.clear();
     wqe.inline.clear();
     wqe.op = operation(&raw, caps)?;
-    if wqe.flags.contains(SendFlags::INLINE) && wqe.op.sends_payload() {
+    if wqe.is_inline() && !matches!(wqe.op, Op::AtomicWrite { .. }) {
         let len = raw.dma.length.get();
         if len > caps.max_inline {
             return Err(ParseError::InlineTooLong(len));
@@ -69,6 +75,16 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
         ring.read(index, SEND_SIZE, &mut wqe.inline);
         wqe.length = u64::from(len);
         return Ok(());
+    }
+    match wqe.op {
+        Op::Local(_) | Op::Flush(_) => return Ok(()),
+        Op::AtomicWrite { .. } => {
+            wqe.inline.resize(ATOMIC_WRITE_SIZE, 0);
+            ring.read(index, SEND_SIZE, &mut wqe.inline);
+            wqe.length = ATOMIC_WRITE_SIZE as u64;
+            return Ok(());
+        }
+        _ => {}
     }
     read_sges(ring, index, SEND_SIZE, raw.dma.num_sge.get(), caps.max_sge, &mut wqe.sges)?;
     wqe.length = if let Op::Atomic { .. } = wqe.op { ATOMIC_SIZE } else { wqe.sges.total() };
@@ -115,8 +131,59 @@ fn operation(raw: &RawSend, caps: Caps) -> Result<Op, ParseError> {
             Op::Read { remote_addr, rkey }
         }
         WrOpcode::AtomicCmpAndSwp | WrOpcode::AtomicFetchAndAdd => atomic(op, &raw.wr),
-        _ => return Err(ParseError::Opcode(code)),
+        WrOpcode::AtomicWrite => {
+            let (remote_addr, rkey) = rdma();
+            Op::AtomicWrite { remote_addr, rkey }
+        }
+        WrOpcode::Flush => Op::Flush(flush(&raw.wr)),
+        WrOpcode::SendWithInv => Op::SendInvalidate { rkey: raw.imm_data.get() },
+        WrOpcode::LocalInv => Op::Local(LocalOp::Invalidate(raw.imm_data.get())),
+        WrOpcode::BindMw => Op::Local(LocalOp::Bind(bind(&raw.wr))),
+        WrOpcode::RegMr if caps.kernel => Op::Local(LocalOp::Register(register(&raw.wr))),
+        WrOpcode::RegMr => return Err(ParseError::Opcode(code)),
     })
+}
+
+/// The start of the union by opcode.
+fn part<T: FromBytes + KnownLayout + Immutable>(union: &[u8]) -> T {
+    let (part, _) = T::read_from_prefix(union).expect("a part is no longer than the union");
+    part
+}
+
+fn flush(union: &[u8]) -> Flush {
+    const PERSISTENT: u8 = 2;
+    let part: FlushPart = part(union);
+    Flush {
+        remote_addr: part.remote_addr.get(),
+        length: part.length.get(),
+        rkey: part.rkey.get(),
+        persistent: part.placement & PERSISTENT != 0,
+        whole: part.selectivity != 0,
+    }
+}
+
+fn bind(union: &[u8]) -> Bind {
+    let part: BindMwPart = part(union);
+    Bind {
+        window: part.mw_rkey.get(),
+        key: part.rkey.get(),
+        region: part.mr_lkey.get(),
+        addr: part.addr.get(),
+        length: part.length.get(),
+        access: part.access.get(),
+    }
+}
+
+fn register(union: &[u8]) -> FastReg {
+    let part: RegMrPart = part(union);
+    FastReg {
+        extents: part.extents.get(),
+        iova: part.iova.get(),
+        length: part.length.get(),
+        key: part.key.get(),
+        access: part.access.get(),
+        num_extents: part.num_extents.get(),
+    }
 }
 
 fn atomic(op: WrOpcode, part: &[u8]) -> Op {

@@ -5,12 +5,13 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use virtio_rdma::area::{ARM_NEXT, ARM_NONE, ARM_SOLICITED, ARM_STRIDE};
-use virtio_rdma::ctrl::{CreateCq, ObjectResponse, Opcode};
+use virtio_rdma::ctrl::{CreateCq, ObjectResponse, Opcode, ResizeCq};
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::{Cqe, RXE_CQE_STRIDE};
 
 use super::Ring;
+use super::rings::Rings;
 use crate::guest::mem::{Placement, Word32};
 use crate::guest::{Error, Guest, Result};
 
@@ -73,7 +74,7 @@ struct Inner {
     generation: u64,
     number: u32,
     vector: u16,
-    ring: Ring,
+    ring: Rings,
     arm: Word32,
 }
 
@@ -96,7 +97,7 @@ impl Guest {
         }
         // The word was cleared with the area, or below when the CQ that had this number before was dropped.
         let arm = self.arm_words().word32(number as usize * ARM_STRIDE);
-        Ok(Cq(Arc::new(Inner { guest: self.clone(), generation, number, vector, ring, arm })))
+        Ok(Cq(Arc::new(Inner { guest: self.clone(), generation, number, vector, ring: Rings::new(ring), arm })))
     }
 }
 
@@ -107,8 +108,20 @@ impl Cq {
     }
 
     /// Its ring.
+    #[inline]
     pub fn ring(&self) -> &Ring {
-        &self.0.ring
+        self.0.ring.current()
+    }
+
+    /// Gives it another ring; nobody polls meanwhile.
+    pub fn resize(&self, depth: u32) -> Result<()> {
+        let guest = &self.0.guest;
+        let entries = (depth + 1).next_power_of_two().max(2);
+        let new = Ring::new(guest.memory(), entries, RXE_CQE_STRIDE, guest.placement())?;
+        let (desc, extents) = new.desc();
+        let body = ResizeCq { cqn: self.0.number.into(), reserved: 0.into(), ring: desc };
+        guest.command_ok(Opcode::ResizeCq, &body, &extents)?;
+        self.0.ring.replace(new)
     }
 
     /// Its arm word.
@@ -119,7 +132,7 @@ impl Cq {
     /// Takes the next completion.
     #[inline]
     pub fn poll(&self) -> Option<Wc> {
-        let ring = &self.0.ring;
+        let ring = self.ring();
         if !ring.has_element() {
             return None;
         }

@@ -1,6 +1,8 @@
 //! Queue pairs: creation, states, posting.
 
-use virtio_rdma::ctrl::{CreateQp, CreateQpResponse, Mcast, ModifyQp, NO_OBJECT, ObjectRequest, Opcode, QpAttr};
+use virtio_rdma::ctrl::{
+    CreateQp, CreateQpResponse, Mcast, ModifyQp, NO_OBJECT, ObjectRequest, Opcode, QP_KERNEL, QpAttr,
+};
 use virtio_rdma::ib::{QpMask, QpState, QpType};
 use virtio_rdma::ring::{RecvWqe, SendWqe};
 
@@ -27,6 +29,8 @@ pub struct QpSpec {
     pub inline: u32,
     /// Whether every send makes a completion.
     pub signal_all: bool,
+    /// Whether it is the kernel's alone.
+    pub kernel: bool,
     /// Where the rings lie; the guest's way if not given.
     pub placement: Option<Placement>,
 }
@@ -42,8 +46,14 @@ impl QpSpec {
             recv_sges: 4,
             inline: 128,
             signal_all: false,
+            kernel: false,
             placement: None,
         }
+    }
+
+    /// An RC QP of the kernel's.
+    pub fn kernel() -> Self {
+        Self { kernel: true, ..Self::rc() }
     }
 
     /// A UC QP with room for most tests.
@@ -133,6 +143,7 @@ impl Pd {
             pdn: self.number().into(),
             qp_type: spec.kind.to_wire(),
             sq_sig_all: spec.signal_all.into(),
+            flags: if spec.kernel { QP_KERNEL } else { 0 }.into(),
             send_cqn: send_cq.number().into(),
             recv_cqn: recv_cq.number().into(),
             srqn: srq.map_or(NO_OBJECT, Srq::number).into(),

@@ -179,6 +179,12 @@ impl Ring {
         value
     }
 
+    /// As the producer: goes on where the device's indices say.
+    pub fn take_over(&self) {
+        self.own.store(self.producer.load(Acquire), Relaxed);
+        self.seen.store(self.consumer.load(Acquire), Relaxed);
+    }
+
     /// Sets both our views to zero, after the device did with the indices in memory.
     pub fn restart(&self) {
         self.own.store(0, Relaxed);

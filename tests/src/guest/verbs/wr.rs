@@ -1,10 +1,11 @@
 //! Work requests and how they are written into rings (format 0, rxe's).
 
 use virtio_rdma::ib::{SendFlags, WrOpcode};
-use virtio_rdma::ring::{AtomicPart, DmaInfo, RdmaPart, RecvWqe, SendWqe, UdPart};
+use virtio_rdma::ring::{AtomicPart, BindMwPart, DmaInfo, FlushPart, RdmaPart, RecvWqe, RegMrPart, SendWqe, UdPart};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
+use super::mw::Bind;
 use crate::guest::mem::Slot;
 
 /// A local scatter/gather element.
@@ -37,10 +38,10 @@ pub enum Payload<'a> {
 }
 
 /// Bytes of the union by opcode that the device reads.
-pub const PART: usize = size_of::<AtomicPart>();
+pub const PART: usize = size_of::<RegMrPart>();
 
 /// What a work request does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Op {
     /// RDMA WRITE.
     Write(Remote),
@@ -56,6 +57,31 @@ pub enum Op {
     Send,
     /// SEND with immediate of a connected QP.
     SendImm(u32),
+    /// SEND that invalidates a key of the peer's.
+    SendInv(u32),
+    /// Invalidates a key.
+    LocalInv(u32),
+    /// Binds a window.
+    BindMw(Bind),
+    /// Fast registration.
+    RegMr {
+        /// Guest-physical address of the extents.
+        list: u64,
+        /// How many.
+        num_extents: u32,
+        /// Address of the first byte.
+        iova: u64,
+        /// Bytes.
+        length: u64,
+        /// New key.
+        key: u32,
+        /// Access bits.
+        access: u32,
+    },
+    /// ATOMIC WRITE; the word is inline payload.
+    AtomicWrite(Remote),
+    /// FLUSH of so many bytes, with placement and selectivity.
+    Flush(Remote, u32, u8, u8),
     /// SEND of a UD QP.
     UdSend {
         /// Address handle.
@@ -102,7 +128,7 @@ impl<'a> SendWr<'a> {
     }
 }
 
-/// First 56 bytes of a `rxe_send_wqe`: all that the device reads of it but the payload.
+/// First bytes of a `rxe_send_wqe`: all that the device reads of it but the payload.
 #[derive(IntoBytes, Immutable)]
 #[repr(C, packed)]
 struct Head {
@@ -174,13 +200,14 @@ fn encode(op: Op) -> (u32, u32, [u8; PART]) {
         padded(part.as_bytes())
     };
     let atomic = |r: Remote, compare_add: u64, swap: u64| -> [u8; PART] {
-        zerocopy::transmute!(AtomicPart {
+        let part = AtomicPart {
             remote_addr: r.addr.into(),
             compare_add: compare_add.into(),
             swap: swap.into(),
             rkey: r.rkey.into(),
             reserved: 0.into(),
-        })
+        };
+        padded(part.as_bytes())
     };
     match op {
         Op::Write(r) => (WrOpcode::RdmaWrite.to_wire(), 0, rdma(r)),
@@ -190,6 +217,27 @@ fn encode(op: Op) -> (u32, u32, [u8; PART]) {
         Op::FetchAdd(r, add) => (WrOpcode::AtomicFetchAndAdd.to_wire(), 0, atomic(r, add, 0)),
         Op::Send => (WrOpcode::Send.to_wire(), 0, [0; PART]),
         Op::SendImm(imm) => (WrOpcode::SendWithImm.to_wire(), imm, [0; PART]),
+        Op::SendInv(rkey) => (WrOpcode::SendWithInv.to_wire(), rkey, [0; PART]),
+        Op::LocalInv(rkey) => (WrOpcode::LocalInv.to_wire(), rkey, [0; PART]),
+        Op::BindMw(bind) => (WrOpcode::BindMw.to_wire(), 0, padded(bind_part(&bind).as_bytes())),
+        Op::RegMr { list, num_extents, iova, length, key, access } => {
+            let part = RegMrPart {
+                extents: list.into(),
+                iova: iova.into(),
+                length: length.into(),
+                key: key.into(),
+                access: access.into(),
+                num_extents: num_extents.into(),
+                reserved: 0.into(),
+            };
+            (WrOpcode::RegMr.to_wire(), 0, padded(part.as_bytes()))
+        }
+        Op::AtomicWrite(r) => (WrOpcode::AtomicWrite.to_wire(), 0, rdma(r)),
+        Op::Flush(r, length, placement, selectivity) => {
+            let (remote_addr, rkey, length) = (r.addr.into(), r.rkey.into(), length.into());
+            let part = FlushPart { remote_addr, length, rkey, placement, selectivity, ..FlushPart::default() };
+            (WrOpcode::Flush.to_wire(), 0, padded(part.as_bytes()))
+        }
         Op::UdSend { ah, qpn, qkey, imm } => {
             let opcode = if imm.is_some() { WrOpcode::SendWithImm } else { WrOpcode::Send };
             let part = UdPart {
@@ -202,6 +250,17 @@ fn encode(op: Op) -> (u32, u32, [u8; PART]) {
             (opcode.to_wire(), imm.unwrap_or(0), padded(part.as_bytes()))
         }
         Op::Raw(opcode, part) => (opcode, 0, part),
+    }
+}
+
+fn bind_part(bind: &Bind) -> BindMwPart {
+    BindMwPart {
+        addr: bind.addr.into(),
+        length: bind.length.into(),
+        mr_lkey: bind.region.into(),
+        mw_rkey: bind.window.into(),
+        rkey: bind.key.into(),
+        access: bind.access.bits().into(),
     }
 }
 
