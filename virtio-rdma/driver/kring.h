@@ -22,26 +22,28 @@ static inline u32 vrdma_ring_next(const struct vrdma_ring *ring, u32 index)
 	return (index + 1) & (ring->entries - 1);
 }
 
-/* The device's index, which is only ever compared or masked */
+/* Indices are masked: those of the device are only its word */
 static inline u32 vrdma_ring_consumer(const struct vrdma_ring *ring)
 {
+	/* Of a work ring: elements before it are free to be written */
 	return virt_load_acquire(&ring->header->consumer_index) & (ring->entries - 1);
 }
 
 static inline u32 vrdma_ring_producer(const struct vrdma_ring *ring)
 {
+	/* Of a completion ring: elements before it were written */
 	return virt_load_acquire(&ring->header->producer_index) & (ring->entries - 1);
 }
 
-/* Elements before @index become the device's */
 static inline void vrdma_ring_publish(struct vrdma_ring *ring, u32 index)
 {
+	/* Elements before it were written: they become the device's */
 	virt_store_release(&ring->header->producer_index, index);
 }
 
-/* Elements before @index were taken: the device may write them again */
 static inline void vrdma_ring_taken(struct vrdma_ring *ring, u32 index)
 {
+	/* Elements before it were read: the device may write them again */
 	virt_store_release(&ring->header->consumer_index, index);
 }
 

@@ -330,7 +330,9 @@ int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata)
 	struct vrdma_mr *mr = to_vmr(ibmr);
 
 	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
-	vrdma_umem_release(dev, mr->umem);
+	if (mr->umem)
+		vrdma_umem_release(dev, mr->umem);
+	kfree(mr->extents);
 	kfree(mr);
 	return 0;
 }

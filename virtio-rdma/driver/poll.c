@@ -16,6 +16,21 @@ static struct ib_qp *vrdma_wc_qp(struct vrdma_dev *dev, u32 qpn)
 	return qp ? &qp->ibqp : NULL;
 }
 
+/* Where the numbers of the user ABI are not those of the kernel */
+static enum ib_wc_opcode vrdma_wc_opcode(u32 wire)
+{
+	return wire == VIRTIO_RDMA_WC_REG_MR ? IB_WC_REG_MR : wire;
+}
+
+static int vrdma_wc_flags(u32 wire)
+{
+	int flags = wire & (IB_WC_GRH | IB_WC_WITH_IMM);
+
+	static_assert(IB_WC_GRH == VIRTIO_RDMA_WC_GRH);
+	static_assert(IB_WC_WITH_IMM == VIRTIO_RDMA_WC_WITH_IMM);
+	return wire & VIRTIO_RDMA_WC_WITH_INV ? flags | IB_WC_WITH_INVALIDATE : flags;
+}
+
 /*
  * The type of a datagram's network header is left to the core, which finds it in the first 40
  * bytes (ib_get_net_type_by_grh()).
@@ -28,12 +43,12 @@ static bool vrdma_wc_fill(struct vrdma_dev *dev, const struct ib_uverbs_wc *cqe,
 		return false;
 	wc->wr_id = cqe->wr_id;
 	wc->status = cqe->status;
-	wc->opcode = cqe->opcode;
+	wc->opcode = vrdma_wc_opcode(cqe->opcode);
 	wc->vendor_err = cqe->vendor_err;
 	wc->byte_len = cqe->byte_len;
 	wc->ex.imm_data = (__force __be32)cqe->ex.imm_data;
 	wc->src_qp = cqe->src_qp;
-	wc->wc_flags = cqe->wc_flags;
+	wc->wc_flags = vrdma_wc_flags(cqe->wc_flags);
 	wc->port_num = VRDMA_PORT;
 	return true;
 }

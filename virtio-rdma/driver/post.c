@@ -67,6 +67,22 @@ static int vrdma_fill_datagram(struct rxe_send_wr *out, const struct ib_send_wr 
 	return 0;
 }
 
+static void vrdma_fill_reg(struct rxe_send_wr *out, const struct ib_reg_wr *wr)
+{
+	struct virtio_rdma_reg_wr *reg = (void *)&out->wr;
+	const struct vrdma_mr *mr = to_vmr(wr->mr);
+
+	BUILD_BUG_ON(sizeof(*reg) > sizeof(out->wr));
+	out->opcode = VIRTIO_RDMA_WR_REG_MR;
+	reg->extents = cpu_to_le64(virt_to_phys(mr->extents));
+	reg->iova = cpu_to_le64(mr->ibmr.iova);
+	reg->length = cpu_to_le64(mr->ibmr.length);
+	reg->key = cpu_to_le32(wr->key);
+	reg->access = cpu_to_le32(wr->access & to_vdev(wr->mr->device)->attr.access_flags);
+	reg->num_extents = cpu_to_le32(mr->num_extents);
+	reg->reserved = 0;
+}
+
 static int vrdma_fill_connected(struct rxe_send_wr *out, const struct ib_send_wr *wr)
 {
 	switch (wr->opcode) {
@@ -82,6 +98,13 @@ static int vrdma_fill_connected(struct rxe_send_wr *out, const struct ib_send_wr
 		out->ex.imm_data = wr->ex.imm_data;
 		return 0;
 	case IB_WR_SEND:
+		return 0;
+	case IB_WR_SEND_WITH_INV:
+	case IB_WR_LOCAL_INV:
+		out->ex.invalidate_rkey = wr->ex.invalidate_rkey;
+		return 0;
+	case IB_WR_REG_MR:
+		vrdma_fill_reg(out, reg_wr(wr));
 		return 0;
 	case IB_WR_ATOMIC_CMP_AND_SWP:
 	case IB_WR_ATOMIC_FETCH_AND_ADD:

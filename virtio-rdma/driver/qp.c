@@ -102,6 +102,7 @@ static void vrdma_qp_fill_request(struct vrdma_qp *qp, const struct ib_qp_init_a
 	struct virtio_rdma_create_qp *req = vrdma_cmd_body(cmd);
 	struct virtio_rdma_extent *extents = vrdma_cmd_extents(cmd);
 
+	req->flags = cpu_to_le16(qp->sq->header ? VIRTIO_RDMA_QP_KERNEL : 0);
 	req->pdn = cpu_to_le32(to_vpd(qp->ibqp.pd)->pdn);
 	req->qp_type = init->qp_type;
 	req->sq_sig_all = init->sq_sig_type == IB_SIGNAL_ALL_WR;

@@ -2,9 +2,7 @@
 /*
  * The verbs device: what it says of itself and its port, and the table of its operations.
  *
- * The user ABI is that of the rxe provider, found by driver id. Without the operations that
- * kernel users need (post_recv, poll_cq, get_dma_mr) the core offers the device to processes
- * only, and makes no agent for management datagrams.
+ * The user ABI is that of the rxe provider, found by driver id.
  */
 #include <linux/log2.h>
 
@@ -17,6 +15,9 @@
 
 /* What software devices say; zero is taken for an error */
 #define VRDMA_NO_VENDOR	0xffffff
+
+/* Extents of a fast registration, which lie in one allocation */
+#define VRDMA_MAX_FAST_REG	512
 
 /* A capability that is not known promises nothing */
 static enum ib_atomic_cap vrdma_atomic_cap(u32 wire)
@@ -45,6 +46,7 @@ static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_devi
 	attr->max_doorbells = le32_to_cpu(wire->max_doorbells);
 	attr->max_gids = le32_to_cpu(wire->max_gids);
 	attr->max_rd_atomic = le32_to_cpu(wire->max_rd_atomic);
+	attr->max_fast_reg = le32_to_cpu(wire->max_fast_reg_extents);
 	attr->qp_types = le32_to_cpu(wire->qp_types);
 	attr->max_msg_size = le32_to_cpu(wire->max_msg_size);
 	attr->atomic_cap = vrdma_atomic_cap(le32_to_cpu(wire->atomic_cap));
@@ -121,6 +123,9 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_qp_init_rd_atom = attr->max_rd_atomic;
 	out->max_res_rd_atom = min_t(u64, (u64)attr->max_rd_atomic * attr->max_qp, INT_MAX);
 	out->atomic_cap = attr->atomic_cap;
+	out->max_fast_reg_page_list_len = min_t(u32, attr->max_fast_reg, VRDMA_MAX_FAST_REG);
+	if (attr->max_fast_reg)
+		out->device_cap_flags |= IB_DEVICE_MEM_MGT_EXTENSIONS;
 	out->max_pkeys = 1;
 	out->local_ca_ack_delay = 15;
 	return 0;
@@ -192,9 +197,8 @@ static int vrdma_get_port_immutable(struct ib_device *ibdev, u32 port,
 {
 	struct vrdma_dev *dev = to_vdev(ibdev);
 
-	/* RDMA_CORE_PORT_IBA_ROCE and _UDP_ENCAP less management datagrams and their users */
-	immutable->core_cap_flags = RDMA_CORE_CAP_PROT_ROCE | RDMA_CORE_CAP_PROT_ROCE_UDP_ENCAP |
-				    RDMA_CORE_CAP_AF_IB | RDMA_CORE_CAP_ETH_AH;
+	immutable->core_cap_flags = RDMA_CORE_PORT_IBA_ROCE | RDMA_CORE_PORT_IBA_ROCE_UDP_ENCAP;
+	immutable->max_mad_size = IB_MGMT_MAD_SIZE;
 	immutable->gid_tbl_len = dev->attr.max_gids;
 	immutable->pkey_tbl_len = 1;
 	return 0;
@@ -231,6 +235,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.uverbs_abi_ver = VRDMA_UVERBS_ABI,
 
 	.add_gid = vrdma_add_gid,
+	.alloc_mr = vrdma_alloc_mr,
 	.alloc_pd = vrdma_alloc_pd,
 	.alloc_ucontext = vrdma_alloc_ucontext,
 	.attach_mcast = vrdma_attach_mcast,
@@ -250,10 +255,12 @@ static const struct ib_device_ops vrdma_ops = {
 	.destroy_srq = vrdma_destroy_srq,
 	.detach_mcast = vrdma_detach_mcast,
 	.disassociate_ucontext = vrdma_disassociate_ucontext,
+	.get_dma_mr = vrdma_get_dma_mr,
 	.get_dev_fw_str = vrdma_get_fw_str,
 	.get_link_layer = vrdma_get_link_layer,
 	.get_netdev = vrdma_get_netdev,
 	.get_port_immutable = vrdma_get_port_immutable,
+	.map_mr_sg = vrdma_map_mr_sg,
 	.mmap = vrdma_mmap,
 	.mmap_free = vrdma_mmap_free,
 	.modify_ah = vrdma_modify_ah,

@@ -56,7 +56,7 @@ struct vrdma_ring {
 	u32 stride;
 	u32 num_extents;
 	bool mappable;
-	struct rxe_queue_buf *header;	/* the whole ring, where the kernel itself is at its other end */
+	struct rxe_queue_buf *header;	/* the whole ring, if a user in the kernel has it */
 };
 
 struct vrdma_ctrl {
@@ -103,6 +103,7 @@ struct vrdma_attr {
 	u32 max_doorbells;
 	u32 max_gids;
 	u32 max_rd_atomic;
+	u32 max_fast_reg;
 	u32 qp_types;
 	u32 max_msg_size;
 	enum ib_atomic_cap atomic_cap;
@@ -175,9 +176,12 @@ struct vrdma_ah {
 
 struct vrdma_mr {
 	struct ib_mr ibmr;
-	struct ib_umem *umem;
+	struct ib_umem *umem;		/* NULL for memory of the kernel */
 	u64 iova;
 	int access;
+	struct virtio_rdma_extent *extents;	/* of a region for fast registration */
+	u32 num_extents;
+	u32 max_extents;
 };
 
 struct vrdma_cq {
@@ -337,6 +341,12 @@ struct ib_mr *vrdma_reg_user_mr(struct ib_pd *ibpd, u64 start, u64 length, u64 i
 struct ib_mr *vrdma_rereg_user_mr(struct ib_mr *ibmr, int flags, u64 start, u64 length, u64 iova,
 				  int access, struct ib_pd *ibpd, struct ib_udata *udata);
 int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata);
+
+/* kmr.c */
+struct ib_mr *vrdma_get_dma_mr(struct ib_pd *ibpd, int access);
+struct ib_mr *vrdma_alloc_mr(struct ib_pd *ibpd, enum ib_mr_type type, u32 max_num_sg);
+int vrdma_map_mr_sg(struct ib_mr *ibmr, struct scatterlist *sg, int sg_nents,
+		    unsigned int *sg_offset);
 
 /* cq.c */
 int vrdma_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,
