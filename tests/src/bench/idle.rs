@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::path::{Cores, bed, idle_pairs, latency};
+use super::path::{Cores, bed, idle_pairs};
 use super::table::{Bar, Row};
+use super::traffic::{Kind, Traffic};
 use super::{RUNS, median};
 use crate::e2e::child::{Owned, sibling};
 use crate::e2e::interrupt::{check, wait_for};
@@ -39,10 +40,10 @@ fn beside_idle(cores: Option<Cores>, count: usize) -> Result<Row> {
     for _ in 0..RUNS {
         check()?;
         let bed = bed(cores, MEMORY);
-        let pair = bed.pair(64);
-        let alone = latency(&pair, 50_000)?;
+        let busy = Traffic::between(&bed.guests[0], &bed.guests[1], 64)?;
+        let alone = busy.latency(Kind::Write, 64, 50_000)?;
         let idle = idle_pairs(&bed.guests[0], &bed.guests[1], count)?;
-        let beside = latency(&pair, 50_000)?;
+        let beside = busy.latency(Kind::Write, 64, 50_000)?;
         drop(idle);
         values.push(beside);
         others.push(alone);

@@ -1,23 +1,34 @@
 //! `make bench`: what the project promises of speed, measured side by side in one run.
 //!
 //! * [`path`]: the in-process guest against the device, with a core each for the poster and the worker.
+//! * [`bulk`]: the same with many bytes; [`traffic`]: what both are driven with.
 //! * [`idle`]: what QPs cost that do nothing.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`table`]: the figures, for people and as JSON.
 
+pub mod bulk;
 pub mod guests;
 pub mod idle;
 pub mod path;
 pub mod table;
+pub mod traffic;
 
 /// The middle one of some figures.
 ///
 /// # Panics
 /// Without figures.
-pub fn median(mut figures: Vec<f64>) -> f64 {
+pub fn median(figures: Vec<f64>) -> f64 {
+    percentile(figures, 50)
+}
+
+/// The figure that this share of all is not above.
+///
+/// # Panics
+/// Without figures.
+pub fn percentile(mut figures: Vec<f64>, percent: usize) -> f64 {
     assert!(!figures.is_empty(), "no figures");
     figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
+    figures[(figures.len() - 1) * percent / 100]
 }
 
 /// Runs of each side, in turn.

@@ -41,6 +41,12 @@ impl Row {
         Self { name, value: Some(value), unit, against: String::new(), ratio: None, bar, met: Some(met) }
     }
 
+    /// Says beside the bar what it was before, in issue A.
+    #[must_use]
+    pub fn before(self, bar: &str) -> Self {
+        Self { bar: format!("{} (A: {bar})", self.bar), ..self }
+    }
+
     /// A figure with its ratio to another, which must be in the range.
     pub fn ratio(name: &str, value: f64, unit: &str, against: &str, ratio: f64, bar: Bar) -> Self {
         let (met, bar) = match bar {

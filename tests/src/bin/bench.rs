@@ -17,9 +17,23 @@ struct Args {
     /// Only the in-process guest: no virtual machines.
     #[arg(long)]
     no_guests: bool,
+    /// Only these parts; all if not given.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
     /// Where the JSON goes.
     #[arg(long, value_name = "FILE", default_value = "target/bench.json")]
     json: PathBuf,
+}
+
+/// What can be measured by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// The data path, in-process.
+    Path,
+    /// What idle QPs cost.
+    Idle,
+    /// Perftest in real guests.
+    Guests,
 }
 
 fn main() -> ExitCode {
@@ -35,11 +49,17 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     interrupt::install()?;
     let cores = path::Cores::find();
-    let mut rows = apart(|| path::rows(cores))?;
-    eprintln!("the data path is measured");
-    rows.extend(apart(|| idle::rows(cores))?);
-    eprintln!("idle QPs are measured");
-    if !args.no_guests {
+    let wanted = |part| args.only.is_empty() || args.only.contains(&part);
+    let mut rows = Vec::new();
+    if wanted(Part::Path) {
+        rows.extend(apart(|| path::rows(cores))?);
+        eprintln!("the data path is measured");
+    }
+    if wanted(Part::Idle) {
+        rows.extend(apart(|| idle::rows(cores))?);
+        eprintln!("idle QPs are measured");
+    }
+    if wanted(Part::Guests) && !args.no_guests {
         for vmm in [Vmm::Uml, Vmm::Qemu] {
             rows.extend(guest_rows(vmm)?);
             eprintln!("{} guests are measured", vmm.name());

@@ -263,6 +263,21 @@ impl Qp {
         Ok(())
     }
 
+    /// Posts the same receive `count` times, in one list. Posts none when there is no room for all.
+    pub fn post_recvs(&self, wr_id: u64, sges: &[Sge], count: usize) -> Result<()> {
+        let rq = self.rq();
+        let mut index = rq.index();
+        for _ in 0..count {
+            if !rq.has_room(index) {
+                return Err(Error::Full);
+            }
+            rq.write_element(index, |slot| wr::write_recv(slot, wr_id, sges));
+            index = rq.after(index);
+        }
+        rq.publish(index);
+        Ok(())
+    }
+
     /// Changes attributes.
     pub fn modify(&self, mask: QpMask, attr: QpAttr) -> Result<()> {
         let body = ModifyQp { qpn: self.number.into(), attr_mask: mask.bits().into(), attr };
