@@ -22,6 +22,7 @@ pub mod overlay;
 pub mod profile;
 pub mod qp;
 pub mod ring;
+mod slots;
 mod srq;
 pub mod stepped;
 pub mod vhost;

@@ -23,6 +23,7 @@ use crate::cq::Cq;
 use crate::engine::Engine;
 use crate::mem::{Map, Pages};
 use crate::nic::Nic;
+use crate::slots::Slots;
 use crate::srq::Srq;
 
 /// Why a command was refused: what the host's log says. The guest sees [`status`](Self::status).
@@ -103,8 +104,8 @@ pub struct Control {
     pds: HashMap<u32, u32>,
     next_pd: u32,
     regions: Regions,
-    cqs: Vec<Option<Arc<Cq>>>,
-    srqs: Vec<Option<Arc<Srq>>>,
+    cqs: Slots<Arc<Cq>>,
+    srqs: Slots<Arc<Srq>>,
     memberships: Memberships,
     arm: Option<Arc<Pages>>,
     /// Bytes of guest memory that all rings take.
@@ -123,8 +124,8 @@ impl Control {
             pds: HashMap::new(),
             next_pd: 1,
             regions: Regions::default(),
-            cqs: Vec::new(),
-            srqs: Vec::new(),
+            cqs: Slots::default(),
+            srqs: Slots::default(),
             memberships: Memberships::default(),
             arm: None,
             ring_bytes: 0,
@@ -209,7 +210,7 @@ impl Control {
         let keys = self.nic.keys.take();
         let qps: Vec<_> = self.nic.qps.write().drain().map(|(_, qp)| qp).collect();
         for queue in &self.nic.doorbells {
-            queue.slots.write().clear();
+            drop(queue.slots.write().take_all());
             *queue.area.write() = None;
         }
         self.leave_groups();
@@ -219,10 +220,10 @@ impl Control {
         for qp in &qps {
             qp.close();
         }
-        for cq in self.cqs.drain(..).flatten() {
+        for cq in self.cqs.take_all() {
             cq.close();
         }
-        for srq in self.srqs.drain(..).flatten() {
+        for srq in self.srqs.take_all() {
             srq.close();
         }
         self.engine.quiesce().wait();
@@ -239,7 +240,7 @@ impl Control {
 
     /// Number of protection domains, regions and CQs.
     pub fn counts(&self) -> (usize, usize, usize) {
-        (self.pds.len(), self.regions.len(), self.cqs.iter().flatten().count())
+        (self.pds.len(), self.regions.len(), self.cqs.len())
     }
 
     /// Guest memory has changed. What lies in memory that went fails; nothing else notices. When it returns no worker touches what went.

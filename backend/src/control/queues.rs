@@ -31,11 +31,11 @@ impl Control {
             return Err(Refusal::Reserved);
         }
         let arm = self.arm.clone().ok_or(Refusal::State("no area for arm words"))?;
-        let cqn = free_slot(&mut self.cqs, profile.max_cq).ok_or(Refusal::Quota("completion queues"))?;
+        let cqn = self.cqs.vacant(profile.max_cq).ok_or(Refusal::Quota("completion queues"))?;
         let ring = self.completion_ring(&args.ring, extents)?;
         self.ring_bytes += ring.geometry().size() as u64;
-        self.cqs[cqn] = Some(Arc::new(Cq::new(cqn as u32, vector, ring, arm)));
-        Ok(answer(&ObjectResponse { number: (cqn as u32).into(), ..ObjectResponse::default() }))
+        self.cqs.insert(Arc::new(Cq::new(cqn, vector, ring, arm)));
+        Ok(answer(&ObjectResponse { number: cqn.into(), ..ObjectResponse::default() }))
     }
 
     fn completion_ring(&self, desc: &RingDesc, extents: &[RawExtent]) -> Result<Ring, Refusal> {
@@ -64,13 +64,13 @@ impl Control {
         }
         cq.close();
         self.ring_bytes -= cq.ring_bytes.load(Ordering::Relaxed);
-        self.cqs[cqn as usize] = None;
+        self.cqs.remove(cqn);
         self.engine.quiesce().wait();
         Ok(nothing())
     }
 
     fn cq(&self, cqn: u32) -> Result<Arc<Cq>, Refusal> {
-        self.cqs.get(cqn as usize).cloned().flatten().ok_or(Refusal::NotFound("completion queue"))
+        self.cqs.get(cqn).cloned().ok_or(Refusal::NotFound("completion queue"))
     }
 
     pub(super) fn create_qp(&mut self, args: &CreateQp, sq: &[RawExtent], rq: &[RawExtent]) -> Answer {
@@ -181,19 +181,19 @@ impl Control {
     }
 
     fn free_doorbell(&self, queue: usize) -> Result<u32, Refusal> {
-        let mut slots = self.nic.doorbells[queue].slots.write();
-        if self.nic.doorbells[queue].area.read().is_none() {
+        let queue = &self.nic.doorbells[queue];
+        if queue.area.read().is_none() {
             return Err(Refusal::State("no doorbell area"));
         }
-        let slot = free_slot(&mut slots, self.nic.config.profile.doorbells());
-        slot.map(|s| s as u32).ok_or(Refusal::Quota("doorbells"))
+        let slot = queue.slots.read().vacant(self.nic.config.profile.doorbells());
+        slot.ok_or(Refusal::Quota("doorbells"))
     }
 
     fn insert_qp(&mut self, qp: Arc<Qp>) {
         self.enter_pd(qp.id.pdn);
         self.qps_created += 1;
         self.ring_bytes += qp.id.ring_bytes;
-        self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = Some(qp.clone());
+        self.nic.doorbells[qp.id.doorbell_queue].slots.write().insert(qp.clone());
         self.nic.qps.write().insert(qp.id.qpn, qp);
     }
 
@@ -207,7 +207,7 @@ impl Control {
             return Err(Refusal::Busy("queue pair in a multicast group"));
         }
         self.nic.qps.write().remove(&qpn);
-        self.nic.doorbells[qp.id.doorbell_queue].slots.write()[qp.id.doorbell as usize] = None;
+        self.nic.doorbells[qp.id.doorbell_queue].slots.write().remove(qp.id.doorbell);
         qp.close();
         let windows = self.nic.keys.release(qpn);
         self.engine.quiesce().wait();
@@ -291,7 +291,7 @@ impl Control {
 
     /// Queues whose memory is gone fail.
     pub(super) fn drop_lost_queues(&mut self) {
-        for cq in self.cqs.iter().flatten() {
+        for cq in self.cqs.iter() {
             if cq.close_if_gone(&self.map) && cq.first_break() {
                 self.nic.raise(EventType::CqError, cq.cqn);
             }
@@ -370,16 +370,4 @@ pub(super) fn unresized(error: ResizeError) -> Refusal {
         ResizeError::TooSmall => Refusal::Value("size: what is in the ring does not fit"),
         ResizeError::Broken => Refusal::State("the ring is broken"),
     }
-}
-
-/// The first free slot, in a table of at most `max`.
-pub(super) fn free_slot<T>(slots: &mut Vec<Option<T>>, max: u32) -> Option<usize> {
-    let index = slots.iter().position(Option::is_none).unwrap_or(slots.len());
-    if index == slots.len() {
-        if index >= max as usize {
-            return None;
-        }
-        slots.push(None);
-    }
-    Some(index)
 }

@@ -7,7 +7,7 @@ use virtio_rdma::ctrl::{CreateSrq, ModifySrq, ObjectResponse, ResizeSrq, SrqAttr
 use virtio_rdma::event::EventType;
 
 use super::parse::RawExtent;
-use super::queues::{free_slot, unresized};
+use super::queues::unresized;
 use super::{Answer, Control, Refusal, answer, nothing};
 use crate::ring::rxe::Caps;
 use crate::srq::Srq;
@@ -22,17 +22,17 @@ impl Control {
         if u32::from(args.max_sge.get()) > profile.max_sge {
             return Err(Refusal::Value("SGEs"));
         }
-        let srqn = free_slot(&mut self.srqs, profile.max_srq).ok_or(Refusal::Quota("shared receive queues"))?;
+        let srqn = self.srqs.vacant(profile.max_srq).ok_or(Refusal::Quota("shared receive queues"))?;
         let caps = Caps { max_sge: args.max_sge.get().into(), max_inline: 0, datagram: false, kernel: false };
         let ring = self.ring(&args.ring, extents, caps.recv_element())?;
-        let srq = Srq::new(srqn as u32, args.pdn.get(), ring, caps);
+        let srq = Srq::new(srqn, args.pdn.get(), ring, caps);
         if !srq.set_limit(args.limit.get()) {
             return Err(Refusal::Value("limit"));
         }
         self.enter_pd(srq.pdn);
         self.ring_bytes += srq.ring_bytes.load(Ordering::Relaxed);
-        self.srqs[srqn] = Some(Arc::new(srq));
-        Ok(answer(&ObjectResponse { number: (srqn as u32).into(), ..ObjectResponse::default() }))
+        self.srqs.insert(Arc::new(srq));
+        Ok(answer(&ObjectResponse { number: srqn.into(), ..ObjectResponse::default() }))
     }
 
     pub(super) fn modify_srq(&mut self, args: ModifySrq) -> Answer {
@@ -63,7 +63,7 @@ impl Control {
             return Err(Refusal::Busy("shared receive queue"));
         }
         srq.close();
-        self.srqs[srqn as usize] = None;
+        self.srqs.remove(srqn);
         self.ring_bytes -= srq.ring_bytes.load(Ordering::Relaxed);
         self.leave_pd(srq.pdn);
         self.engine.quiesce().wait();
@@ -71,12 +71,12 @@ impl Control {
     }
 
     pub(super) fn srq(&self, srqn: u32) -> Result<Arc<Srq>, Refusal> {
-        self.srqs.get(srqn as usize).cloned().flatten().ok_or(Refusal::NotFound("shared receive queue"))
+        self.srqs.get(srqn).cloned().ok_or(Refusal::NotFound("shared receive queue"))
     }
 
     /// Shared receive queues whose memory is gone fail.
     pub(super) fn drop_lost_srqs(&mut self) {
-        for srq in self.srqs.iter().flatten() {
+        for srq in self.srqs.iter() {
             if srq.close_if_gone(&self.map) {
                 self.nic.raise(EventType::SrqError, srq.srqn);
             }

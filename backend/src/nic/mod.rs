@@ -31,6 +31,7 @@ use crate::mem::Map;
 use crate::overlay::{Gid, NicId, eui64};
 use crate::profile::Profile;
 use crate::qp::Qp;
+use crate::slots::Slots;
 use crate::vhost::vring::Vring;
 
 /// What a virtual NIC is created with.
@@ -65,7 +66,7 @@ pub struct DoorbellQueue {
     /// The worker, by its number on this host.
     pub worker: usize,
     /// QP of each doorbell.
-    pub slots: RwLock<Vec<Option<Arc<Qp>>>>,
+    pub slots: RwLock<Slots<Arc<Qp>>>,
     /// Where the driver rings; `None` until it says.
     pub area: RwLock<Option<Arc<DoorbellArea>>>,
 }
