@@ -38,6 +38,8 @@ struct Producer {
     /// The area of arm words.
     arm: Option<Arc<Pages>>,
     index: u32,
+    /// The index that the guest knows.
+    published: u32,
     /// The guest's index when we last looked; looking again is only needed when the ring seems full.
     consumer: u32,
 }
@@ -46,17 +48,22 @@ impl Cq {
     /// A CQ over this ring, with its arm word in `arm`.
     pub fn new(cqn: u32, vector: usize, ring: Ring, arm: Arc<Pages>) -> Self {
         let ring_bytes = AtomicU64::new(ring.geometry().size() as u64);
-        let memory = Mutex::new(Producer { ring: Some(ring), arm: Some(arm), index: 0, consumer: 0 });
+        let memory = Mutex::new(Producer { ring: Some(ring), arm: Some(arm), index: 0, published: 0, consumer: 0 });
         Self { cqn, vector, users: AtomicU32::new(0), ring_bytes, memory, broken: AtomicBool::new(false) }
     }
 
-    /// Writes one completion.
+    /// Writes one completion. With `hold` the guest sees it with the next [`publish`](Self::publish): telling it of several at
+    /// once saves both sides the way of a cache line there and back.
     ///
     /// # Errors
     /// [`CqBroken`] when there is no room; [`first_break`](Self::first_break) tells who reports it.
-    pub fn push(&self, cqe: &Cqe) -> Result<(), CqBroken> {
+    pub fn push(&self, cqe: &Cqe, hold: bool) -> Result<(), CqBroken> {
         let mut producer = self.memory.lock();
-        producer.push(cqe).inspect_err(|_| producer.close())
+        producer.push(cqe).inspect_err(|_| producer.close())?;
+        if !hold {
+            producer.publish();
+        }
+        Ok(())
     }
 
     /// Writes into another ring from now on, to whose beginning completions that were not polled move. The guest does not poll meanwhile.
@@ -74,9 +81,16 @@ impl Cq {
         Ok(())
     }
 
-    /// After completions were pushed: whether the guest waits for an event for them. The answer is yes at most once for each arming.
+    /// Shows the guest the completions written so far.
+    pub fn publish(&self) {
+        self.memory.lock().publish();
+    }
+
+    /// Shows the guest the completions written so far, and says whether it waits for an event for them. The answer is yes at most
+    /// once for each arming.
     pub fn take_event(&self, solicited: bool) -> bool {
-        let producer = self.memory.lock();
+        let mut producer = self.memory.lock();
+        producer.publish();
         let Some(arm) = &producer.arm else {
             return false;
         };
@@ -113,6 +127,9 @@ impl Cq {
 }
 
 impl Producer {
+    /// Elements from the present one to the one that is fetched.
+    const AHEAD: u32 = 2;
+
     fn close(&mut self) {
         self.ring = None;
         self.arm = None;
@@ -142,7 +159,7 @@ impl Producer {
         if *moved == count {
             to.set_consumer(0);
             to.set_producer(count);
-            (self.ring, self.index, self.consumer) = (other.take(), count, 0);
+            (self.ring, self.index, self.published, self.consumer) = (other.take(), count, count, 0);
         }
         Ok(())
     }
@@ -157,8 +174,18 @@ impl Producer {
             }
         }
         ring.write(self.index, cqe.as_bytes());
-        ring.set_producer(next);
+        // The guest's core has it from the last time round: by the time it is needed it is here.
+        ring.prefetch_to_write(ring.after(self.index, Self::AHEAD));
         self.index = next;
         Ok(())
+    }
+
+    fn publish(&mut self) {
+        if let Some(ring) = &self.ring
+            && self.index != self.published
+        {
+            ring.set_producer(self.index);
+            self.published = self.index;
+        }
     }
 }

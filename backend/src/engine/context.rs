@@ -9,11 +9,13 @@ use virtio_rdma::ring::Cqe;
 
 use super::job::Job;
 use super::quiesce::Grace;
+use super::tally::Tally;
 use super::{Engine, cost};
 use crate::cq::{Cq, CqBroken};
 use crate::mem::Seg;
 use crate::mr::{KeyError, Mr};
 use crate::nic::Nic;
+use crate::nic::stats::Counter;
 use crate::overlay::NicId;
 use crate::qp::Identity;
 use crate::wqe::Sge;
@@ -25,6 +27,9 @@ pub const QUANTUM_WQES: u32 = 32;
 
 /// Bytes that could be moved in the time that one more look-up takes.
 const BYTES_PER_LOOKUP: u64 = 1024;
+
+/// Completions that wait for others of their CQ before the guest sees them.
+const UNPUBLISHED: u32 = 8;
 
 /// How often a visit may go on because nobody else waits. It bounds how long a quantum lasts.
 pub const REFILLS: u32 = 15;
@@ -86,6 +91,10 @@ pub struct Context {
     touched: Vec<Touched>,
     /// Cost of what was done since somebody asked.
     spent: u64,
+    /// Completions written that the guest may not have been shown.
+    unpublished: u32,
+    sent: Tally,
+    received: Tally,
 }
 
 /// A CQ that got completions in this quantum.
@@ -109,6 +118,9 @@ impl Context {
             spare: Vec::new(),
             touched: Vec::new(),
             spent: 0,
+            unpublished: 0,
+            sent: Tally::default(),
+            received: Tally::default(),
         }
     }
 
@@ -205,13 +217,21 @@ impl Context {
         Ok(())
     }
 
-    /// Writes a completion. Whether the guest wants an event is looked at when the quantum ends.
+    /// Writes a completion. With `hold` the guest sees it a little later, together with others. Whether it wants an event is
+    /// looked at when the quantum ends.
     ///
     /// # Errors
     /// When the CQ is broken; that was reported to the guest here.
-    pub fn push_cqe(&mut self, nic: &Arc<Nic>, cq: &Arc<Cq>, cqe: &Cqe, solicited: bool) -> Result<(), CqBroken> {
+    pub fn push_cqe(
+        &mut self,
+        nic: &Arc<Nic>,
+        cq: &Arc<Cq>,
+        cqe: &Cqe,
+        solicited: bool,
+        hold: bool,
+    ) -> Result<(), CqBroken> {
         self.charge(cost::CQE);
-        if let Err(broken) = cq.push(cqe) {
+        if let Err(broken) = cq.push(cqe, hold) {
             if cq.first_break() {
                 nic.warn(format_args!("completion queue {} overflowed", cq.cqn));
                 nic.raise(EventType::CqError, cq.cqn);
@@ -222,11 +242,24 @@ impl Context {
             Some(touched) => touched.solicited |= solicited,
             None => self.touched.push(Touched { nic: nic.clone(), cq: cq.clone(), solicited }),
         }
+        self.unpublished += u32::from(hold);
+        if !hold || self.unpublished >= UNPUBLISHED {
+            self.publish();
+        }
         Ok(())
     }
 
-    /// Raises events for the completions written so far, where guests wait for them.
+    /// Shows guests the completions written so far.
+    pub fn publish(&mut self) {
+        if self.unpublished > 0 {
+            self.unpublished = 0;
+            self.touched.iter().for_each(|touched| touched.cq.publish());
+        }
+    }
+
+    /// Shows guests the completions written so far, and raises events where they wait for them.
     pub fn announce(&mut self) {
+        self.unpublished = 0;
         for touched in self.touched.drain(..) {
             if touched.cq.take_event(touched.solicited) {
                 self.spent += cost::EVENT;
@@ -235,13 +268,35 @@ impl Context {
         }
     }
 
+    /// A send work request of `nic` has succeeded.
+    #[inline]
+    pub fn count_sent(&mut self, nic: &Arc<Nic>, bytes: u64) {
+        self.sent.add(nic, bytes, sent);
+    }
+
+    /// A receive of `nic` has succeeded.
+    #[inline]
+    pub fn count_received(&mut self, nic: &Arc<Nic>, bytes: u64) {
+        self.received.add(nic, bytes, received);
+    }
+
     /// The quantum ends: events go out, and nothing that was looked up is used any more.
     pub fn settle(&mut self) {
         self.announce();
+        self.sent.settle(sent);
+        self.received.settle(received);
         self.keys.entries.clear();
         self.src.clear();
         self.dst.clear();
     }
+}
+
+fn sent(nic: &Nic) -> (&Counter, &Counter) {
+    (&nic.counters.send_wqes, &nic.counters.send_bytes)
+}
+
+fn received(nic: &Nic) -> (&Counter, &Counter) {
+    (&nic.counters.recv_wqes, &nic.counters.recv_bytes)
 }
 
 /// Which list of segments to append to.

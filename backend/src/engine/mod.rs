@@ -16,6 +16,7 @@ pub mod mcast;
 pub mod quiesce;
 mod rc;
 mod serve;
+mod tally;
 mod timers;
 mod uc;
 mod ud;

@@ -16,6 +16,9 @@ use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
 use crate::wqe::Op;
 
+/// Bytes of a message from which on no completion waits for it, and its own for no other: what that saves is little beside the copy.
+const LONG: u64 = 1024;
+
 /// What to do with the QP after a visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
@@ -56,6 +59,7 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
                 return Next::Again;
             }
             if qp.recv.lock().take_last_event() {
+                ctx.announce();
                 nic.raise(EventType::LastWqeReached, qp.id.qpn);
             }
             Next::Idle
@@ -84,15 +88,22 @@ fn run(
         return Next::At(wait.next_look);
     }
     let mut budget = Budget::full();
-    while budget.take_wqe() || budget.refill(&alone) {
-        let next = run_one(ctx, nic, qp, &mut send, &mut budget);
-        match next {
+    let next = loop {
+        if !budget.take_wqe() {
+            if !budget.refill(&alone) {
+                break Next::Again;
+            }
+            send.publish();
+            ctx.announce();
+        }
+        match run_one(ctx, nic, qp, &mut send, &mut budget) {
             None => {}
             Some(Next::Again) if qp.state() == QpState::Rts && budget.refill(&alone) => ctx.announce(),
-            Some(next) => return next,
+            Some(next) => break next,
         }
-    }
-    Next::Again
+    };
+    send.publish();
+    next
 }
 
 /// Takes the present work request, or the next one, as far as it goes. `None`: it is complete.
@@ -117,12 +128,15 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
 /// SQD: what has started is finished, nothing new is begun.
 fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
     let mut budget = Budget::full();
-    if let Some(job) = send.job.take()
-        && let Some(next) = advance(ctx, nic, qp, &mut send, job, &mut budget)
-    {
-        return next;
+    if let Some(job) = send.job.take() {
+        let next = advance(ctx, nic, qp, &mut send, job, &mut budget);
+        send.publish();
+        if let Some(next) = next {
+            return next;
+        }
     }
     if std::mem::take(&mut send.notify_drained) {
+        ctx.announce();
         nic.raise(EventType::SqDrained, qp.id.qpn);
     }
     Next::Idle
@@ -137,6 +151,9 @@ fn advance(
     mut job: Box<Job>,
     budget: &mut Budget,
 ) -> Option<Next> {
+    if job.wqe.length >= LONG {
+        ctx.publish();
+    }
     let step = match job.wqe.op {
         Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
         Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job, budget),
@@ -161,14 +178,15 @@ fn advance(
 }
 
 /// The next work request of the ring, parsed; a malformed one fails when it is stepped.
-fn fetch(ctx: &mut Context, qp: &Qp, send: &SendQueue) -> Result<Option<Box<Job>>, &'static str> {
-    let next = send.next().map_err(|_| "producer index of the send ring is outside the ring")?;
+fn fetch(ctx: &mut Context, qp: &Qp, send: &mut SendQueue) -> Result<Option<Box<Job>>, &'static str> {
+    let caps = send.caps;
+    let next = send.peek().map_err(|_| "producer index of the send ring is outside the ring")?;
     let Some((ring, index)) = next else {
         return Ok(None);
     };
     ctx.charge(cost::WQE);
     let mut job = ctx.new_job();
-    if let Err(error) = parse_send(ring, index, send.caps, &mut job.wqe) {
+    if let Err(error) = parse_send(ring, index, caps, &mut job.wqe) {
         log::debug!("QP {:#x}: {error}", qp.id.qpn);
         job.wqe.op = Op::Invalid;
     }
@@ -253,9 +271,19 @@ fn count_wait(
 
 /// Completes the request at the head of the ring. False if the completion could not be written.
 fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, job: &Job, status: WcStatus) -> bool {
-    // Before the completion: who sees that may post the next request at once.
     send.advance();
+    // Nobody's completion waits for a request that may take long, or that has yet to be posted.
+    let hold = status == WcStatus::Success && job.wqe.length < LONG && send.knows_more();
     let wanted = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED) || status != WcStatus::Success;
+    if !wanted {
+        if !hold {
+            ctx.publish();
+        }
+        count_sent(ctx, nic, job, status);
+        return true;
+    }
+    // Before the completion: who sees that may post the next request at once.
+    send.publish();
     let cqe = Cqe {
         wr_id: job.wqe.wr_id.into(),
         status: status.to_wire().into(),
@@ -265,14 +293,23 @@ fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, jo
         port_num: 1,
         ..Cqe::default()
     };
-    let pushed = !wanted || ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success).is_ok();
-    nic.counters.send_wqes.add(1);
-    match status {
-        WcStatus::Success => nic.counters.send_bytes.add(job.wqe.length),
-        WcStatus::WrFlushErr => nic.counters.flushed.add(1),
-        _ => nic.counters.errors.add(1),
-    }
+    let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success, hold).is_ok();
+    count_sent(ctx, nic, job, status);
     pushed
+}
+
+fn count_sent(ctx: &mut Context, nic: &Arc<Nic>, job: &Job, status: WcStatus) {
+    if status == WcStatus::Success {
+        ctx.count_sent(nic, job.wqe.length);
+    } else {
+        nic.counters.send_wqes.add(1);
+        count_error(nic, status);
+    }
+}
+
+fn count_error(nic: &Nic, status: WcStatus) {
+    let counter = if status == WcStatus::WrFlushErr { &nic.counters.flushed } else { &nic.counters.errors };
+    counter.add(1);
 }
 
 /// The request completes in error and takes its QP with it: to ERR, or SQE where nothing is reliable (IBA 10.3.1).
@@ -315,7 +352,7 @@ fn flush_send(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGu
         ctx.recycle(job);
     }
     for _ in 0..super::context::QUANTUM_WQES {
-        let Ok(Some(job)) = fetch(ctx, qp, &send) else {
+        let Ok(Some(job)) = fetch(ctx, qp, &mut send) else {
             return false;
         };
         let pushed = complete(ctx, nic, qp, &mut send, &job, WcStatus::WrFlushErr);
@@ -427,12 +464,14 @@ pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, don
         port_num: 1,
         ..Cqe::default()
     };
-    let pushed = ctx.push_cqe(nic, &qp.id.recv_cq, &cqe, done.solicited).is_ok();
-    nic.counters.recv_wqes.add(1);
-    match done.status {
-        WcStatus::Success => nic.counters.recv_bytes.add(done.byte_len.into()),
-        WcStatus::WrFlushErr => nic.counters.flushed.add(1),
-        _ => nic.counters.errors.add(1),
+    // That of the message's sender follows in a moment.
+    let hold = done.status == WcStatus::Success;
+    let pushed = ctx.push_cqe(nic, &qp.id.recv_cq, &cqe, done.solicited, hold).is_ok();
+    if done.status == WcStatus::Success {
+        ctx.count_received(nic, done.byte_len.into());
+    } else {
+        nic.counters.recv_wqes.add(1);
+        count_error(nic, done.status);
     }
     if !pushed {
         fatal(nic, qp, "its completion queue overflowed");

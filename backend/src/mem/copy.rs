@@ -54,6 +54,29 @@ pub fn copy_ordered(src: Source<'_>, dst: &[Seg]) {
     store_word(last, word);
 }
 
+/// Has the cache line at the start of a segment fetched, where the processor can be asked to.
+pub fn prefetch(seg: Seg) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint: it reads nothing that the program sees and faults on no address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(seg.ptr.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = seg;
+}
+
+/// As [`prefetch`], to be written: another core that has the line lets go of it meanwhile.
+pub fn prefetch_to_write(seg: Seg) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, as above; processors that do not know it take it for a NOP.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) seg.ptr, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = seg;
+}
+
 /// Copies guest bytes at `seg` into `buf`.
 ///
 /// # Panics

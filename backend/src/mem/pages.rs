@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use virtio_rdma::PAGE_SIZE;
 
+use super::copy::{prefetch, prefetch_to_write};
 use super::{Extent, Map, Region, Seg, read, write};
 
 /// Guest pages laid end to end, each wherever it is. Keeps the mappings alive.
@@ -71,6 +72,16 @@ impl Pages {
             at += now.len();
             bytes = later;
         }
+    }
+
+    /// Has the cache line at `offset` fetched.
+    pub fn prefetch(&self, offset: usize) {
+        prefetch(self.at(offset, 1));
+    }
+
+    /// Has the cache line at `offset` fetched to be written.
+    pub fn prefetch_to_write(&self, offset: usize) {
+        prefetch_to_write(self.at(offset, 1));
     }
 
     /// The 32-bit word at `offset`.

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 macro_rules! counters {
     ($($(#[$meta:meta])* $name:ident,)*) => {
         /// Counters that workers and the control queue add to.
+        /// On cache lines of their own: what lies beside them is read by every worker.
         #[derive(Debug, Default)]
+        #[repr(align(128))]
         pub struct Counters { $($(#[$meta])* pub $name: Counter,)* }
 
         /// Values of [`Counters`] at one moment.

@@ -200,7 +200,7 @@ impl Qp {
     /// Whether a work request was posted that can be started now. For its worker.
     pub fn has_posted(&self) -> bool {
         self.state() == QpState::Rts
-            && self.send.try_lock().is_some_and(|send| send.wait.is_none() && !matches!(send.next(), Ok(None)))
+            && self.send.try_lock().is_some_and(|mut send| send.wait.is_none() && !matches!(send.peek(), Ok(None)))
     }
 
     /// Lets go of the rings; nothing is read or written any more. The caller has made sure that no worker serves it.

@@ -54,12 +54,14 @@ pub struct RecvRing {
     ring: Option<Ring>,
     caps: Caps,
     consumer: u32,
+    /// The guest's producer index when we last looked.
+    posted: u32,
 }
 
 impl RecvRing {
     /// Over this ring.
     pub fn new(ring: Ring, caps: Caps) -> Self {
-        Self { ring: Some(ring), caps, consumer: 0 }
+        Self { ring: Some(ring), caps, consumer: 0, posted: 0 }
     }
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
@@ -67,11 +69,15 @@ impl RecvRing {
         let Some(ring) = &self.ring else {
             return Taken::Empty;
         };
-        match ring.producer() {
-            Ok(index) if index == self.consumer => return Taken::Empty,
-            Ok(_) => {}
-            Err(_) => return Taken::Broken("producer index of the receive ring is outside the ring"),
+        if self.posted == self.consumer {
+            match ring.producer() {
+                Ok(index) if index == self.consumer => return Taken::Empty,
+                Ok(index) => self.posted = index,
+                Err(_) => return Taken::Broken("producer index of the receive ring is outside the ring"),
+            }
+            (1..Self::AHEAD).for_each(|n| self.prefetch(ring, n));
         }
+        self.prefetch(ring, Self::AHEAD);
         let parsed = parse_recv(ring, self.consumer, self.caps, out);
         if parsed.is_ok() && at_least.is_some_and(|n| out.sges.total() < n) {
             return Taken::TooShort;
@@ -104,7 +110,7 @@ impl RecvRing {
         if *moved == count {
             to.set_consumer(taken);
             to.set_producer(count);
-            (self.ring, self.consumer) = (other.take(), taken);
+            (self.ring, self.consumer, self.posted) = (other.take(), taken, taken);
         }
         Ok(())
     }
@@ -117,6 +123,15 @@ impl RecvRing {
     /// Bytes that the elements of its rings need.
     pub fn element(&self) -> usize {
         self.caps.recv_element()
+    }
+
+    /// Elements that are fetched before they are parsed.
+    const AHEAD: u32 = 4;
+
+    fn prefetch(&self, ring: &Ring, n: u32) {
+        if n < ring.between(self.consumer, self.posted) {
+            ring.prefetch(ring.after(self.consumer, n), 0);
+        }
     }
 
     /// Receives that are posted. Of a ring with an index that makes no sense: none.
@@ -133,7 +148,7 @@ impl RecvRing {
     }
 
     fn reset(&mut self) {
-        self.consumer = 0;
+        (self.consumer, self.posted) = (0, 0);
         if let Some(ring) = &self.ring {
             ring.set_consumer(0);
             ring.set_producer(0);

@@ -7,7 +7,7 @@ use super::Qp;
 use crate::engine::job::Job;
 use crate::mem::Map;
 use crate::nic::Nic;
-use crate::ring::rxe::Caps;
+use crate::ring::rxe::{Caps, prefetch_send};
 use crate::ring::{BadIndex, Ring};
 
 /// Why a work request waits.
@@ -74,6 +74,10 @@ pub struct SendQueue {
     /// What elements are held to.
     pub caps: Caps,
     consumer: u32,
+    /// The guest's producer index when we last looked.
+    posted: u32,
+    /// Our index that the guest knows.
+    published: u32,
     /// A work request that took more than one visit.
     pub job: Option<Box<Job>>,
     /// What it waits for, if it does.
@@ -101,6 +105,8 @@ impl SendQueue {
             ring: Some(ring),
             caps,
             consumer: 0,
+            posted: 0,
+            published: 0,
             job: None,
             wait: None,
             binding: None,
@@ -113,16 +119,40 @@ impl SendQueue {
         }
     }
 
-    /// The ring and the index of the next element; `None` when there is none.
+    /// The ring and the index of the next element; `None` when there is none. The guest's index is looked at only when what it
+    /// said last is used up.
     ///
     /// # Errors
     /// When the guest wrote an index outside the ring.
-    pub fn next(&self) -> Result<Option<(&Ring, u32)>, BadIndex> {
+    pub fn peek(&mut self) -> Result<Option<(&Ring, u32)>, BadIndex> {
         let Some(ring) = &self.ring else {
             return Ok(None);
         };
-        let producer = ring.producer()?;
-        Ok((producer != self.consumer).then_some((ring, self.consumer)))
+        if self.posted == self.consumer {
+            self.posted = ring.producer()?;
+            if self.posted == self.consumer {
+                return Ok(None);
+            }
+            // They were last written by another core: under way together they cost little more than one.
+            (0..Self::AHEAD).for_each(|n| self.prefetch(ring, n));
+        }
+        self.prefetch(ring, Self::AHEAD);
+        Ok(Some((ring, self.consumer)))
+    }
+
+    /// After [`advance`](Self::advance): whether another element is known to be posted, without looking again.
+    pub fn knows_more(&self) -> bool {
+        self.posted != self.consumer
+    }
+
+    /// Elements that are fetched before they are parsed.
+    const AHEAD: u32 = 4;
+
+    /// Has the element that comes `n` after the next one fetched, if it was posted: of one that is being written fetching would only get in the way.
+    fn prefetch(&self, ring: &Ring, n: u32) {
+        if n < ring.between(self.consumer, self.posted) {
+            prefetch_send(ring, ring.after(self.consumer, n));
+        }
     }
 
     /// A try of the present work request has ended without success.
@@ -131,11 +161,10 @@ impl SendQueue {
         *used = used.saturating_add(1);
     }
 
-    /// The present work request is complete: the guest may use its element again.
+    /// The present work request is complete: the guest may use its element again once that is [published](Self::publish).
     pub fn advance(&mut self) {
         if let Some(ring) = &self.ring {
             self.consumer = ring.geometry().next(self.consumer);
-            ring.set_consumer(self.consumer);
         }
         self.wait = None;
         self.retries = 0;
@@ -143,10 +172,20 @@ impl SendQueue {
         self.completed += 1;
     }
 
+    /// Tells the guest which elements it may use again.
+    pub fn publish(&mut self) {
+        if let Some(ring) = &self.ring
+            && self.consumer != self.published
+        {
+            ring.set_consumer(self.consumer);
+            self.published = self.consumer;
+        }
+    }
+
     /// Empties the ring and forgets the peer, as a transition to RESET does.
     pub fn reset(&mut self) {
         self.forget();
-        self.consumer = 0;
+        (self.consumer, self.posted, self.published) = (0, 0, 0);
         if let Some(ring) = &self.ring {
             ring.set_consumer(0);
             ring.set_producer(0);

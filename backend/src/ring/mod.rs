@@ -128,6 +128,26 @@ impl Ring {
         }
     }
 
+    /// Has the cache line at an offset of an element fetched.
+    pub fn prefetch(&self, index: u32, offset: usize) {
+        self.pages.prefetch(self.at(index, offset, 1));
+    }
+
+    /// Has the first cache line of an element fetched to be written.
+    pub fn prefetch_to_write(&self, index: u32) {
+        self.pages.prefetch_to_write(self.at(index, 0, 1));
+    }
+
+    /// The index `n` after this one.
+    pub fn after(&self, index: u32, n: u32) -> u32 {
+        (index + n) & (self.geometry.entries - 1)
+    }
+
+    /// Elements from `from` on before `to`.
+    pub fn between(&self, from: u32, to: u32) -> u32 {
+        to.wrapping_sub(from) & (self.geometry.entries - 1)
+    }
+
     fn word(&self, offset: usize) -> &AtomicU32 {
         self.pages.u32(offset)
     }

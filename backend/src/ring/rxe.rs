@@ -4,8 +4,8 @@ use std::mem::offset_of;
 
 use virtio_rdma::ib::{SendFlags, WrOpcode};
 use virtio_rdma::ring::{
-    ATOMIC_WRITE_SIZE, AtomicPart, BindMwPart, FlushPart, RdmaPart, RecvWqe as RawRecv, RegMrPart, SendWqe as RawSend,
-    Sge as RawSge, UdPart,
+    ATOMIC_WRITE_SIZE, AtomicPart, BindMwPart, DmaInfo, FlushPart, RdmaPart, RecvWqe as RawRecv, RegMrPart,
+    SendWqe as RawSend, Sge as RawSge, UdPart,
 };
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -17,8 +17,11 @@ use crate::wqe::{FastReg, Flush, LocalOp, Op, ParseError, Recv, Send, Sge, SgeLi
 const SEND_SIZE: usize = size_of::<RawSend>();
 /// End of what is used of the request: the largest of the parts that [`operation`] reads.
 const REQUEST_END: usize = offset_of!(RawSend, wr) + size_of::<RegMrPart>();
-/// Start of the payload's description.
-const DMA_START: usize = offset_of!(RawSend, dma);
+/// Start of what is used of the payload's description; what is before it, inline data alone need.
+const NUM_SGE: usize = offset_of!(RawSend, dma) + offset_of!(DmaInfo, num_sge);
+/// From there to the end of the first SGE: for most requests that and the start are all.
+const TAIL: usize = SEND_SIZE + size_of::<RawSge>() - NUM_SGE;
+const INLINE_LENGTH: usize = offset_of!(RawSend, dma) + offset_of!(DmaInfo, length);
 /// Bytes that an atomic works on.
 const ATOMIC_SIZE: u64 = 8;
 const RECV_SIZE: usize = size_of::<RawRecv>();
@@ -57,7 +60,6 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
     let bytes = raw.as_mut_bytes();
     // Only what is used is copied: every cache line of the ring was last written by another core.
     ring.read(index, 0, &mut bytes[..REQUEST_END]);
-    ring.read(index, DMA_START, &mut bytes[DMA_START..]);
     wqe.wr_id = raw.wr_id.get();
     wqe.flags = SendFlags::from_bits_truncate(raw.send_flags.get());
     wqe.imm = raw.imm_data.get();
@@ -67,7 +69,9 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
     wqe.inline.clear();
     wqe.op = operation(&raw, caps)?;
     if wqe.is_inline() && !matches!(wqe.op, Op::AtomicWrite { .. }) {
-        let len = raw.dma.length.get();
+        let mut len = [0; size_of::<u32>()];
+        ring.read(index, INLINE_LENGTH, &mut len);
+        let len = u32::from_le_bytes(len);
         if len > caps.max_inline {
             return Err(ParseError::InlineTooLong(len));
         }
@@ -86,7 +90,7 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
         }
         _ => {}
     }
-    read_sges(ring, index, SEND_SIZE, raw.dma.num_sge.get(), caps.max_sge, &mut wqe.sges)?;
+    read_send_sges(ring, index, caps.max_sge, &mut wqe.sges)?;
     wqe.length = if let Op::Atomic { .. } = wqe.op { ATOMIC_SIZE } else { wqe.sges.total() };
     Ok(())
 }
@@ -196,6 +200,30 @@ fn atomic(op: WrOpcode, part: &[u8]) -> Op {
     Op::Atomic { remote_addr: part.remote_addr.get(), rkey: part.rkey.get(), action }
 }
 
+/// Has the lines of a send element that [`parse_send`] reads fetched.
+pub fn prefetch_send(ring: &Ring, index: u32) {
+    ring.prefetch(index, 0);
+    ring.prefetch(index, NUM_SGE);
+}
+
+fn read_send_sges(ring: &Ring, index: u32, max: u32, out: &mut SgeList) -> Result<(), ParseError> {
+    // An element has room for the first SGE even where the queue has none: its size is a power of two.
+    let mut tail = [0; TAIL];
+    ring.read(index, NUM_SGE, &mut tail);
+    let (num, rest) = tail.split_at(size_of::<u32>());
+    let num = u32::from_le_bytes(num.try_into().expect("four bytes"));
+    if num == 1 && max > 0 {
+        let (_, sge) = RawSge::read_from_suffix(rest).expect("the tail ends with an SGE");
+        out.push(parse_sge(&sge));
+        return Ok(());
+    }
+    read_sges(ring, index, SEND_SIZE, num, max, out)
+}
+
+fn parse_sge(sge: &RawSge) -> Sge {
+    Sge { addr: sge.addr.get(), length: sge.length.get(), lkey: sge.lkey.get() }
+}
+
 fn read_sges(ring: &Ring, index: u32, at: usize, num: u32, max: u32, out: &mut SgeList) -> Result<(), ParseError> {
     if num > max {
         return Err(ParseError::SgeCount(num));
@@ -203,7 +231,7 @@ fn read_sges(ring: &Ring, index: u32, at: usize, num: u32, max: u32, out: &mut S
     for i in 0..num as usize {
         let mut sge = RawSge::new_zeroed();
         ring.read(index, at + i * size_of::<RawSge>(), sge.as_mut_bytes());
-        out.push(Sge { addr: sge.addr.get(), length: sge.length.get(), lkey: sge.lkey.get() });
+        out.push(parse_sge(&sge));
     }
     Ok(())
 }

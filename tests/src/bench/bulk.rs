@@ -32,7 +32,10 @@ pub fn rows(bed: &Bed, cores: Cores) -> Result<Vec<Row>> {
         let (value, other, ratio) =
             alternate(|| write_bandwidth(&traffic, size, count), || copy_bandwidth(&traffic, cores, size, count))?;
         let against = format!("memcpy {other:.1} GB/s");
-        rows.push(Row::ratio(&format!("in-process {name} WRITE"), value, "GB/s", &against, ratio, Bar::AtLeast(bar)).before("0.8"));
+        rows.push(
+            Row::ratio(&format!("in-process {name} WRITE"), value, "GB/s", &against, ratio, Bar::AtLeast(bar))
+                .before("0.8"),
+        );
     }
     rows.push(delay(bed, &traffic)?);
     Ok(rows)
@@ -73,13 +76,7 @@ fn copy_bandwidth(Traffic { a, b }: &Traffic, cores: Cores, size: usize, count: 
     Ok(gigabytes_a_second(size, times))
 }
 
-fn copy_on_demand(
-    (from, to): (&Mr, &Mr),
-    size: usize,
-    count: u64,
-    turn: &AtomicU64,
-    done: &AtomicU64,
-) -> Vec<f64> {
+fn copy_on_demand((from, to): (&Mr, &Mr), size: usize, count: u64, turn: &AtomicU64, done: &AtomicU64) -> Vec<f64> {
     let copy = |now| {
         while turn.load(Ordering::Acquire) != now {
             spin_loop();
