@@ -1,7 +1,7 @@
 //! Many bytes: bandwidth of WRITE beside one thread's memcpy, and how long a small WRITE waits beside a large message.
 
 use std::hint::spin_loop;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -48,6 +48,8 @@ fn write_bandwidth(Traffic { a, b }: &Traffic, size: usize, count: usize) -> Res
     let mut times = Vec::with_capacity(count);
     for turn in 0..count {
         a.mr.fill(0, size, turn as u8);
+        // Stores that still wait to be done are the writer's, not the WRITE's.
+        fence(Ordering::SeqCst);
         let start = Instant::now();
         a.qp.post_send(&write)?;
         complete(&a.cq)?;
@@ -66,6 +68,7 @@ fn copy_bandwidth(Traffic { a, b }: &Traffic, cores: Cores, size: usize, count: 
         });
         for now in 1..=count as u64 {
             a.mr.fill(0, size, now as u8);
+            fence(Ordering::SeqCst);
             turn.store(now, Ordering::Release);
             while done.load(Ordering::Acquire) != now {
                 spin_loop();

@@ -3,6 +3,7 @@
 //! * [`path`]: the in-process guest against the device, with a core each for the poster and the worker.
 //! * [`bulk`]: the same with many bytes; [`traffic`]: what both are driven with.
 //! * [`idle`]: what QPs cost that do nothing.
+//! * [`scale`]: thousands of QPs, regions and virtual NICs.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`table`]: the figures, for people and as JSON.
 
@@ -10,6 +11,7 @@ pub mod bulk;
 pub mod guests;
 pub mod idle;
 pub mod path;
+pub mod scale;
 pub mod table;
 pub mod traffic;
 

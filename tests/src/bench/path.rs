@@ -37,13 +37,17 @@ impl Cores {
     }
 }
 
+/// One worker that does not sleep between two measurements.
+pub fn engine(cores: Cores) -> EngineSettings {
+    EngineSettings { workers: 1, cores: vec![cores.worker], poll_us: 10_000, ..EngineSettings::default() }
+}
+
 /// Two guests on a router whose one worker polls all the time.
 ///
 /// # Panics
 /// When the router or a guest does not start.
 pub fn bed(cores: Cores, memory_size: u64) -> Bed {
-    let engine = EngineSettings { workers: 1, cores: vec![cores.worker], poll_us: 10_000, ..EngineSettings::default() };
-    let spec = RouterSpec { vectors: 1, engine, ..RouterSpec::of(2) };
+    let spec = RouterSpec { vectors: 1, engine: engine(cores), ..RouterSpec::of(2) };
     let config = GuestConfig { rings: Placement::Contiguous, memory_size, ..GuestConfig::default() };
     Bed::guests(&spec, &config)
 }

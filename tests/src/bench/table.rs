@@ -41,6 +41,16 @@ impl Row {
         Self { name, value: Some(value), unit, against: String::new(), ratio: None, bar, met: Some(met) }
     }
 
+    /// A figure of which nothing is asked.
+    pub fn plain(name: &str, value: f64, unit: &str) -> Self {
+        Self { met: None, ..Self::absolute(name, value, unit, String::new(), true) }
+    }
+
+    /// A figure with its ratio to another, of which nothing is asked.
+    pub fn versus(name: &str, value: f64, unit: &str, against: &str, ratio: f64) -> Self {
+        Self { against: against.to_owned(), ratio: Some(ratio), ..Self::plain(name, value, unit) }
+    }
+
     /// Says beside the bar what it was before, in issue A.
     #[must_use]
     pub fn before(self, bar: &str) -> Self {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, idle, path, table};
+use freeflow_tests::bench::{guests, idle, path, scale, table};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -32,6 +32,8 @@ enum Part {
     Path,
     /// What idle QPs cost.
     Idle,
+    /// Thousands of objects.
+    Scale,
     /// Perftest in real guests.
     Guests,
 }
@@ -58,6 +60,10 @@ fn run(args: &Args) -> Result<()> {
     if wanted(Part::Idle) {
         rows.extend(apart(|| idle::rows(cores))?);
         eprintln!("idle QPs are measured");
+    }
+    if wanted(Part::Scale) {
+        rows.extend(apart(|| scale::rows(cores))?);
+        eprintln!("scale is measured");
     }
     if wanted(Part::Guests) && !args.no_guests {
         for vmm in [Vmm::Uml, Vmm::Qemu] {

@@ -74,6 +74,14 @@ impl Response {
         Ok(status)
     }
 
+    /// An error unless the command succeeded.
+    pub fn ok(&self) -> Result<()> {
+        match self.status()? {
+            Status::Ok => Ok(()),
+            status => Err(Error::Refused(status)),
+        }
+    }
+
     /// The response's structure when the command succeeded.
     pub fn body<R: FromBytes>(&self) -> Result<R> {
         match self.status()? {
@@ -120,28 +128,29 @@ impl Ctrl {
         Ok(responses.remove(0))
     }
 
-    /// Sends up to [`SLOTS`] requests at once, and returns their answers in the same order.
+    /// Sends requests with up to [`SLOTS`] under way at once, and returns their answers in the same order.
     pub fn pipeline(&mut self, requests: &[Request]) -> Result<Vec<Response>> {
-        if requests.len() > SLOTS {
-            return Err(Error::Full);
-        }
         if let Link::Direct(nic) = &self.link {
             return Ok(requests.iter().map(|request| execute(nic, request)).collect());
         }
         let pulse = self.pulse()?;
-        let mut heads = Vec::new();
-        for (slot, request) in requests.iter().enumerate() {
-            heads.push(self.push(slot, request)?);
-        }
-        self.virtq.notify();
-        let deadline = Instant::now() + ANSWER;
-        let mut responses = Vec::new();
-        for (slot, head) in heads.into_iter().enumerate() {
+        let mut heads = Vec::with_capacity(requests.len());
+        let mut responses = Vec::with_capacity(requests.len());
+        for (turn, request) in requests.iter().enumerate() {
+            // Several at a time, so that the device is not notified of each.
+            if heads.len() < requests.len() && heads.len() - turn <= SLOTS / 2 {
+                let end = requests.len().min(turn + SLOTS);
+                for (slot, request) in requests[..end].iter().enumerate().skip(heads.len()) {
+                    heads.push(self.push(slot % SLOTS, request)?);
+                }
+                self.virtq.notify();
+            }
+            let deadline = Instant::now() + ANSWER;
             let (used, written) = self.virtq.pop_wait(deadline, &pulse)?.ok_or(Error::Timeout("a command"))?;
-            if used != head {
+            if used != heads[turn] {
                 return Err(Error::BadResponse("commands answered out of order"));
             }
-            responses.push(self.response(slot, requests[slot].room, written as usize)?);
+            responses.push(self.response(turn % SLOTS, request.room, written as usize)?);
         }
         Ok(responses)
     }

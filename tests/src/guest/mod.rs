@@ -167,6 +167,14 @@ impl Guest {
         self.ctrl().send(request)
     }
 
+    /// Sends commands, several of which are under way at once, and returns their answers in the same order.
+    pub fn pipeline(&self, requests: &[Request]) -> Result<Vec<Response>> {
+        if !self.is_connected() {
+            return Err(Error::Disconnected);
+        }
+        self.ctrl().pipeline(requests)
+    }
+
     /// Sends a command that answers with a structure.
     pub fn command<T, R>(&self, opcode: Opcode, body: &T, extents: &[Extent]) -> Result<R>
     where
@@ -189,10 +197,7 @@ impl Guest {
     where
         T: IntoBytes + Immutable + ?Sized,
     {
-        match self.command_status(opcode, body, extents)? {
-            Status::Ok => Ok(()),
-            status => Err(Error::Refused(status)),
-        }
+        self.send(&Request::new(opcode, body, extents, 0))?.ok()
     }
 
     /// Whether the connection was neither closed by us nor found closed.

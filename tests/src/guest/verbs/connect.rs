@@ -6,6 +6,7 @@ use virtio_rdma::ctrl::{AddressVector, QpAttr};
 use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
 
 use super::{Cq, Mr, Pd, Qp, QpSpec};
+use crate::guest::ctrl::Response;
 use crate::guest::{Gid, Guest, Result};
 
 /// The GID of an address.
@@ -79,13 +80,18 @@ pub const UD_INIT: QpMask = QpMask::STATE.union(QpMask::PKEY_INDEX).union(QpMask
 impl Qp {
     /// RESET to INIT of an RC QP.
     pub fn to_init(&self, access: Access) -> Result<()> {
+        let (mask, attr) = Self::init(access);
+        self.modify(mask, attr)
+    }
+
+    fn init(access: Access) -> (QpMask, QpAttr) {
         let attr = QpAttr {
             qp_state: QpState::Init.to_wire(),
             port_num: 1,
             access_flags: access.bits().into(),
             ..QpAttr::default()
         };
-        self.modify(RC_INIT, attr)
+        (RC_INIT, attr)
     }
 
     /// What a transition of this QP may name: UC knows no retries, RNR or READs.
@@ -95,6 +101,11 @@ impl Qp {
 
     /// INIT to RTR of an RC or UC QP.
     pub fn to_rtr(&self, dgid: Gid, dest_qpn: u32, rq_psn: u32, o: &RcOptions) -> Result<()> {
+        let (mask, attr) = self.rtr(dgid, dest_qpn, rq_psn, o);
+        self.modify(mask, attr)
+    }
+
+    fn rtr(&self, dgid: Gid, dest_qpn: u32, rq_psn: u32, o: &RcOptions) -> (QpMask, QpAttr) {
         let av = AddressVector { dgid, sgid_index: o.gid_index.into(), hop_limit: 64, ..AddressVector::default() };
         let attr = QpAttr {
             qp_state: QpState::Rtr.to_wire(),
@@ -106,11 +117,16 @@ impl Qp {
             av,
             ..QpAttr::default()
         };
-        self.modify(self.mask(RC_RTR), attr)
+        (self.mask(RC_RTR), attr)
     }
 
     /// RTR to RTS of an RC or UC QP.
     pub fn to_rts(&self, sq_psn: u32, o: &RcOptions) -> Result<()> {
+        let (mask, attr) = self.rts(sq_psn, o);
+        self.modify(mask, attr)
+    }
+
+    fn rts(&self, sq_psn: u32, o: &RcOptions) -> (QpMask, QpAttr) {
         let attr = QpAttr {
             qp_state: QpState::Rts.to_wire(),
             timeout: o.timeout,
@@ -120,7 +136,7 @@ impl Qp {
             max_rd_atomic: 1,
             ..QpAttr::default()
         };
-        self.modify(self.mask(RC_RTS), attr)
+        (self.mask(RC_RTS), attr)
     }
 
     /// RESET to RTS of an RC QP whose peer may not exist.
@@ -156,6 +172,20 @@ pub fn connect(a: &Qp, b: &Qp, o: &RcOptions) -> Result<()> {
         qp.to_rts(*psn, o)?;
     }
     Ok(())
+}
+
+/// Brings QPs of one guest from RESET to RTS, each connected to its counterpart in `peers`, with the commands in a pipeline. The peers' side is theirs.
+pub fn connect_side(qps: &[Qp], peers: &[Qp], o: &RcOptions) -> Result<()> {
+    let (Some(first), Some(peer)) = (qps.first(), peers.first()) else {
+        return Ok(());
+    };
+    let (guest, gid) = (first.guest(), peer.guest().gids()[usize::from(o.gid_index)]);
+    let commands = |qp: &Qp, peer: &Qp| {
+        let steps = [Qp::init(o.access), qp.rtr(gid, peer.number(), o.psn, o), qp.rts(o.psn, o)];
+        steps.map(|(mask, attr)| qp.modify_request(mask, attr))
+    };
+    let requests: Vec<_> = qps.iter().zip(peers).flat_map(|(qp, peer)| commands(qp, peer)).collect();
+    guest.pipeline(&requests)?.iter().try_for_each(Response::ok)
 }
 
 /// One end of an RC connection with everything that belongs to it.

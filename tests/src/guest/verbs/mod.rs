@@ -13,7 +13,7 @@ mod srq;
 mod wr;
 
 pub use ah::{Ah, AhAttr, AhTable};
-pub use connect::{RC_INIT, RC_RTR, RC_RTS, Rc, RcOptions, UD_INIT, connect, ip_gid};
+pub use connect::{RC_INIT, RC_RTR, RC_RTS, Rc, RcOptions, UD_INIT, connect, connect_side, ip_gid};
 pub use cq::{Cq, Wc};
 pub use mr::{MAX_EXTENTS, Mr, MrSpec};
 pub use mw::{Bind, FastMr, GuestMr, Mw, MwType, next_key};

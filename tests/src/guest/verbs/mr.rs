@@ -10,6 +10,7 @@ use virtio_rdma::ib::Access;
 
 use super::Pd;
 use super::wr::{Remote, Sge};
+use crate::guest::ctrl::{Request, Response};
 use crate::guest::mem::Buf;
 use crate::guest::{Guest, Result};
 
@@ -85,19 +86,38 @@ impl Pd {
         self.reg(&self.guest().alloc(len)?)
     }
 
+    /// The same region many times, each under a key of its own, with the commands in a pipeline.
+    pub fn reg_many(&self, spec: &MrSpec, count: usize) -> Result<Vec<Mr>> {
+        let guest = self.guest();
+        let extents = spec.extents();
+        assert!(extents.len() <= MAX_EXTENTS, "regions of one request");
+        let request = Request::typed::<RegMr, ObjectResponse>(Opcode::RegMr, &self.reg_body(spec, &extents), &extents);
+        let generation = guest.generation();
+        let made = guest.pipeline(&vec![request; count])?;
+        let mr = |made: &Response| {
+            let key = made.body::<ObjectResponse>()?.number.get();
+            Ok(Mr { guest: guest.clone(), generation, pd: self.clone(), key, spec: spec.clone(), alive: true })
+        };
+        made.iter().map(mr).collect()
+    }
+
+    fn reg_body(&self, spec: &MrSpec, extents: &[Extent]) -> RegMr {
+        RegMr {
+            pdn: self.number().into(),
+            access: spec.access.bits().into(),
+            iova: spec.iova.into(),
+            length: (spec.len as u64).into(),
+            num_extents: (extents.len() as u32).into(),
+            flags: 0.into(),
+        }
+    }
+
     /// Registers memory.
     pub fn reg_spec(&self, spec: MrSpec) -> Result<Mr> {
         let guest = self.guest().clone();
         let extents = spec.extents();
         let first = &extents[..extents.len().min(MAX_EXTENTS)];
-        let body = RegMr {
-            pdn: self.number().into(),
-            access: spec.access.bits().into(),
-            iova: spec.iova.into(),
-            length: (spec.len as u64).into(),
-            num_extents: (first.len() as u32).into(),
-            flags: 0.into(),
-        };
+        let body = self.reg_body(&spec, first);
         let generation = guest.generation();
         let response: ObjectResponse = guest.command(Opcode::RegMr, &body, first)?;
         let mr = Mr { guest, generation, pd: self.clone(), key: response.number.get(), spec, alive: true };

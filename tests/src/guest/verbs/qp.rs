@@ -8,6 +8,7 @@ use virtio_rdma::ring::{RecvWqe, SendWqe};
 
 use super::wr::{self, SendWr, Sge};
 use super::{Cq, Pd, Ring, Srq};
+use crate::guest::ctrl::{Request, Response};
 use crate::guest::doorbell::{Doorbell, DoorbellArea};
 use crate::guest::mem::Placement;
 use crate::guest::{Error, Gid, Guest, Result};
@@ -129,8 +130,38 @@ impl Pd {
         self.create_qp_from(spec, cq, cq, Some(srq))
     }
 
+    /// Many like that at once, with the commands in a pipeline.
+    pub fn create_qps(&self, spec: &QpSpec, cq: &Cq, count: usize) -> Result<Vec<Qp>> {
+        let draft = |_| QpDraft::new(self, spec.clone(), cq, cq, None);
+        let drafts = (0..count).map(draft).collect::<Result<Vec<_>>>()?;
+        let requests: Vec<_> = drafts.iter().map(|draft| draft.request.clone()).collect();
+        let made = self.guest().pipeline(&requests)?;
+        drafts.into_iter().zip(made).map(|(draft, made)| draft.finish(&made)).collect()
+    }
+
     fn create_qp_from(&self, spec: QpSpec, send_cq: &Cq, recv_cq: &Cq, srq: Option<&Srq>) -> Result<Qp> {
-        let guest = self.guest().clone();
+        let draft = QpDraft::new(self, spec, send_cq, recv_cq, srq)?;
+        let made = self.guest().send(&draft.request)?;
+        draft.finish(&made)
+    }
+}
+
+/// A QP that the device has still to make.
+struct QpDraft {
+    request: Request,
+    generation: u64,
+    spec: QpSpec,
+    sq: Ring,
+    rq: Option<Ring>,
+    send_cq: Cq,
+    recv_cq: Cq,
+    srq: Option<Srq>,
+    pd: Pd,
+}
+
+impl QpDraft {
+    fn new(pd: &Pd, spec: QpSpec, send_cq: &Cq, recv_cq: &Cq, srq: Option<&Srq>) -> Result<Self> {
+        let guest = pd.guest();
         let placement = spec.placement.unwrap_or(guest.placement());
         let ring =
             |depth: u32, stride| Ring::new(guest.memory(), (depth + 1).next_power_of_two().max(2), stride, placement);
@@ -140,7 +171,7 @@ impl Pd {
         let (rq_desc, rq_extents) = rq.as_ref().map(Ring::desc).unwrap_or_default();
         extents.extend(rq_extents);
         let body = CreateQp {
-            pdn: self.number().into(),
+            pdn: pd.number().into(),
             qp_type: spec.kind.to_wire(),
             sq_sig_all: spec.signal_all.into(),
             flags: if spec.kernel { QP_KERNEL } else { 0 }.into(),
@@ -154,22 +185,29 @@ impl Pd {
             rq: rq_desc,
             ..CreateQp::default()
         };
+        let request = Request::typed::<CreateQp, CreateQpResponse>(Opcode::CreateQp, &body, &extents);
         let generation = guest.generation();
-        let made: CreateQpResponse = guest.command(Opcode::CreateQp, &body, &extents)?;
+        let (send_cq, recv_cq, pd) = (send_cq.clone(), recv_cq.clone(), pd.clone());
+        Ok(Self { request, generation, spec, sq, rq, send_cq, recv_cq, srq: srq.cloned(), pd })
+    }
+
+    fn finish(self, made: &Response) -> Result<Qp> {
+        let guest = self.pd.guest().clone();
+        let made: CreateQpResponse = made.body()?;
         let doorbell = doorbell(&guest, &made)?;
         Ok(Qp {
             number: made.qpn.get(),
             guest,
-            generation,
-            spec,
-            sq,
-            rq,
+            generation: self.generation,
+            spec: self.spec,
+            sq: self.sq,
+            rq: self.rq,
             doorbell,
             alive: true,
-            send_cq: send_cq.clone(),
-            recv_cq: recv_cq.clone(),
-            _srq: srq.cloned(),
-            pd: self.clone(),
+            send_cq: self.send_cq,
+            recv_cq: self.recv_cq,
+            _srq: self.srq,
+            pd: self.pd,
         })
     }
 }
@@ -278,10 +316,15 @@ impl Qp {
         Ok(())
     }
 
+    /// The command that changes attributes.
+    pub fn modify_request(&self, mask: QpMask, attr: QpAttr) -> Request {
+        let body = ModifyQp { qpn: self.number.into(), attr_mask: mask.bits().into(), attr };
+        Request::new(Opcode::ModifyQp, &body, &[], 0)
+    }
+
     /// Changes attributes.
     pub fn modify(&self, mask: QpMask, attr: QpAttr) -> Result<()> {
-        let body = ModifyQp { qpn: self.number.into(), attr_mask: mask.bits().into(), attr };
-        self.guest.command_ok(Opcode::ModifyQp, &body, &[])?;
+        self.guest.send(&self.modify_request(mask, attr))?.ok()?;
         if mask.contains(QpMask::STATE) && attr.qp_state == QpState::Reset.to_wire() {
             self.sq.restart();
             if let Some(rq) = &self.rq {
