@@ -54,6 +54,7 @@ matrix: images ## Every program, flag, size, distribution and VMM (hours; PART=2
 
 .PHONY: bench
 bench: images ## Measure; writes the table and target/bench.json
+	-@qemu/setup --peers
 	$(CARGO) run --release -p freeflow-tests --bin bench
 
 .PHONY: deny

@@ -29,6 +29,9 @@ use crate::nic::Nic;
 
 /// Requests of the control queue that are executed before the VMM's messages are looked at again.
 const REQUESTS_PER_TURN: usize = 64;
+/// Answers for which the guest is interrupted once, if the requests were there already. Divides [`REQUESTS_PER_TURN`].
+const ANSWERS_PER_SIGNAL: usize = 8;
+const _: () = assert!(REQUESTS_PER_TURN.is_multiple_of(ANSWERS_PER_SIGNAL));
 /// Size of the configuration space that VMMs may read; beyond ours it is zero.
 const CONFIG_SPACE: usize = 256;
 
@@ -107,17 +110,27 @@ impl Session {
 
     fn run_control_queue(&mut self) -> bool {
         let vring = self.vrings[0].clone();
+        let mut unsaid = 0;
         for _ in 0..REQUESTS_PER_TURN {
             let next = vring.lock().next_request();
             match next {
-                Next::Nothing => return false,
-                Next::Broken => vring.lock().signal(),
+                Next::Nothing => {
+                    if unsaid > 0 {
+                        vring.lock().signal();
+                    }
+                    return false;
+                }
+                Next::Broken => {}
                 Next::Request(request) => {
                     let answer = self.control.execute(&request.bytes, request.room());
-                    let mut vring = vring.lock();
-                    vring.answer(&request, &answer);
-                    vring.signal();
+                    vring.lock().answer(&request, &answer);
                 }
+            }
+            unsaid += 1;
+            // A guest with several commands under way need not be interrupted for each, but not wait for all either.
+            if unsaid == ANSWERS_PER_SIGNAL {
+                vring.lock().signal();
+                unsaid = 0;
             }
         }
         true

@@ -5,12 +5,14 @@
 //! * [`idle`]: what QPs cost that do nothing.
 //! * [`scale`]: thousands of QPs, regions and virtual NICs.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
+//! * [`peers`]: UCX and libfabric on the same cores.
 //! * [`table`]: the figures, for people and as JSON.
 
 pub mod bulk;
 pub mod guests;
 pub mod idle;
 pub mod path;
+pub mod peers;
 pub mod scale;
 pub mod table;
 pub mod traffic;

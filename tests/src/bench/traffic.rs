@@ -15,6 +15,9 @@ pub const LIST: usize = 32;
 /// Lists of one connection that are under way at once.
 pub const WINDOW: usize = 3;
 
+/// Messages of a stream that are under way at once.
+pub const STREAM: usize = 8;
+
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -102,6 +105,31 @@ impl Traffic {
             }
         }
         Ok(per_microsecond(lists * LIST, start))
+    }
+
+    /// GB/s of messages of this size, [`STREAM`] under way, between the same two buffers all the time.
+    ///
+    /// # Errors
+    /// When a work request fails.
+    pub fn stream(&self, kind: Kind, size: usize, count: usize) -> Result<f64> {
+        let (from, to) = ([self.a.mr.sge(0, size)], [self.b.mr.sge(0, size)]);
+        let request = [SendWr::new(1, self.op(kind), &from)];
+        let start = Instant::now();
+        for turn in 0..count + STREAM {
+            if turn >= STREAM {
+                complete(&self.a.cq)?;
+                if kind == Kind::Send {
+                    complete(&self.b.cq)?;
+                }
+            }
+            if turn < count {
+                if kind == Kind::Send {
+                    self.b.qp.post_recv(1, &to)?;
+                }
+                self.a.qp.post_send(&request)?;
+            }
+        }
+        Ok(per_microsecond(count * size, start) / 1e3)
     }
 
     fn op(&self, kind: Kind) -> Op {

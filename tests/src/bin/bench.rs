@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, idle, path, scale, table};
+use freeflow_tests::bench::{guests, idle, path, peers, scale, table};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -34,6 +34,8 @@ enum Part {
     Idle,
     /// Thousands of objects.
     Scale,
+    /// UCX and libfabric.
+    Peers,
     /// Perftest in real guests.
     Guests,
 }
@@ -64,6 +66,10 @@ fn run(args: &Args) -> Result<()> {
     if wanted(Part::Scale) {
         rows.extend(apart(|| scale::rows(cores))?);
         eprintln!("scale is measured");
+    }
+    if wanted(Part::Peers) {
+        rows.extend(apart(|| peers::rows(cores))?);
+        eprintln!("others' software is measured");
     }
     if wanted(Part::Guests) && !args.no_guests {
         for vmm in [Vmm::Uml, Vmm::Qemu] {
