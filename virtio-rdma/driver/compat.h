@@ -84,7 +84,29 @@ static inline struct ib_umem *vrdma_umem_get(struct ib_device *ibdev, unsigned l
 #endif
 }
 
+/* FLUSH and ATOMIC WRITE */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
+#define VRDMA_ORDERING_CAPS	(IB_DEVICE_FLUSH_GLOBAL | IB_DEVICE_ATOMIC_WRITE)
+#else
+#define VRDMA_ORDERING_CAPS	0
+#endif
+
 /* Entry points whose prototypes changed */
+
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 2, 0)
+#define VRDMA_RESIZE_CQ		.resize_user_cq
+static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, unsigned int cqe,
+				     struct ib_udata *udata)
+{
+	return vrdma_resize_cq(ibcq, cqe, udata);
+}
+#else
+#define VRDMA_RESIZE_CQ		.resize_cq
+static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, int cqe, struct ib_udata *udata)
+{
+	return cqe < 0 ? -EINVAL : vrdma_resize_cq(ibcq, cqe, udata);
+}
+#endif
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
 static inline int vrdma_op_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,

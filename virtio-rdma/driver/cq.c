@@ -99,6 +99,7 @@ int vrdma_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,
 	refcount_set(&cq->ref, 1);
 	init_completion(&cq->idle);
 	spin_lock_init(&cq->lock);
+	mutex_init(&cq->resize_lock);
 	cq->ring = vrdma_ring_create(attr->cqe, VRDMA_CQE_SIZE);
 	if (!cq->ring)
 		return -ENOMEM;
@@ -126,6 +127,72 @@ err_ring:
 	return ret;
 }
 
+static int vrdma_cq_resize_on_device(struct vrdma_dev *dev, struct vrdma_cq *cq,
+				     struct vrdma_ring *ring)
+{
+	struct virtio_rdma_resize_cq *req;
+	struct vrdma_cmd *cmd;
+	int ret;
+
+	if (ring->num_extents > vrdma_cmd_max_extents(dev, sizeof(*req)))
+		return -ENOMEM;
+	cmd = vrdma_cmd_alloc(VIRTIO_RDMA_CMD_RESIZE_CQ, sizeof(*req), ring->num_extents, 0);
+	if (!cmd)
+		return -ENOMEM;
+	req = vrdma_cmd_body(cmd);
+	req->cqn = cpu_to_le32(cq->cqn);
+	vrdma_ring_describe(ring, &req->ring);
+	vrdma_pages_extents(&ring->mem, vrdma_cmd_extents(cmd));
+	ret = vrdma_cmd_run(dev, cmd);
+	vrdma_cmd_free(dev, cmd);
+	return ret;
+}
+
+/* Whoever arms the CQ looks at its ring */
+static struct vrdma_ring *vrdma_cq_exchange(struct vrdma_cq *cq, struct vrdma_ring *ring)
+{
+	struct vrdma_ring *old = cq->ring;
+	unsigned long flags;
+
+	spin_lock_irqsave(&cq->lock, flags);
+	cq->ring = ring;
+	spin_unlock_irqrestore(&cq->lock, flags);
+	cq->ibcq.cqe = ring->entries - 1;
+	return old;
+}
+
+/*
+ * The process gets another ring to map, and keeps its pollers out meanwhile. It is told before the
+ * device is: after that nothing fails.
+ */
+int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata)
+{
+	struct vrdma_dev *dev = to_vdev(ibcq->device);
+	struct vrdma_cq *cq = to_vcq(ibcq);
+	struct rxe_resize_cq_resp resp = {};
+	struct vrdma_ring *ring;
+	int ret;
+
+	if (!udata)
+		return -EOPNOTSUPP;
+	if (udata->outlen < sizeof(resp) || !cqe || cqe > dev->ibdev.attrs.max_cqe)
+		return -EINVAL;
+	ring = vrdma_ring_create(cqe, VRDMA_CQE_SIZE);
+	if (!ring)
+		return -ENOMEM;
+	mutex_lock(&cq->resize_lock);
+	ret = vrdma_ring_map(ring, udata, &resp.mi);
+	if (!ret)
+		ret = ib_copy_to_udata(udata, &resp, sizeof(resp));
+	if (!ret)
+		ret = vrdma_cq_resize_on_device(dev, cq, ring);
+	if (!ret)
+		ring = vrdma_cq_exchange(cq, ring);
+	mutex_unlock(&cq->resize_lock);
+	vrdma_ring_release(dev, ring);
+	return ret;
+}
+
 /* The arm word is left clear for the next CQ with this number */
 int vrdma_destroy_cq(struct ib_cq *ibcq, struct ib_udata *udata)
 {
@@ -142,10 +209,16 @@ int vrdma_destroy_cq(struct ib_cq *ibcq, struct ib_udata *udata)
 int vrdma_req_notify_cq(struct ib_cq *ibcq, enum ib_cq_notify_flags flags)
 {
 	struct vrdma_cq *cq = to_vcq(ibcq);
-	struct rxe_queue_buf *header = vrdma_ring_header(cq->ring);
+	struct rxe_queue_buf *header;
+	unsigned long irq_flags;
+	bool missed;
 
 	vrdma_arm(cq->arm, (flags & IB_CQ_SOLICITED_MASK) == IB_CQ_SOLICITED);
 	if (!(flags & IB_CQ_REPORT_MISSED_EVENTS))
 		return 0;
-	return READ_ONCE(header->producer_index) != READ_ONCE(header->consumer_index);
+	spin_lock_irqsave(&cq->lock, irq_flags);
+	header = vrdma_ring_header(cq->ring);
+	missed = READ_ONCE(header->producer_index) != READ_ONCE(header->consumer_index);
+	spin_unlock_irqrestore(&cq->lock, irq_flags);
+	return missed;
 }

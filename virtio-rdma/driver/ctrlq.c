@@ -361,19 +361,28 @@ int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t 
 	return ret;
 }
 
+/* A command that does not fail for want of memory */
+static int vrdma_ctrl_insist(struct vrdma_dev *dev, u16 opcode, const void *body,
+			     size_t body_len)
+{
+	struct vrdma_cmd *cmd;
+	int ret;
+
+	cmd = vrdma_cmd_alloc_gfp(opcode, body_len, 0, 0, GFP_KERNEL | __GFP_NOFAIL);
+	memcpy(vrdma_cmd_body(cmd), body, body_len);
+	ret = vrdma_cmd_run(dev, cmd);
+	vrdma_cmd_free(dev, cmd);
+	return ret;
+}
+
 /*
  * A command that only takes something back. A device that refuses it is not to be trusted with
  * memory and is given up.
  */
 void vrdma_ctrl_must(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len)
 {
-	struct vrdma_cmd *cmd;
-
-	cmd = vrdma_cmd_alloc_gfp(opcode, body_len, 0, 0, GFP_KERNEL | __GFP_NOFAIL);
-	memcpy(vrdma_cmd_body(cmd), body, body_len);
-	if (vrdma_cmd_run(dev, cmd))
+	if (vrdma_ctrl_insist(dev, opcode, body, body_len))
 		vrdma_dev_fail(dev, "the device does not let go of an object");
-	vrdma_cmd_free(dev, cmd);
 }
 
 /*
@@ -387,6 +396,20 @@ void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number)
 	struct virtio_rdma_object_req req = { .number = cpu_to_le32(number) };
 
 	vrdma_ctrl_must(dev, opcode, &req, sizeof(req));
+}
+
+/* The same for an object that others may still use: then it stays, and the answer is -EBUSY */
+int vrdma_ctrl_destroy_unused(struct vrdma_dev *dev, u16 opcode, u32 number)
+{
+	struct virtio_rdma_object_req req = { .number = cpu_to_le32(number) };
+	int ret;
+
+	ret = vrdma_ctrl_insist(dev, opcode, &req, sizeof(req));
+	if (ret == -EBUSY)
+		return ret;
+	if (ret)
+		vrdma_dev_fail(dev, "the device does not let go of an object");
+	return 0;
 }
 
 /* Gives the device up. Idempotent. */

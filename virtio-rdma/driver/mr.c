@@ -328,8 +328,12 @@ int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibmr->device);
 	struct vrdma_mr *mr = to_vmr(ibmr);
+	int ret;
 
-	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
+	/* Windows may be bound to it */
+	ret = vrdma_ctrl_destroy_unused(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
+	if (ret)
+		return ret;
 	if (mr->umem)
 		vrdma_umem_release(dev, mr->umem);
 	kfree(mr->extents);

@@ -100,6 +100,7 @@ int vrdma_create_srq(struct ib_srq *ibsrq, struct ib_srq_init_attr *init, struct
 	refcount_set(&srq->ref, 1);
 	init_completion(&srq->idle);
 	spin_lock_init(&srq->lock);
+	mutex_init(&srq->resize_lock);
 	srq->max_sge = init->attr.max_sge;
 	srq->ring = vrdma_ring_create(init->attr.max_wr, sizeof(struct rxe_recv_wqe) +
 				      srq->max_sge * sizeof(struct rxe_sge));
@@ -140,22 +141,94 @@ int vrdma_destroy_srq(struct ib_srq *ibsrq, struct ib_udata *udata)
 	return 0;
 }
 
-/* The ring does not resize */
+static int vrdma_srq_resize_on_device(struct vrdma_dev *dev, struct vrdma_srq *srq,
+				      struct vrdma_ring *ring)
+{
+	struct virtio_rdma_resize_srq *req;
+	struct vrdma_cmd *cmd;
+	int ret;
+
+	if (ring->num_extents > vrdma_cmd_max_extents(dev, sizeof(*req)))
+		return -ENOMEM;
+	cmd = vrdma_cmd_alloc(VIRTIO_RDMA_CMD_RESIZE_SRQ, sizeof(*req), ring->num_extents, 0);
+	if (!cmd)
+		return -ENOMEM;
+	req = vrdma_cmd_body(cmd);
+	req->srqn = cpu_to_le32(srq->srqn);
+	vrdma_ring_describe(ring, &req->ring);
+	vrdma_pages_extents(&ring->mem, vrdma_cmd_extents(cmd));
+	ret = vrdma_cmd_run(dev, cmd);
+	vrdma_cmd_free(dev, cmd);
+	return ret;
+}
+
+/* The provider does not take the answer where answers go, but has its address in the request */
+static int vrdma_srq_tell_ring(struct vrdma_ring *ring, struct ib_udata *udata)
+{
+	struct rxe_modify_srq_cmd cmd;
+	struct mminfo info = {};
+	int ret;
+
+	ret = ib_copy_from_udata(&cmd, udata, sizeof(cmd));
+	if (ret)
+		return ret;
+	ret = vrdma_ring_map(ring, udata, &info);
+	if (ret)
+		return ret;
+	if (copy_to_user(u64_to_user_ptr(cmd.mmap_info_addr), &info, sizeof(info)))
+		return -EFAULT;
+	return 0;
+}
+
+/*
+ * The process gets another ring to map, and keeps its posters out meanwhile. It is told before the
+ * device is: after that nothing fails.
+ */
+static int vrdma_srq_resize(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 max_wr,
+			    struct ib_udata *udata)
+{
+	struct vrdma_ring *ring;
+	int ret;
+
+	if (!udata)
+		return -EOPNOTSUPP;
+	if (udata->inlen < sizeof(struct rxe_modify_srq_cmd) || !max_wr ||
+	    max_wr > dev->ibdev.attrs.max_srq_wr)
+		return -EINVAL;
+	ring = vrdma_ring_create(max_wr, sizeof(struct rxe_recv_wqe) +
+				 srq->max_sge * sizeof(struct rxe_sge));
+	if (!ring)
+		return -ENOMEM;
+	mutex_lock(&srq->resize_lock);
+	ret = vrdma_srq_tell_ring(ring, udata);
+	if (!ret)
+		ret = vrdma_srq_resize_on_device(dev, srq, ring);
+	if (!ret)
+		swap(srq->ring, ring);
+	mutex_unlock(&srq->resize_lock);
+	vrdma_ring_release(dev, ring);
+	return ret;
+}
+
 int vrdma_modify_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr, enum ib_srq_attr_mask mask,
 		     struct ib_udata *udata)
 {
+	struct vrdma_dev *dev = to_vdev(ibsrq->device);
 	struct vrdma_srq *srq = to_vsrq(ibsrq);
 	struct virtio_rdma_modify_srq req = {
 		.srqn = cpu_to_le32(srq->srqn),
 		.limit = cpu_to_le32(attr->srq_limit),
 	};
+	int ret;
 
-	if (mask & IB_SRQ_MAX_WR)
-		return -EOPNOTSUPP;
+	if (mask & IB_SRQ_MAX_WR) {
+		ret = vrdma_srq_resize(dev, srq, attr->max_wr, udata);
+		if (ret)
+			return ret;
+	}
 	if (!(mask & IB_SRQ_LIMIT))
 		return 0;
-	return vrdma_ctrl_call(to_vdev(ibsrq->device), VIRTIO_RDMA_CMD_MODIFY_SRQ, &req,
-			       sizeof(req), NULL, 0);
+	return vrdma_ctrl_call(dev, VIRTIO_RDMA_CMD_MODIFY_SRQ, &req, sizeof(req), NULL, 0);
 }
 
 int vrdma_query_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr)
@@ -169,7 +242,9 @@ int vrdma_query_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr)
 			      sizeof(req), &wire, sizeof(wire));
 	if (ret)
 		return ret;
+	mutex_lock(&srq->resize_lock);
 	attr->max_wr = srq->ring->entries - 1;
+	mutex_unlock(&srq->resize_lock);
 	attr->max_sge = srq->max_sge;
 	attr->srq_limit = le32_to_cpu(wire.limit);
 	return 0;

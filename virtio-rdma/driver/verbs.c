@@ -38,6 +38,7 @@ static void vrdma_take_attr(struct vrdma_dev *dev, const struct virtio_rdma_devi
 	attr->max_cq = le32_to_cpu(wire->max_cq);
 	attr->max_cqe = le32_to_cpu(wire->max_cqe);
 	attr->max_mr = le32_to_cpu(wire->max_mr);
+	attr->max_mw = le32_to_cpu(wire->max_mw);
 	attr->max_pd = le32_to_cpu(wire->max_pd);
 	attr->max_srq = le32_to_cpu(wire->max_srq);
 	attr->max_mcast_grp = le32_to_cpu(wire->max_mcast_grp);
@@ -99,7 +100,7 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_mr_size = attr->max_mr_size;
 	out->page_size_cap = PAGE_MASK & U32_MAX;
 	out->device_cap_flags = IB_DEVICE_RC_RNR_NAK_GEN | IB_DEVICE_SYS_IMAGE_GUID |
-				IB_DEVICE_PORT_ACTIVE_EVENT;
+				IB_DEVICE_PORT_ACTIVE_EVENT | VRDMA_ORDERING_CAPS;
 	out->max_qp = attr->max_qp;
 	out->max_qp_wr = vrdma_ring_limit(attr->max_qp_wr);
 	out->max_send_sge = attr->max_sge;
@@ -108,9 +109,13 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_cq = attr->max_cq;
 	out->max_cqe = vrdma_ring_limit(attr->max_cqe);
 	out->max_mr = attr->max_mr;
+	out->max_mw = attr->max_mw;
+	if (attr->max_mw)
+		out->device_cap_flags |= IB_DEVICE_MEM_WINDOW | IB_DEVICE_MEM_WINDOW_TYPE_2B;
 	out->max_pd = attr->max_pd;
 	out->max_srq = attr->max_srq;
 	if (attr->max_srq) {
+		out->device_cap_flags |= IB_DEVICE_SRQ_RESIZE;
 		out->max_srq_wr = out->max_qp_wr;
 		out->max_srq_sge = attr->max_sge;
 	}
@@ -236,6 +241,7 @@ static const struct ib_device_ops vrdma_ops = {
 
 	.add_gid = vrdma_add_gid,
 	.alloc_mr = vrdma_alloc_mr,
+	.alloc_mw = vrdma_alloc_mw,
 	.alloc_pd = vrdma_alloc_pd,
 	.alloc_ucontext = vrdma_alloc_ucontext,
 	.attach_mcast = vrdma_attach_mcast,
@@ -245,6 +251,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.create_srq = vrdma_create_srq,
 	.create_user_ah = vrdma_create_ah,
 	.dealloc_driver = vrdma_dealloc_driver,
+	.dealloc_mw = vrdma_dealloc_mw,
 	.dealloc_pd = vrdma_dealloc_pd,
 	.dealloc_ucontext = vrdma_dealloc_ucontext,
 	.del_gid = vrdma_del_gid,
@@ -279,9 +286,11 @@ static const struct ib_device_ops vrdma_ops = {
 	.reg_user_mr = vrdma_op_reg_user_mr,
 	.req_notify_cq = vrdma_req_notify_cq,
 	.rereg_user_mr = vrdma_rereg_user_mr,
+	VRDMA_RESIZE_CQ = vrdma_op_resize_cq,
 
 	INIT_RDMA_OBJ_SIZE(ib_ah, vrdma_ah, ibah),
 	INIT_RDMA_OBJ_SIZE(ib_cq, vrdma_cq, ibcq),
+	INIT_RDMA_OBJ_SIZE(ib_mw, vrdma_mw, ibmw),
 	INIT_RDMA_OBJ_SIZE(ib_pd, vrdma_pd, ibpd),
 	INIT_RDMA_OBJ_SIZE(ib_qp, vrdma_qp, ibqp),
 	INIT_RDMA_OBJ_SIZE(ib_srq, vrdma_srq, ibsrq),

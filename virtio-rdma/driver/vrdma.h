@@ -95,6 +95,7 @@ struct vrdma_attr {
 	u32 max_cq;
 	u32 max_cqe;
 	u32 max_mr;
+	u32 max_mw;
 	u32 max_pd;
 	u32 max_srq;
 	u32 max_mcast_grp;
@@ -184,12 +185,17 @@ struct vrdma_mr {
 	u32 max_extents;
 };
 
+struct vrdma_mw {
+	struct ib_mw ibmw;
+};
+
 struct vrdma_cq {
 	struct ib_cq ibcq;
 	u32 cqn;
 	u32 *arm;
 	struct vrdma_ring *ring;
-	spinlock_t lock;	/* taking from a kernel's ring */
+	spinlock_t lock;	/* the ring, and taking from a kernel's */
+	struct mutex resize_lock;
 	refcount_t ref;
 	struct completion idle;
 };
@@ -200,6 +206,7 @@ struct vrdma_srq {
 	u32 max_sge;
 	struct vrdma_ring *ring;
 	spinlock_t lock;	/* posting to a kernel's ring */
+	struct mutex resize_lock;	/* which ring it is */
 	refcount_t ref;
 	struct completion idle;
 };
@@ -280,6 +287,7 @@ int vrdma_ctrl_call(struct vrdma_dev *dev, u16 opcode, const void *body, size_t 
 		    void *result, size_t result_len);
 void vrdma_ctrl_must(struct vrdma_dev *dev, u16 opcode, const void *body, size_t body_len);
 void vrdma_ctrl_destroy(struct vrdma_dev *dev, u16 opcode, u32 number);
+int vrdma_ctrl_destroy_unused(struct vrdma_dev *dev, u16 opcode, u32 number);
 void vrdma_dev_fail(struct vrdma_dev *dev, const char *why);
 
 /* memory.c */
@@ -348,9 +356,14 @@ struct ib_mr *vrdma_alloc_mr(struct ib_pd *ibpd, enum ib_mr_type type, u32 max_n
 int vrdma_map_mr_sg(struct ib_mr *ibmr, struct scatterlist *sg, int sg_nents,
 		    unsigned int *sg_offset);
 
+/* mw.c */
+int vrdma_alloc_mw(struct ib_mw *ibmw, struct ib_udata *udata);
+int vrdma_dealloc_mw(struct ib_mw *ibmw);
+
 /* cq.c */
 int vrdma_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,
 		    struct ib_udata *udata);
+int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata);
 int vrdma_destroy_cq(struct ib_cq *ibcq, struct ib_udata *udata);
 int vrdma_req_notify_cq(struct ib_cq *ibcq, enum ib_cq_notify_flags flags);
 struct vrdma_cq *vrdma_cq_get(struct vrdma_dev *dev, u32 cqn);
