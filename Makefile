@@ -44,6 +44,10 @@ unit: setup ## Unit tests and the in-process guest against the real device (seco
 guests: images ## Unmodified software in real guests
 	$(E2E) test
 
+.PHONY: apps
+apps: images ## UCX, libfabric and other users of RDMA between guests, their data checked
+	$(E2E) apps
+
 .PHONY: conformance
 conformance: images ## rdma-core's own tests on the virtual NIC and on rxe, side by side
 	$(E2E) conformance

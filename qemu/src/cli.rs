@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::accel::Choice;
 use crate::net::{NetName, PortKind};
-use crate::roots::Distro;
+use crate::roots::{Distro, Software};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -124,6 +124,9 @@ pub struct KindArgs {
     /// The guest's user space, and with QEMU its kernel.
     #[arg(long, value_enum, default_value = "trixie")]
     pub distro: Distro,
+    /// How much is installed in the guest.
+    #[arg(long, value_enum, default_value = "base")]
+    pub software: Software,
 }
 
 /// Arguments of `run`.
@@ -188,8 +191,8 @@ pub struct PrepareArgs {
     /// One kind of guest.
     #[command(flatten)]
     pub kind: KindArgs,
-    /// Every kind of guest.
-    #[arg(long, conflicts_with_all = ["vmm", "distro"])]
+    /// Every kind of guest with the base software.
+    #[arg(long, conflicts_with_all = ["vmm", "distro", "software"])]
     pub all: bool,
 }
 

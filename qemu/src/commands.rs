@@ -9,7 +9,7 @@ use crate::cli::{Action, Cli, KindArgs, ModuleArgs, Part, PrepareArgs, Vmm};
 use crate::guest::{self, Purpose, init, keeper};
 use crate::kernel::debian::DebianKernel;
 use crate::kernel::uml::UmlKernel;
-use crate::roots::{Distro, guest_root};
+use crate::roots::{Distro, Software, guest_root};
 use crate::vmm::Machine;
 use crate::{driver, sandbox};
 
@@ -27,11 +27,15 @@ pub fn dispatch(cli: Cli) -> Result<u8> {
     }
 }
 
+fn base(vmm: Vmm, distro: Distro) -> KindArgs {
+    KindArgs { vmm, distro, software: Software::Base }
+}
+
 fn prepare(args: &PrepareArgs) -> Result<u8> {
     let cache = Cache::open()?;
     let mut kinds = vec![args.kind];
     if args.all {
-        let both = |distro| [Vmm::Uml, Vmm::Qemu].map(|vmm| KindArgs { vmm, distro });
+        let both = |distro| [Vmm::Uml, Vmm::Qemu].map(|vmm| base(vmm, distro));
         kinds = Distro::ALL.into_iter().flat_map(both).collect();
     }
     for kind in kinds {
@@ -47,8 +51,8 @@ fn path(part: Part) -> Result<u8> {
         Part::UmlKernel => UmlKernel::get(&cache)?.image(),
         Part::BookwormHeaders => DebianKernel::get(&cache, Distro::Bookworm)?.build_root(),
         Part::TrixieHeaders => DebianKernel::get(&cache, Distro::Trixie)?.build_root(),
-        Part::BookwormRoot => guest_root(&cache, Distro::Bookworm)?,
-        Part::TrixieRoot => guest_root(&cache, Distro::Trixie)?,
+        Part::BookwormRoot => guest_root(&cache, base(Vmm::Uml, Distro::Bookworm))?,
+        Part::TrixieRoot => guest_root(&cache, base(Vmm::Uml, Distro::Trixie))?,
     };
     println!("{}", path.display());
     Ok(0)

@@ -10,11 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::apt::{self, Apt};
 use crate::cache::{Cache, Recipe};
+use crate::cli::KindArgs;
 use crate::progress::Steps;
 
 /// What a guest's user space consists of, beside the essential packages. Nothing in it is ours.
 const GUEST_PACKAGES: &str = "mount,kmod,procps,iproute2,iputils-ping,ethtool,strace,rdma-core,ibverbs-utils,\
     ibverbs-providers,rdmacm-utils,perftest,python3-pyverbs";
+/// What comes on top of that for [`Software::Apps`].
+const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,iperf3,e2fsprogs,netcat-openbsd";
 
 /// A Debian release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -44,13 +47,40 @@ impl std::fmt::Display for Distro {
     }
 }
 
+/// How much is installed in a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Software {
+    /// rdma-core, perftest and what they are used with.
+    Base,
+    /// The same and UCX, libfabric, and programs to run over the network (80 MB more).
+    Apps,
+}
+
+impl Software {
+    fn packages(self) -> String {
+        match self {
+            Self::Base => GUEST_PACKAGES.to_owned(),
+            Self::Apps => format!("{GUEST_PACKAGES},{APP_PACKAGES}"),
+        }
+    }
+}
+
+/// What a kind of guest is called in the cache: its distribution, and its software unless that is the usual.
+pub fn root_name(kind: KindArgs) -> String {
+    match kind.software {
+        Software::Base => kind.distro.to_string(),
+        Software::Apps => format!("{}-apps", kind.distro),
+    }
+}
+
 /// The user space of a guest: stock packages only. Never written to.
-pub fn guest_root(cache: &Cache, distro: Distro) -> Result<PathBuf> {
-    let recipe = Recipe::new(&format!("root-{distro}")).with("1").with(GUEST_PACKAGES);
+pub fn guest_root(cache: &Cache, kind: KindArgs) -> Result<PathBuf> {
+    let packages = kind.software.packages();
+    let recipe = Recipe::new(&format!("root-{}", root_name(kind))).with("1").with(&packages);
     cache.get(&recipe, |steps, dir| {
         fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         steps.step("installing Debian packages");
-        bootstrap(steps, &[distro.codename()], GUEST_PACKAGES, dir, &[])
+        bootstrap(steps, &[kind.distro.codename()], &packages, dir, &[])
     })
 }
 

@@ -8,7 +8,7 @@ use freeflow_tests::guest::verbs::{Ah, AhAttr, Cq, Mr, MrSpec, Op, Pd, Qp, QpSpe
 use freeflow_tests::guest::{Gid, Guest};
 use virtio_rdma::area::AddressHandle;
 use virtio_rdma::ib::{Access, QpState, WcFlags, WcOpcode, WcStatus};
-use virtio_rdma::ring::GRH_SIZE;
+use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
 
 const QKEY: u32 = 0x1122_3344;
 /// Long enough for a datagram to have come if it were to come.
@@ -71,6 +71,7 @@ fn datagram_with_ipv4_header() {
     assert_eq!((wc.wr_id(), wc.opcode(), wc.byte_len()), (9, WcOpcode::Recv, GRH_SIZE + 8));
     assert_eq!(wc.0.src_qp.get(), a.qp.number());
     assert!(wc.flags().contains(WcFlags::GRH));
+    assert_eq!(wc.0.sl, SL_ROCE_V2_IPV4);
     let bytes = b.received(GRH_SIZE + 8);
     assert_eq!(bytes[..20], [0; 20]);
     assert_eq!(bytes[20], 0x45);
@@ -89,7 +90,8 @@ fn datagram_with_ipv6_header() {
         b.recv(9, 4096);
         a.send(&ah, &b, QKEY, 100);
         a.cq.next().ok();
-        assert_eq!(b.cq.next().ok().byte_len(), GRH_SIZE + 100);
+        let wc = b.cq.next().ok();
+        assert_eq!((wc.byte_len(), wc.0.sl), (GRH_SIZE + 100, SL_ROCE_V2_IPV6));
         let grh = b.received(GRH_SIZE);
         assert_eq!(grh[..4], 0x6281_2345u32.to_be_bytes());
         assert_eq!(grh[7], 7);

@@ -212,6 +212,11 @@ wire! {
     }
 }
 
+/// [`Cqe::sl`]: the GRH is an IPv6 header. RoCE has no service levels; Mellanox NICs use the field for this, and UCX looks there.
+pub const SL_ROCE_V2_IPV6: u8 = 1;
+/// [`Cqe::sl`]: the GRH ends with an IPv4 header.
+pub const SL_ROCE_V2_IPV4: u8 = 2;
+
 wire! {
     /// A completion (`struct ib_uverbs_wc`).
     Cqe = "ib_uverbs_wc", 48 {
@@ -237,7 +242,7 @@ wire! {
         pkey_index: U16,
         /// Zero.
         slid: U16,
-        /// Service level.
+        /// UD receive: what the header in front of the datagram is, [`SL_ROCE_V2_IPV6`] or [`SL_ROCE_V2_IPV4`].
         sl: u8,
         /// Zero.
         dlid_path_bits: u8,

@@ -425,6 +425,7 @@ fn received(job: &Job) -> RecvDone {
         word,
         src_qp: 0,
         flags: WcFlags::empty(),
+        sl: 0,
         solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
     }
 }

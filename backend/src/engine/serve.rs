@@ -430,6 +430,8 @@ pub(super) struct RecvDone {
     pub(super) word: Word,
     pub(super) src_qp: u32,
     pub(super) flags: WcFlags,
+    /// For datagrams, which header is in front.
+    pub(super) sl: u8,
     pub(super) solicited: bool,
 }
 
@@ -444,6 +446,7 @@ impl RecvDone {
             word: Word::None,
             src_qp: 0,
             flags: WcFlags::empty(),
+            sl: 0,
             solicited: true,
         }
     }
@@ -461,6 +464,7 @@ pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, don
         qp_num: qp.id.qpn.into(),
         src_qp: done.src_qp.into(),
         wc_flags: (done.flags | word_flag).bits().into(),
+        sl: done.sl,
         port_num: 1,
         ..Cqe::default()
     };

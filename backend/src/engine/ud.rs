@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use virtio_rdma::area::AH_VALID;
 use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
-use virtio_rdma::ring::GRH_SIZE;
+use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
 
 use super::context::{Budget, Context, Gather, Side};
 use super::cost;
@@ -138,10 +138,16 @@ pub(super) fn offer(
         word: Word::imm(imm, job.wqe.imm),
         src_qp: sender.id.qpn,
         flags: WcFlags::GRH,
+        sl: header_kind(header),
         solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
     };
     complete_recv(ctx, peer_nic, peer, &done);
     Offered::Delivered
+}
+
+/// What a completion's `sl` says of the header in front of a datagram.
+fn header_kind(header: &[u8; GRH_SIZE]) -> u8 {
+    if header[0] >> 4 == 6 { SL_ROCE_V2_IPV6 } else { SL_ROCE_V2_IPV4 }
 }
 
 /// Copies header and payload into the receive. False if the receive's memory is not what it says.

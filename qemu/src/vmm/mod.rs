@@ -45,8 +45,8 @@ impl Machine {
     /// Finds or makes everything for one kind of guest.
     pub fn get(cache: &Cache, kind: KindArgs) -> Result<Self> {
         match kind.vmm {
-            Vmm::Uml => Ok(Self::Uml(uml::Uml::get(cache, kind.distro)?)),
-            Vmm::Qemu => Ok(Self::Qemu(qemu::Qemu::get(cache, kind.distro)?)),
+            Vmm::Uml => Ok(Self::Uml(uml::Uml::get(cache, kind)?)),
+            Vmm::Qemu => Ok(Self::Qemu(qemu::Qemu::get(cache, kind)?)),
         }
     }
 

@@ -12,11 +12,12 @@ use super::binary::Binary;
 use super::{BootFacts, image};
 use crate::accel::{self, Accel, Choice};
 use crate::cache::Cache;
+use crate::cli::KindArgs;
 use crate::guest::Spec;
 use crate::guest::boot::{BootFiles, skeleton};
 use crate::guest::workspace::Workspace;
 use crate::kernel::debian::DebianKernel;
-use crate::roots::{Distro, busybox, guest_root};
+use crate::roots::{busybox, guest_root, root_name};
 use crate::{cpio, progress, sandbox};
 
 /// Virtio id of the device: QEMU has no name for 42 and aborts on it.
@@ -36,11 +37,11 @@ pub struct Qemu {
 
 impl Qemu {
     /// Finds or makes them.
-    pub fn get(cache: &Cache, distro: Distro) -> Result<Self> {
+    pub fn get(cache: &Cache, kind: KindArgs) -> Result<Self> {
         let binary = Binary::get(cache)?;
-        let root = guest_root(cache, distro)?;
-        let kernel = DebianKernel::get(cache, distro)?;
-        let image = image::get(cache, distro.codename(), &root, &kernel)?;
+        let root = guest_root(cache, kind)?;
+        let kernel = DebianKernel::get(cache, kind.distro)?;
+        let image = image::get(cache, &root_name(kind), &root, &kernel)?;
         Ok(Self { binary, kernel, image, busybox: busybox(cache)?, cache: cache.clone() })
     }
 

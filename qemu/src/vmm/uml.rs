@@ -8,11 +8,12 @@ use anyhow::Result;
 
 use super::BootFacts;
 use crate::cache::Cache;
+use crate::cli::KindArgs;
 use crate::guest::Spec;
 use crate::guest::boot::{BootFiles, skeleton};
 use crate::guest::workspace::Workspace;
 use crate::kernel::uml::UmlKernel;
-use crate::roots::{Distro, busybox, guest_root};
+use crate::roots::{busybox, guest_root};
 
 /// Virtio id of the device, where the VMM does not mind a new one.
 const VIRTIO_ID: u32 = virtio_rdma::VIRTIO_ID_RDMA;
@@ -27,8 +28,8 @@ pub struct Uml {
 
 impl Uml {
     /// Finds or makes them.
-    pub fn get(cache: &Cache, distro: Distro) -> Result<Self> {
-        Ok(Self { kernel: UmlKernel::get(cache)?, root: guest_root(cache, distro)?, busybox: busybox(cache)? })
+    pub fn get(cache: &Cache, kind: KindArgs) -> Result<Self> {
+        Ok(Self { kernel: UmlKernel::get(cache)?, root: guest_root(cache, kind)?, busybox: busybox(cache)? })
     }
 
     /// Names the kernel.

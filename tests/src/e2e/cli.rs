@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::apps;
 use super::conformance;
 use super::demo;
 use super::guest::{Distro, Kind, Vmm};
@@ -43,6 +44,8 @@ enum Command {
     ///
     /// Prints a line for each check as it ends, with the output of what failed. The last line is `N passed, N failed`.
     Test(TestArgs),
+    /// Libraries, programs and kernel users of RDMA between User-mode Linux guests, their data checked; prints a table.
+    Apps(AppsArgs),
     /// rdma-core's own tests on the virtual NIC and on rxe, side by side, in User-mode Linux guests (5 minutes).
     ///
     /// Prints a table for each distribution. Fails where a test fails on the virtual NIC, or passes on rxe alone.
@@ -71,6 +74,15 @@ struct DemoArgs {
     /// Print JSON instead of the table.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct AppsArgs {
+    /// Only guests of this distribution.
+    #[arg(long, value_enum)]
+    distro: Option<Distro>,
+    #[command(flatten)]
+    filter: FilterArgs,
 }
 
 #[derive(Debug, Args)]
@@ -126,11 +138,12 @@ fn run(cli: &Cli) -> Result<bool> {
     match &cli.command {
         Command::Demo(args) => {
             let mut reporter = Reporter::default();
-            let kind = Kind { vmm: args.vmm, distro: args.distro };
+            let kind = Kind::base(args.vmm, args.distro);
             println!("{}", demo::run(kind, args.json, &mut reporter)?);
             Ok(reporter.is_success())
         }
         Command::Test(args) => run_scenes(&if args.quick { lists::quick() } else { lists::full() }, &args.filter),
+        Command::Apps(args) => run_apps(args),
         Command::Conformance(args) => run_conformance(args),
         Command::Matrix(args) => {
             let mut scenes = lists::matrix();
@@ -140,6 +153,19 @@ fn run(cli: &Cli) -> Result<bool> {
             run_scenes(&scenes, &args.filter)
         }
     }
+}
+
+fn run_apps(args: &AppsArgs) -> Result<bool> {
+    let mut reporter = Reporter::new(args.filter.filter.clone());
+    for distro in Distro::value_variants().iter().filter(|distro| args.distro.is_none_or(|wanted| wanted == **distro)) {
+        apps::scene(*distro).run(&mut reporter)?;
+    }
+    if args.filter.json {
+        println!("{}", serde_json::to_string_pretty(reporter.outcomes())?);
+    } else {
+        println!("{}", apps::table(reporter.outcomes()));
+    }
+    Ok(reporter.is_success())
 }
 
 fn run_conformance(args: &ConformanceArgs) -> Result<bool> {

@@ -36,6 +36,15 @@ pub enum Distro {
     Trixie,
 }
 
+/// How much is installed in a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Software {
+    /// rdma-core, perftest and what they are used with.
+    Base,
+    /// And UCX, libfabric, and programs to run over the network.
+    Apps,
+}
+
 /// A kind of guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kind {
@@ -43,6 +52,8 @@ pub struct Kind {
     pub vmm: Vmm,
     /// What is in it.
     pub distro: Distro,
+    /// And how much of that.
+    pub software: Software,
 }
 
 impl Vmm {
@@ -65,6 +76,16 @@ impl Distro {
     }
 }
 
+impl Software {
+    /// As the launcher calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Apps => "apps",
+        }
+    }
+}
+
 impl std::fmt::Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}-{}", self.vmm.name(), self.distro.name())
@@ -72,8 +93,13 @@ impl std::fmt::Display for Kind {
 }
 
 impl Kind {
-    fn arguments(self) -> [&'static str; 4] {
-        ["--vmm", self.vmm.name(), "--distro", self.distro.name()]
+    /// With the base software.
+    pub const fn base(vmm: Vmm, distro: Distro) -> Self {
+        Self { vmm, distro, software: Software::Base }
+    }
+
+    fn arguments(self) -> [&'static str; 6] {
+        ["--vmm", self.vmm.name(), "--distro", self.distro.name(), "--software", self.software.name()]
     }
 
     /// Has the launcher make and cache what such guests need; shows its progress.

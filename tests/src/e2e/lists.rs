@@ -7,10 +7,10 @@ use super::perf::{
 };
 use super::suite::{Check, Scene};
 
-const UML_TRIXIE: Kind = Kind { vmm: Vmm::Uml, distro: Distro::Trixie };
-const UML_BOOKWORM: Kind = Kind { vmm: Vmm::Uml, distro: Distro::Bookworm };
-const QEMU_TRIXIE: Kind = Kind { vmm: Vmm::Qemu, distro: Distro::Trixie };
-const QEMU_BOOKWORM: Kind = Kind { vmm: Vmm::Qemu, distro: Distro::Bookworm };
+const UML_TRIXIE: Kind = Kind::base(Vmm::Uml, Distro::Trixie);
+const UML_BOOKWORM: Kind = Kind::base(Vmm::Uml, Distro::Bookworm);
+const QEMU_TRIXIE: Kind = Kind::base(Vmm::Qemu, Distro::Trixie);
+const QEMU_BOOKWORM: Kind = Kind::base(Vmm::Qemu, Distro::Bookworm);
 
 /// For a few minutes: each program once, and the life cycle.
 pub fn quick() -> Vec<Scene> {

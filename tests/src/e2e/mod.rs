@@ -3,8 +3,9 @@
 //! * [`bed`] is a [`router`] daemon with [`guest`]s on it; the script `agent` is the guests' end.
 //! * [`perf`] knows the programs, [`pair`] runs one between two guests, [`report`] shows how it went.
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
-//! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe.
+//! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on.
 
+pub mod apps;
 pub mod bed;
 pub mod child;
 pub mod cli;

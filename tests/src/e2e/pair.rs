@@ -58,6 +58,15 @@ impl<'a> Pair<'a> {
         Self::start_at([server, client], "rescan", &address_of(server.nic).to_string(), command)
     }
 
+    /// Starts two scripts, which listen and connect by themselves on the port that they are made from.
+    pub fn start_scripts(server: &'a Guest, client: &'a Guest, scripts: impl Fn(u16) -> [String; 2]) -> Result<Self> {
+        let port = next_port();
+        server.forget_port(port)?;
+        let [server_script, client_script] = scripts(port);
+        let ends = [(server, server.start_script(&server_script)?), (client, client.start_script(&client_script)?)];
+        Ok(Self { ends, port })
+    }
+
     /// Starts both ends in one guest, on one of its RDMA devices, which has this address.
     pub fn start_on(guest: &'a Guest, device: &str, address: &str, command: impl Fn(u16) -> String) -> Result<Self> {
         Self::start_at([guest, guest], &format!("DEV={device}; rescan"), address, command)

@@ -38,6 +38,11 @@ pub struct Figure {
 }
 
 impl Figure {
+    /// A value without a message size.
+    pub fn plain(value: f64, unit: &'static str) -> Self {
+        Self { row: Row { size: 0, value }, unit }
+    }
+
     /// What a program found.
     pub fn of(program: &Program, row: Row) -> Self {
         Self { row, unit: program.unit() }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 
+use super::apps::{self, App};
 use super::bed::Bed;
 use super::conformance;
 use super::guest::Kind;
@@ -29,6 +30,8 @@ pub enum Check {
     Solo(usize, &'static Solo),
     /// `rdma resource` in one guest.
     Resource(usize),
+    /// One of [`apps`], with its server's and client's guest.
+    App(usize, usize, &'static App),
     /// rdma-core's own tests, shared by all guests.
     Conformance,
     /// A scenario of [`life`](super::life).
@@ -78,6 +81,7 @@ impl Check {
             }
             Self::Solo(nic, solo) => format!("guest {nic}: {}", solo.name),
             Self::Resource(nic) => format!("guest {nic}: rdma resource"),
+            Self::App(server, client, app) => format!("{}: {}", way(*server, *client), app.name),
             Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
         }
@@ -92,6 +96,10 @@ impl Check {
             Self::Together(programs) => together(bed, programs)?,
             Self::Solo(nic, solo) => solo.run(bed.guest(*nic)?)?,
             Self::Resource(nic) => solo::rdma_resource(bed, *nic)?,
+            Self::App(server, client, app) => {
+                let figure = apps::run(bed, (*server, *client), app)?;
+                return bed.settle().map(|()| figure);
+            }
             Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.
             Self::Life(_, scenario) => return scenario(bed).map(|()| None),

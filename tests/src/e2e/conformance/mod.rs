@@ -64,7 +64,7 @@ pub const OURS: &str = "rxe_vrdma0";
 
 /// Both devices in two guests of a distribution; what to print.
 pub fn against_rxe(distro: Distro, pattern: &str, reporter: &mut Reporter) -> Result<Option<Comparison>> {
-    let scene = Scene::new(vec![Kind { vmm: Vmm::Uml, distro }; 2], [].into_iter());
+    let scene = Scene::new(vec![Kind::base(Vmm::Uml, distro); 2], [].into_iter());
     let place = scene.place();
     let Some(bed) = scene.boot(&place, reporter)? else { return Ok(None) };
     let mut comparison = None;
