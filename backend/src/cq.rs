@@ -1,15 +1,16 @@
 //! Completion queues (IBA 11.2.8): the ring, and the handshake with a guest that waits for an event.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use virtio_rdma::area::{ARM_NEXT, ARM_NONE, ARM_SOLICITED, ARM_STRIDE};
+use virtio_rdma::area::ARM_STRIDE;
 use virtio_rdma::ring::Cqe;
 use zerocopy::IntoBytes;
 
+use crate::handshake;
 use crate::mem::{Map, Pages};
-use crate::ring::{MOVED_AT_A_TIME, ResizeError, Ring};
+use crate::ring::{MOVED_AT_A_TIME, ResizeError, Ring, RingMemory};
 
 /// The guest did not take its completions, wrote nonsense, or took the ring's memory away. The CQ does nothing more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -31,10 +32,11 @@ pub struct Cq {
     broken: AtomicBool,
 }
 
+/// Our side of the ring.
 #[derive(Debug)]
-struct Producer {
+pub(crate) struct Producer<M = Pages> {
     /// `None` once the CQ is broken or destroyed: then nothing keeps the guest's memory, whoever still has the CQ.
-    ring: Option<Ring>,
+    ring: Option<Ring<M>>,
     /// The area of arm words.
     arm: Option<Arc<Pages>>,
     index: u32,
@@ -59,7 +61,7 @@ impl Cq {
     /// [`CqBroken`] when there is no room; [`first_break`](Self::first_break) tells who reports it.
     pub fn push(&self, cqe: &Cqe, hold: bool) -> Result<(), CqBroken> {
         let mut producer = self.memory.lock();
-        producer.push(cqe).inspect_err(|_| producer.close())?;
+        producer.push_bytes(cqe.as_bytes()).inspect_err(|_| producer.close())?;
         if !hold {
             producer.publish();
         }
@@ -94,14 +96,7 @@ impl Cq {
         let Some(arm) = &producer.arm else {
             return false;
         };
-        let arm = arm.u32(self.cqn as usize * ARM_STRIDE);
-        // Pairs with the guest's barrier between arming and looking at the ring.
-        fence(Ordering::SeqCst);
-        match arm.load(Ordering::Relaxed) {
-            ARM_NEXT => arm.swap(ARM_NONE, Ordering::AcqRel) != ARM_NONE,
-            ARM_SOLICITED if solicited => arm.swap(ARM_NONE, Ordering::AcqRel) != ARM_NONE,
-            _ => false,
-        }
+        handshake::fire(arm.u32(self.cqn as usize * ARM_STRIDE), solicited)
     }
 
     /// True for the first caller after the CQ broke: that one raises the event.
@@ -126,9 +121,14 @@ impl Cq {
     }
 }
 
-impl Producer {
+impl<M: RingMemory> Producer<M> {
     /// Elements from the present one to the one that is fetched.
     const AHEAD: u32 = 2;
+
+    #[cfg(test)]
+    pub fn over(ring: Ring<M>) -> Self {
+        Self { ring: Some(ring), arm: None, index: 0, published: 0, consumer: 0 }
+    }
 
     fn close(&mut self) {
         self.ring = None;
@@ -142,7 +142,7 @@ impl Producer {
     }
 
     /// Copies some more completions, those from `start` on; with the last of them the other ring takes the place of this one.
-    fn move_to(&mut self, other: &mut Option<Ring>, start: u32, moved: &mut u32) -> Result<(), ResizeError> {
+    fn move_to(&mut self, other: &mut Option<Ring<M>>, start: u32, moved: &mut u32) -> Result<(), ResizeError> {
         let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
         let Some(to) = other else { return Ok(()) };
         let count = self.index.wrapping_sub(start) & (ring.geometry().entries - 1);
@@ -164,7 +164,8 @@ impl Producer {
         Ok(())
     }
 
-    fn push(&mut self, cqe: &Cqe) -> Result<(), CqBroken> {
+    /// Writes an element.
+    pub fn push_bytes(&mut self, cqe: &[u8]) -> Result<(), CqBroken> {
         let ring = self.ring.as_ref().ok_or(CqBroken)?;
         let next = ring.geometry().next(self.index);
         if next == self.consumer {
@@ -173,14 +174,15 @@ impl Producer {
                 return Err(CqBroken);
             }
         }
-        ring.write(self.index, cqe.as_bytes());
+        ring.write(self.index, cqe);
         // The guest's core has it from the last time round: by the time it is needed it is here.
         ring.prefetch_to_write(ring.after(self.index, Self::AHEAD));
         self.index = next;
         Ok(())
     }
 
-    fn publish(&mut self) {
+    /// Lets the guest see what was written.
+    pub fn publish(&mut self) {
         if let Some(ring) = &self.ring
             && self.index != self.published
         {

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_queue::SegQueue;
@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::handshake;
 use crate::nic::Nic;
 use crate::overlay::NicId;
 use crate::qp::Qp;
@@ -22,7 +23,7 @@ use crate::qp::Qp;
 #[derive(Debug)]
 pub struct Mailbox {
     posts: SegQueue<(Arc<Nic>, Arc<Qp>)>,
-    asleep: AtomicBool,
+    asleep: AtomicU32,
     sleeps: AtomicU64,
     epoll: Epoll,
     wake: EventFd,
@@ -42,7 +43,7 @@ impl Mailbox {
         epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), EpollEvent::new(edge, 0))?;
         Ok(Self {
             posts: SegQueue::new(),
-            asleep: AtomicBool::new(false),
+            asleep: AtomicU32::new(0),
             sleeps: AtomicU64::new(0),
             epoll,
             wake,
@@ -64,8 +65,7 @@ impl Mailbox {
 
     /// Wakes the worker if it sleeps or is about to.
     pub fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed) {
+        if handshake::must_wake(&self.asleep) {
             // Fails only when the counter is full, and then the worker is being woken.
             let _ = self.wake.write(1);
         }
@@ -87,13 +87,12 @@ impl Mailbox {
 
     /// From here on others wake the worker. It looks once more for work, then calls [`sleep`](Self::sleep) or [`stay_awake`](Self::stay_awake).
     pub fn prepare_sleep(&self) {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        handshake::begin_sleep(&self.asleep);
     }
 
     /// There was work after all.
     pub fn stay_awake(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
+        handshake::end_sleep(&self.asleep);
     }
 
     /// Whether somebody has put something here.

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -271,8 +271,6 @@ impl Worker {
         self.mailbox().prepare_sleep();
         self.enter();
         self.tell_guests(true);
-        // Pairs with the driver's barrier between ringing and looking whether we sleep.
-        fence(Ordering::SeqCst);
         let wanted = self.is_wanted();
         self.leave();
         if wanted {

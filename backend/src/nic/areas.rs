@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use virtio_rdma::area::{AH_STRIDE, AddressHandle, DoorbellLayout};
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::handshake;
 use crate::mem::{Map, Pages};
 
 /// Doorbells of one worker.
@@ -31,14 +32,15 @@ impl DoorbellArea {
         self.layout.summary_words()
     }
 
-    /// Tells the driver whether it must notify.
+    /// Tells the driver whether it must notify. Before sleeping, look for doorbells once more.
     pub fn set_sleeping(&self, sleeping: bool) {
-        self.pages.u32(DoorbellLayout::SLEEPING).store(u32::from(sleeping), Ordering::Release);
+        let word = self.pages.u32(DoorbellLayout::SLEEPING);
+        if sleeping { handshake::begin_sleep(word) } else { handshake::end_sleep(word) }
     }
 
     /// Takes a summary word: each bit names a bitmap word with doorbells in it.
     pub fn take_summary(&self, word: usize) -> u64 {
-        take(self.pages.u64(DoorbellLayout::SUMMARY + word * 8))
+        handshake::take(self.pages.u64(DoorbellLayout::SUMMARY + word * 8))
     }
 
     /// Whether a summary word names any doorbells.
@@ -51,13 +53,8 @@ impl DoorbellArea {
         if word >= self.layout.bitmap_words() {
             return 0;
         }
-        take(self.pages.u64(self.layout.bitmap() + word * 8))
+        handshake::take(self.pages.u64(self.layout.bitmap() + word * 8))
     }
-}
-
-/// Exchanges a word with zero; looks first, because an idle word then stays in every core's cache.
-fn take(word: &std::sync::atomic::AtomicU64) -> u64 {
-    if word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) }
 }
 
 /// Address handles.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_rdma::ctrl::RingDesc;
 use virtio_rdma::ring::{Format, RingHeader, ring_size};
 
+use crate::handshake::Word;
 use crate::mem::{Map, Pages};
 
 /// Sizes of a ring, checked.
@@ -60,11 +61,52 @@ pub enum ResizeError {
 /// Elements that are moved to another ring at a time, for workers to get in between.
 pub const MOVED_AT_A_TIME: u32 = 64;
 
+/// What a ring lies in.
+pub trait RingMemory {
+    /// Words of its header.
+    type Word: Word<Value = u32>;
+
+    /// The word at an offset.
+    fn word(&self, offset: usize) -> &Self::Word;
+    /// Copies bytes out of it.
+    fn read(&self, offset: usize, buf: &mut [u8]);
+    /// Copies bytes into it.
+    fn write(&self, offset: usize, bytes: &[u8]);
+    /// Has the cache line at an offset fetched.
+    fn prefetch(&self, offset: usize);
+    /// Has the cache line at an offset fetched to be written.
+    fn prefetch_to_write(&self, offset: usize);
+}
+
+impl RingMemory for Pages {
+    type Word = AtomicU32;
+
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        self.u32(offset)
+    }
+
+    fn read(&self, offset: usize, buf: &mut [u8]) {
+        self.read(offset, buf);
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) {
+        self.write(offset, bytes);
+    }
+
+    fn prefetch(&self, offset: usize) {
+        self.prefetch(offset);
+    }
+
+    fn prefetch_to_write(&self, offset: usize) {
+        self.prefetch_to_write(offset);
+    }
+}
+
 /// A ring: the guest is on one side of it, we on the other.
 #[derive(Debug)]
-pub struct Ring {
+pub struct Ring<M = Pages> {
     geometry: Geometry,
-    pages: Pages,
+    pages: M,
 }
 
 impl Ring {
@@ -73,14 +115,22 @@ impl Ring {
         Pages::new(map, extents, geometry.size()).map(|pages| Self { geometry, pages })
     }
 
-    /// Its sizes.
-    pub fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
     /// Whether its memory is still there.
     pub fn is_in(&self, map: &Map) -> bool {
         self.pages.is_in(map)
+    }
+}
+
+impl<M: RingMemory> Ring<M> {
+    /// The ring in this memory, which is large enough.
+    #[cfg(test)]
+    pub fn over(geometry: Geometry, pages: M) -> Self {
+        Self { geometry, pages }
+    }
+
+    /// Its sizes.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
     }
 
     /// The guest's producer index; what it published with it is visible.
@@ -148,11 +198,11 @@ impl Ring {
         to.wrapping_sub(from) & (self.geometry.entries - 1)
     }
 
-    fn word(&self, offset: usize) -> &AtomicU32 {
-        self.pages.u32(offset)
+    fn word(&self, offset: usize) -> &M::Word {
+        self.pages.word(offset)
     }
 
-    fn checked(&self, word: &AtomicU32) -> Result<u32, BadIndex> {
+    fn checked(&self, word: &M::Word) -> Result<u32, BadIndex> {
         let index = word.load(Ordering::Acquire);
         if index < self.geometry.entries { Ok(index) } else { Err(BadIndex(index)) }
     }

@@ -9,7 +9,7 @@ use virtio_rdma::ib::Access;
 
 use super::{Input, bed, start_over};
 use crate::guest::mem::Buf;
-use crate::guest::verbs::{AhAttr, MrSpec, Op, QpSpec, Rc, RcOptions, SendWr};
+use crate::guest::verbs::{Ah, AhAttr, Mr, MrSpec, Op, QpSpec, Rc, RcOptions, SendWr};
 use crate::stepped::Stepped;
 
 thread_local! {
@@ -38,7 +38,7 @@ struct Scene {
     targets: Vec<Arc<Buf>>,
     /// The second guest's: registered without remote access, and not at all.
     canaries: Vec<Arc<Buf>>,
-    _mrs: Vec<crate::guest::verbs::Mr>,
+    _kept: (Mr, Ah),
 }
 
 impl Scene {
@@ -49,7 +49,8 @@ impl Scene {
         let mut ends: Vec<_> =
             (0..2).map(|_| Rc::pair_with(a, b, &spec, SIZE, &options).expect("a pair of RC")).collect();
         ends.push(Rc::pair_with(a, b, &QpSpec::uc().depth(15), SIZE, &options).expect("a pair of UC"));
-        ends.push(datagrams(bed));
+        let (pair, ah) = datagrams(bed);
+        ends.push(pair);
         let closed = b.alloc(SIZE).expect("memory");
         let free = b.alloc(SIZE).expect("memory");
         let mr = ends[0].1.pd.reg_spec(MrSpec { access: Access::LOCAL_WRITE, ..MrSpec::whole(&closed) });
@@ -63,7 +64,7 @@ impl Scene {
             targets.push(view(end.qp.rq().buf()));
             targets.push(view(end.cq.ring().buf()));
         }
-        Self { ends, targets, canaries: vec![closed, free], _mrs: vec![mr.expect("a region")] }
+        Self { ends, targets, canaries: vec![closed, free], _kept: (mr.expect("a region"), ah) }
     }
 
     fn play(&self, bed: &mut Stepped, data: &[u8]) {
@@ -128,7 +129,8 @@ impl Scene {
     }
 }
 
-fn datagrams(bed: &Stepped) -> (Rc, Rc) {
+/// A pair of UD ends, and the address handle of the second.
+fn datagrams(bed: &Stepped) -> ((Rc, Rc), Ah) {
     let end = |guest: usize| {
         let end = Rc::new(&bed.guests[guest], QpSpec::ud().depth(15), SIZE).expect("a UD end");
         end.qp.to_ud(7).expect("RTS");
@@ -137,6 +139,5 @@ fn datagrams(bed: &Stepped) -> (Rc, Rc) {
     let (a, b) = (end(0), end(1));
     let ah = a.pd.create_ah(AhAttr::to(bed.guests[1].gids()[1], 1)).expect("an address handle");
     assert_eq!(ah.number(), 1);
-    std::mem::forget(ah);
-    (a, b)
+    ((a, b), ah)
 }
