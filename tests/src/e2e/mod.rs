@@ -3,7 +3,8 @@
 //! * [`bed`] is a [`router`] daemon with [`guest`]s on it; the script `agent` is the guests' end.
 //! * [`perf`] knows the programs, [`pair`] runs one between two guests, [`report`] shows how it went.
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
-//! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on.
+//! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
+//!   [`probes`] what is not offered.
 
 pub mod apps;
 pub mod bed;
@@ -17,6 +18,7 @@ pub mod life;
 pub mod lists;
 pub mod pair;
 pub mod perf;
+pub mod probes;
 pub mod report;
 pub mod router;
 pub mod solo;

@@ -9,6 +9,7 @@ use super::guest::Kind;
 use super::life::{SCENARIOS, Scenario};
 use super::pair;
 use super::perf::Program;
+use super::probes;
 use super::report::{Figure, Reporter};
 use super::solo::{self, SOLOS, Solo};
 
@@ -32,6 +33,8 @@ pub enum Check {
     Resource(usize),
     /// One of [`apps`], with its server's and client's guest.
     App(usize, usize, &'static App),
+    /// What is not offered, in one guest.
+    NotOffered(usize),
     /// rdma-core's own tests, shared by all guests.
     Conformance,
     /// A scenario of [`life`](super::life).
@@ -82,6 +85,7 @@ impl Check {
             Self::Solo(nic, solo) => format!("guest {nic}: {}", solo.name),
             Self::Resource(nic) => format!("guest {nic}: rdma resource"),
             Self::App(server, client, app) => format!("{}: {}", way(*server, *client), app.name),
+            Self::NotOffered(nic) => format!("guest {nic}: what is not offered"),
             Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
         }
@@ -100,6 +104,7 @@ impl Check {
                 let figure = apps::run(bed, (*server, *client), app)?;
                 return bed.settle().map(|()| figure);
             }
+            Self::NotOffered(nic) => probes::check(bed, *nic)?,
             Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.
             Self::Life(_, scenario) => return scenario(bed).map(|()| None),
