@@ -29,15 +29,17 @@ pub struct RouterSpec {
     pub limits: Profile,
     /// Completion vectors of each.
     pub vectors: u16,
-    /// Workers and how they poll. Each virtual NIC uses all workers.
+    /// Workers and how they poll.
     pub engine: EngineSettings,
+    /// Workers that each virtual NIC uses; all if not given.
+    pub nic_workers: Option<u16>,
 }
 
 impl RouterSpec {
     /// This many virtual NICs with the usual limits, two vectors each, on two workers.
     pub fn of(nics: usize) -> Self {
         let engine = EngineSettings { workers: 2, ..EngineSettings::default() };
-        Self { nics, tenants: Vec::new(), limits: Profile::default(), vectors: 2, engine }
+        Self { nics, tenants: Vec::new(), limits: Profile::default(), vectors: 2, engine, nic_workers: None }
     }
 
     /// The router's configuration, with sockets in a directory.
@@ -49,7 +51,7 @@ impl RouterSpec {
             mac: Some(Mac([0x02, 0, 0, 0, 0, nic as u8 + 1])),
             socket: socket_in(dir, nic),
             vectors: self.vectors,
-            workers: self.engine.workers as u16,
+            workers: self.nic_workers.unwrap_or(self.engine.workers as u16),
             limits: self.limits.clone(),
         };
         Config { engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect(), ..Config::default() }
