@@ -61,6 +61,40 @@ bench: images ## Measure; writes the table and target/bench.json
 	-@qemu/setup --peers
 	$(CARGO) run --release -p freeflow-tests --bin bench
 
+# Both need a nightly compiler's options; this has the stable one take them.
+fuzz asan: export RUSTC_BOOTSTRAP = 1
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+HOST_VARIABLE = $(shell echo $(HOST) | tr a-z- A-Z_)
+SECONDS := 60
+FUZZ := commands operations rings
+
+.PHONY: fuzz
+fuzz: setup ## Look for inputs that break the device: SECONDS=60 for each of FUZZ="commands operations rings" (needs cargo-fuzz)
+	@command -v cargo-fuzz >/dev/null || { echo "make fuzz: install it with: cargo install cargo-fuzz" >&2; exit 1; }
+	set -e; cd tests/fuzz; for target in $(FUZZ); do \
+		mkdir -p corpus-found/$$target; \
+		$(CARGO) fuzz run --target-dir $(abspath $(TARGET))/fuzz $$target corpus-found/$$target corpus/$$target -- \
+			-max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=4096; \
+	done
+
+.PHONY: sanitize
+sanitize: asan memcheck ## Unit and in-process tests with AddressSanitizer, and under valgrind (needs valgrind)
+
+.PHONY: asan
+asan: export RUSTFLAGS = -Zsanitizer=address
+asan: setup
+	$(CARGO) test --quiet --target $(HOST) --target-dir $(abspath $(TARGET))/asan $(IN_PROCESS)
+
+.PHONY: memcheck
+memcheck: export CARGO_TARGET_$(HOST_VARIABLE)_RUNNER = valgrind -q --error-exitcode=99 --leak-check=no --fair-sched=yes
+memcheck: export PROPTEST_CASES = 16
+memcheck: export FREEFLOW_OPS = 2000
+memcheck: setup
+	@command -v valgrind >/dev/null || { echo "make memcheck: install the package valgrind" >&2; exit 1; }
+	$(CARGO) test --quiet $(IN_PROCESS) -- --test-threads=2 --skip interleavings
+
+IN_PROCESS = -p virtio-rdma -p freeflow-backend -p freeflow-tests --lib --tests
+
 .PHONY: deny
 deny: ## Licences and advisories of dependencies (needs cargo-deny)
 	$(CARGO) deny check
