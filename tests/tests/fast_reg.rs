@@ -1,9 +1,11 @@
 //! What kernels use: regions that work requests give memory to, a region of all guest memory, and queue pairs that may name it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use freeflow_backend::Profile;
 use freeflow_tests::bed::Bed;
+use freeflow_tests::guest::Guest;
 use freeflow_tests::guest::mem::{Buf, Placement};
 use freeflow_tests::guest::verbs::{Bind, FastMr, MwType, Op, QpSpec, Rc, RcOptions, Remote, SendWr, next_key};
 use freeflow_tests::router::RouterSpec;
@@ -214,4 +216,49 @@ fn all_guest_memory_is_still_of_its_protection_domain() {
     let (buf, mr) = (scattered(&b), other.reg_guest(ALL).unwrap());
     assert_eq!(write(&a, mr.remote(&buf, 0), 8), WcStatus::RemAccessErr);
     assert!(b.cq.poll_for(Duration::from_millis(1)).is_none());
+}
+
+/// Memory that a VMM adds and removes: 1 MiB at this address.
+fn plug(guest: &Guest, at: u64) -> (Arc<Buf>, impl FnOnce()) {
+    let region = guest.memory().plug(at, 1 << 20).unwrap();
+    guest.with_connection(|v| v.add_region(&region)).unwrap();
+    let buf = Arc::new(guest.memory().view(at, 1 << 20).unwrap());
+    let guest = guest.clone();
+    let unplug = move || {
+        guest.memory().unplug(at).unwrap();
+        guest.with_connection(|v| v.remove_region(&region)).unwrap();
+    };
+    (buf, unplug)
+}
+
+#[test]
+fn all_guest_memory_follows_what_comes_and_goes() {
+    let bed = Bed::new(2);
+    let (a, b) = kernel_pair(&bed);
+    let all = b.pd.reg_guest(ALL).unwrap();
+    a.mr.fill(0, 64, 0x42);
+    let (plugged, unplug) = plug(b.pd.guest(), 1 << 40);
+    assert_eq!(write(&a, all.remote(&plugged, (1 << 20) - 64), 64), WcStatus::Success);
+    assert_eq!(plugged.read_vec((1 << 20) - 64, 64), [0x42; 64]);
+    unplug();
+    assert_eq!(write(&a, all.remote(&plugged, 0), 64), WcStatus::RemAccessErr);
+    assert_eq!(plugged.read_vec(0, 64), [0; 64]);
+}
+
+#[test]
+fn a_registration_over_memory_that_went() {
+    let bed = Bed::new(2);
+    let (a, b) = kernel_pair(&bed);
+    let (plugged, unplug) = plug(b.pd.guest(), 1 << 40);
+    let mut mr = b.pd.alloc_fast_mr(16).unwrap();
+    let register = mr.register(&plugged, (0, 8192), IOVA, ALL);
+    assert_eq!(post(&b, register), WcStatus::Success);
+    assert_eq!(write(&a, Remote { addr: IOVA, rkey: mr.key }, 64), WcStatus::Success);
+    unplug();
+    assert_eq!(post(&b, Op::LocalInv(mr.key)), WcStatus::Success);
+    let staying = scattered(&b);
+    assert_eq!(post(&b, mr.register(&staying, (CUT, LEN), IOVA, ALL)), WcStatus::Success, "it can be used again");
+    assert_eq!(write(&a, Remote { addr: IOVA, rkey: mr.key }, 64), WcStatus::Success);
+    assert_eq!(post(&b, Op::LocalInv(mr.key)), WcStatus::Success);
+    assert_eq!(post(&b, register), WcStatus::LocQpOpErr, "that memory is no longer");
 }

@@ -8,6 +8,19 @@
 /* Elements are struct ib_uverbs_wc, in 64 bytes */
 #define VRDMA_CQE_SIZE	64
 
+/*
+ * A ring takes a page at least, which holds so many. To have them costs nothing, and saves a program
+ * that makes its CQ smaller while requests are under way from an overflow.
+ */
+#define VRDMA_MIN_CQE	31
+
+static struct vrdma_ring *vrdma_cq_ring_create(struct vrdma_dev *dev, u32 cqe)
+{
+	u32 min_cqe = min_t(u32, VRDMA_MIN_CQE, dev->ibdev.attrs.max_cqe);
+
+	return vrdma_ring_create(max(cqe, min_cqe), VRDMA_CQE_SIZE);
+}
+
 struct vrdma_cq *vrdma_cq_get(struct vrdma_dev *dev, u32 cqn)
 {
 	struct vrdma_cq *cq;
@@ -100,7 +113,7 @@ int vrdma_create_cq(struct ib_cq *ibcq, const struct ib_cq_init_attr *attr,
 	init_completion(&cq->idle);
 	spin_lock_init(&cq->lock);
 	mutex_init(&cq->resize_lock);
-	cq->ring = vrdma_ring_create(attr->cqe, VRDMA_CQE_SIZE);
+	cq->ring = vrdma_cq_ring_create(dev, attr->cqe);
 	if (!cq->ring)
 		return -ENOMEM;
 	ret = udata ? 0 : vrdma_ring_vmap(cq->ring);
@@ -177,7 +190,7 @@ int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata
 		return -EOPNOTSUPP;
 	if (udata->outlen < sizeof(resp) || !cqe || cqe > dev->ibdev.attrs.max_cqe)
 		return -EINVAL;
-	ring = vrdma_ring_create(cqe, VRDMA_CQE_SIZE);
+	ring = vrdma_cq_ring_create(dev, cqe);
 	if (!ring)
 		return -ENOMEM;
 	mutex_lock(&cq->resize_lock);
