@@ -94,14 +94,13 @@ static inline struct ib_umem *vrdma_umem_get(struct ib_device *ibdev, unsigned l
 /* Entry points whose prototypes changed */
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 2, 0)
-#define VRDMA_RESIZE_CQ		.resize_user_cq
 static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, unsigned int cqe,
 				     struct ib_udata *udata)
 {
 	return vrdma_resize_cq(ibcq, cqe, udata);
 }
 #else
-#define VRDMA_RESIZE_CQ		.resize_cq
+#define resize_user_cq	resize_cq	/* the operation's name */
 static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, int cqe, struct ib_udata *udata)
 {
 	return cqe < 0 ? -EINVAL : vrdma_resize_cq(ibcq, cqe, udata);
