@@ -21,7 +21,7 @@ pub fn quick() -> Vec<Scene> {
 /// For `make test`.
 pub fn full() -> Vec<Scene> {
     let everything = || Check::solos(0).chain(each_flag(0, 1)).chain(each_program(0, 0)).chain(crowds());
-    let own_tests = || [Check::NotOffered(0), Check::Conformance].into_iter();
+    let own_tests = || Check::processes(0).chain([Check::NotOffered(0), Check::Conformance]);
     let both_ways = || each_program(0, 1).chain(each_program(1, 0)).chain(crowds());
     vec![
         Scene::new(vec![UML_TRIXIE; 2], everything().chain(own_tests()).chain(Check::life())),

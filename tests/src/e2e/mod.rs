@@ -4,7 +4,7 @@
 //! * [`perf`] knows the programs, [`pair`] runs one between two guests, [`report`] shows how it went.
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
 //! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
-//!   [`probes`] what is not offered.
+//!   [`probes`] what is not offered, [`processes`] forks and threads.
 
 pub mod apps;
 pub mod bed;
@@ -19,6 +19,7 @@ pub mod lists;
 pub mod pair;
 pub mod perf;
 pub mod probes;
+pub mod processes;
 pub mod report;
 pub mod router;
 pub mod solo;

@@ -10,6 +10,7 @@ use super::life::{SCENARIOS, Scenario};
 use super::pair;
 use super::perf::Program;
 use super::probes;
+use super::processes;
 use super::report::{Figure, Reporter};
 use super::solo::{self, SOLOS, Solo};
 
@@ -33,6 +34,8 @@ pub enum Check {
     Resource(usize),
     /// One of [`apps`], with its server's and client's guest.
     App(usize, usize, &'static App),
+    /// One of [`processes::KINDS`] in one guest.
+    Processes(usize, &'static str, &'static str),
     /// What is not offered, in one guest.
     NotOffered(usize),
     /// rdma-core's own tests, shared by all guests.
@@ -63,6 +66,11 @@ impl Check {
         SOLOS.iter().map(move |solo| Self::Solo(nic, solo)).chain([Self::Resource(nic)])
     }
 
+    /// Forks, programs, many processes and threads.
+    pub fn processes(nic: usize) -> impl Iterator<Item = Self> {
+        processes::KINDS.into_iter().map(move |(kind, name)| Self::Processes(nic, kind, name))
+    }
+
     /// The life cycle, but for the end of the router, which takes a minute (so long a driver waits for its device).
     pub fn life_but_router() -> impl Iterator<Item = Self> {
         Self::life().take(SCENARIOS.len() - 1)
@@ -85,6 +93,7 @@ impl Check {
             Self::Solo(nic, solo) => format!("guest {nic}: {}", solo.name),
             Self::Resource(nic) => format!("guest {nic}: rdma resource"),
             Self::App(server, client, app) => format!("{}: {}", way(*server, *client), app.name),
+            Self::Processes(nic, _, name) => format!("guest {nic}: {name}"),
             Self::NotOffered(nic) => format!("guest {nic}: what is not offered"),
             Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
@@ -104,6 +113,7 @@ impl Check {
                 let figure = apps::run(bed, (*server, *client), app)?;
                 return bed.settle().map(|()| figure);
             }
+            Self::Processes(nic, kind, _) => processes::check(bed, *nic, kind)?,
             Self::NotOffered(nic) => probes::check(bed, *nic)?,
             Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.
