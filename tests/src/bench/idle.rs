@@ -13,11 +13,15 @@ use super::{RUNS, median};
 use crate::e2e::child::{Owned, sibling};
 use crate::e2e::interrupt::{check, wait_for};
 use crate::guest::mem::Placement;
+use crate::guest::verbs::MrSpec;
 use crate::guest::{Guest, GuestConfig};
 use crate::sys::pin_thread;
 
 /// Guest memory that holds thousands of QPs with small rings, their buffers and CQs.
 const MEMORY: u64 = 1 << 30;
+/// Objects whose memory is measured.
+const CQS: usize = 5_000;
+const REGIONS: usize = 100_000;
 
 /// Every row of this module.
 ///
@@ -103,6 +107,16 @@ impl Daemon {
     }
 }
 
+/// Bytes of the router's memory that each of some objects takes.
+#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+fn each<T>(daemon: &Daemon, count: usize, make: impl FnOnce() -> Result<Vec<T>>) -> Result<f64> {
+    let before = daemon.memory()?;
+    let objects = make()?;
+    let took = daemon.memory()? - before;
+    drop(objects);
+    Ok(took / count as f64)
+}
+
 fn router_rows() -> Result<Vec<Row>> {
     let daemon = Daemon::start()?;
     let (a, b) = (daemon.guest(0)?, daemon.guest(1)?);
@@ -113,10 +127,16 @@ fn router_rows() -> Result<Vec<Row>> {
     let share = (daemon.time()? - time) / start.elapsed().as_secs_f64() * 100.0;
     let before = daemon.memory()?;
     let more = idle_pairs(&a, &b, 4_500)?;
-    let each = (daemon.memory()? - before) / 9_000.0;
+    let each_qp = (daemon.memory()? - before) / 9_000.0;
     drop((first, more));
+    let each_cq = each(&daemon, CQS, || (0..CQS).map(|_| Ok(a.create_cq(63)?)).collect::<Result<Vec<_>>>())?;
+    let pd = b.alloc_pd()?;
+    let page = MrSpec::whole(&b.alloc(4096)?);
+    let each_mr = each(&daemon, REGIONS, || Ok(pd.reg_many(&page, REGIONS)?))?;
     Ok(vec![
+        Row::plain("memory of the router per CQ of 63 entries", each_cq, "B"),
+        Row::plain("memory of the router per memory region of one extent", each_mr, "B"),
         Row::at_most("router with 1,000 connected idle QPs, share of a core", share, "%", 1.0),
-        Row::at_most("memory of the router per idle QP", each, "B", 4096.0),
+        Row::at_most("memory of the router per idle QP", each_qp, "B", 4096.0),
     ])
 }
