@@ -3,6 +3,7 @@
 //! * [`path`]: the in-process guest against the device, with a core each for the poster and the worker.
 //! * [`bulk`]: the same with many bytes; [`traffic`]: what both are driven with.
 //! * [`idle`]: what QPs cost that do nothing.
+//! * [`noise`]: what a virtual NIC gets beside a noisy one.
 //! * [`scale`]: thousands of QPs, regions and virtual NICs.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`peers`]: UCX and libfabric on the same cores.
@@ -11,6 +12,7 @@
 pub mod bulk;
 pub mod guests;
 pub mod idle;
+pub mod noise;
 pub mod path;
 pub mod peers;
 pub mod scale;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, idle, path, peers, scale, table};
+use freeflow_tests::bench::{guests, idle, noise, path, peers, scale, table};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -32,6 +32,8 @@ enum Part {
     Path,
     /// What idle QPs cost.
     Idle,
+    /// A noisy virtual NIC.
+    Noise,
     /// Thousands of objects.
     Scale,
     /// UCX and libfabric.
@@ -62,6 +64,10 @@ fn run(args: &Args) -> Result<()> {
     if wanted(Part::Idle) {
         rows.extend(apart(|| idle::rows(cores))?);
         eprintln!("idle QPs are measured");
+    }
+    if wanted(Part::Noise) {
+        rows.extend(apart(noise::rows)?);
+        eprintln!("a noisy virtual NIC is measured");
     }
     if wanted(Part::Scale) {
         rows.extend(apart(|| scale::rows(cores))?);
