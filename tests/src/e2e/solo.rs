@@ -17,14 +17,14 @@ pub struct Solo {
     expected: &'static [&'static str],
 }
 
-/// Port events are made by taking the interface down; GIDs go and come back with it.
+/// Port events are made by taking the interface down, a change of GIDs (18) by taking its address away and giving it back.
 const ASYNCWATCH: &str = ">/tmp/events
 stdbuf -o0 ibv_asyncwatch -d $DEV >/tmp/events & watch=$!
 until grep -q FD /tmp/events; do [ -d /proc/$watch ] || exit 1; tick; done
 address=$(ip -4 -br address show eth0 | while read -r _ _ first _; do echo $first; done)
 ip link set eth0 down; sleep 0.3; ip link set eth0 up
-ip address replace $address dev eth0
-for turn in {1..100}; do grep -q '(9)' /tmp/events && break; tick; done
+ip address del $address dev eth0; ip address replace $address dev eth0
+for turn in {1..100}; do grep -q '(9)' /tmp/events && grep -q '(18)' /tmp/events && break; tick; done
 kill $watch; cat /tmp/events; rescan";
 
 /// All of them.
@@ -47,7 +47,11 @@ pub const SOLOS: [Solo; 4] = [
         script: "rdma link show $DEV/1",
         expected: &["state ACTIVE", "physical_state LINK_UP", "netdev eth0"],
     },
-    Solo { name: "ibv_asyncwatch", script: ASYNCWATCH, expected: &["async event FD", "(10), port 1", "(9), port 1"] },
+    Solo {
+        name: "ibv_asyncwatch",
+        script: ASYNCWATCH,
+        expected: &["async event FD", "(10), port 1", "(9), port 1", "(18), port 1"],
+    },
     Solo { name: "ibv_devices", script: "ibv_devices", expected: &["rxe_vrdma0"] },
 ];
 
