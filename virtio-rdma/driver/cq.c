@@ -161,6 +161,15 @@ static int vrdma_cq_resize_on_device(struct vrdma_dev *dev, struct vrdma_cq *cq,
 	return ret;
 }
 
+/* As the process sees it: what it makes of the indices is its own */
+static u32 vrdma_cq_unpolled(const struct vrdma_ring *ring)
+{
+	const struct rxe_queue_buf *header = vrdma_ring_header(ring);
+
+	return (READ_ONCE(header->producer_index) - READ_ONCE(header->consumer_index)) &
+	       (ring->entries - 1);
+}
+
 /* Whoever arms the CQ looks at its ring */
 static struct vrdma_ring *vrdma_cq_exchange(struct vrdma_cq *cq, struct vrdma_ring *ring)
 {
@@ -176,7 +185,8 @@ static struct vrdma_ring *vrdma_cq_exchange(struct vrdma_cq *cq, struct vrdma_ri
 
 /*
  * The process gets another ring to map, and keeps its pollers out meanwhile. It is told before the
- * device is: after that nothing fails.
+ * device is: after that nothing fails. A ring can hold more than was asked for, but what does not
+ * fit into that is refused, as rxe does.
  */
 int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata)
 {
@@ -194,7 +204,9 @@ int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata
 	if (!ring)
 		return -ENOMEM;
 	mutex_lock(&cq->resize_lock);
-	ret = vrdma_ring_map(ring, udata, &resp.mi);
+	ret = cqe < vrdma_cq_unpolled(cq->ring) ? -EINVAL : 0;
+	if (!ret)
+		ret = vrdma_ring_map(ring, udata, &resp.mi);
 	if (!ret)
 		ret = ib_copy_to_udata(udata, &resp, sizeof(resp));
 	if (!ret)
