@@ -9,10 +9,10 @@
 #define VRDMA_CQE_SIZE	64
 
 /*
- * A ring takes a page at least, which holds so many. To have them costs nothing, and saves a program
- * that makes its CQ smaller while requests are under way from an overflow.
+ * Some to spare save a program that makes its CQ smaller while requests are under way from an
+ * overflow. Not all that fit into the page: programs take the size that they get for one to fill.
  */
-#define VRDMA_MIN_CQE	31
+#define VRDMA_MIN_CQE	7
 
 static struct vrdma_ring *vrdma_cq_ring_create(struct vrdma_dev *dev, u32 cqe)
 {
