@@ -31,10 +31,22 @@ static int vrdma_wc_flags(u32 wire)
 	return wire & VIRTIO_RDMA_WC_WITH_INV ? flags | IB_WC_WITH_INVALIDATE : flags;
 }
 
-/*
- * The type of a datagram's network header is left to the core, which finds it in the first 40
- * bytes (ib_get_net_type_by_grh()).
- */
+/* In front of a datagram is a network header, of which the service level tells the type */
+static void vrdma_wc_network_header(u8 sl, struct ib_wc *wc)
+{
+	switch (sl) {
+	case VIRTIO_RDMA_SL_ROCE_V2_IPV6:
+		wc->network_hdr_type = RDMA_NETWORK_IPV6;
+		break;
+	case VIRTIO_RDMA_SL_ROCE_V2_IPV4:
+		wc->network_hdr_type = RDMA_NETWORK_IPV4;
+		break;
+	default:
+		return;
+	}
+	wc->wc_flags |= IB_WC_WITH_NETWORK_HDR_TYPE;
+}
+
 static bool vrdma_wc_fill(struct vrdma_dev *dev, const struct ib_uverbs_wc *cqe, struct ib_wc *wc)
 {
 	memset(wc, 0, sizeof(*wc));
@@ -50,6 +62,8 @@ static bool vrdma_wc_fill(struct vrdma_dev *dev, const struct ib_uverbs_wc *cqe,
 	wc->src_qp = cqe->src_qp;
 	wc->wc_flags = vrdma_wc_flags(cqe->wc_flags);
 	wc->port_num = VRDMA_PORT;
+	if (wc->wc_flags & IB_WC_GRH)
+		vrdma_wc_network_header(cqe->sl, wc);
 	return true;
 }
 

@@ -115,6 +115,10 @@ enum {
 #define VIRTIO_RDMA_WC_WITH_IMM		2
 #define VIRTIO_RDMA_WC_WITH_INV		8
 
+/* Values of ib_uverbs_wc.sl of a datagram: what the header in front of it is */
+#define VIRTIO_RDMA_SL_ROCE_V2_IPV6	1
+#define VIRTIO_RDMA_SL_ROCE_V2_IPV4	2
+
 /* Doorbell area: see docs/device.md for the order of the accesses */
 #define VIRTIO_RDMA_DB_SLEEPING		0	/* offset of the 32-bit word */
 #define VIRTIO_RDMA_DB_SUMMARY		64	/* offset of the 64-bit summary words */

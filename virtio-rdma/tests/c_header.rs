@@ -137,6 +137,8 @@ fn numbers_agree_with_the_drivers_header() {
         ("VIRTIO_RDMA_ARM_SOLICITED", area::ARM_SOLICITED as usize),
         ("VIRTIO_RDMA_ARM_NEXT", area::ARM_NEXT as usize),
         ("VIRTIO_RDMA_ARM_STRIDE", area::ARM_STRIDE),
+        ("VIRTIO_RDMA_SL_ROCE_V2_IPV6", ring::SL_ROCE_V2_IPV6 as usize),
+        ("VIRTIO_RDMA_SL_ROCE_V2_IPV4", ring::SL_ROCE_V2_IPV4 as usize),
         ("VIRTIO_RDMA_AH_STRIDE", area::AH_STRIDE),
         ("VIRTIO_RDMA_AH_VALID", area::AH_VALID as usize),
     ] {

@@ -1,6 +1,6 @@
 //! Libraries, programs and kernel users of RDMA that applications build on: `freeflow-e2e apps`, one list.
 //!
-//! To add a program, add it to [`APPS`].
+//! To add a program, add it to [`APPS`], to [`RDMA_CM`] or to [`KERNEL_USERS`].
 
 use std::time::Duration;
 
@@ -9,7 +9,9 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::bed::Bed;
 use super::guest::{Distro, Kind, Software, Vmm};
+use super::kernel_users::KERNEL_USERS;
 use super::pair::Pair;
+use super::rdma_cm::RDMA_CM;
 use super::report::{Figure, Outcome};
 use super::router::address_of;
 use super::suite::{Check, Scene};
@@ -80,7 +82,7 @@ pub enum Listens {
 /// Finds a figure in an output, and its unit.
 pub type Reading = (fn(&str) -> Option<f64>, &'static str);
 
-/// All of them.
+/// Libraries.
 pub static APPS: &[App] = &[
     ucx("ucx_perftest rc tag_lat 64 B", RC, "-t tag_lat -s 64 -n 500 -w 20", UCX_LATENCY),
     ucx("ucx_perftest rc tag_bw 64 KiB", RC, "-t tag_bw -s 65536 -n 500 -w 20", UCX_BANDWIDTH),
@@ -143,6 +145,11 @@ fn pingpong_last(output: &str) -> Option<f64> {
     output.lines().rfind(|line| !line.trim().is_empty())?.split_whitespace().nth(6)?.parse().ok()
 }
 
+/// All of them.
+fn all() -> impl Iterator<Item = &'static App> {
+    APPS.iter().chain(RDMA_CM).chain(KERNEL_USERS)
+}
+
 /// All entries in two guests of a distribution.
 pub fn scene(distro: Distro) -> Scene {
     let kind = Kind { vmm: Vmm::Uml, distro, software: Software::Apps };
@@ -150,7 +157,7 @@ pub fn scene(distro: Distro) -> Scene {
         let within = (app.places == Places::BetweenAndWithin).then_some(Check::App(0, 0, app));
         std::iter::once(Check::App(0, 1, app)).chain(within)
     };
-    Scene::new(vec![kind; 2], APPS.iter().flat_map(checks))
+    Scene::new(vec![kind; 2], all().flat_map(checks))
 }
 
 /// Runs an entry; its figure.
@@ -227,10 +234,10 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<&str> = APPS.iter().map(|app| app.name).collect();
+        let mut names: Vec<&str> = all().map(|app| app.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), APPS.len());
+        assert_eq!(names.len(), all().count());
     }
 
     #[test]

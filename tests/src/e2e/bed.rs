@@ -1,6 +1,7 @@
 //! A router and real guests on its virtual NICs.
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -44,8 +45,13 @@ impl Bed {
         Ok(bed)
     }
 
+    /// The folder that all guests see as `/share`.
+    pub fn share(&self) -> PathBuf {
+        self.dir.path().join("share")
+    }
+
     fn boot(&self, nic: usize) -> Result<Guest> {
-        let share = self.dir.path().join("share");
+        let share = self.share();
         Guest::start(self.kinds[nic], &Site { share: &share, net: &self.net, socket: self.router.socket(nic), nic })
     }
 

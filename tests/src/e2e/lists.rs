@@ -5,6 +5,7 @@ use super::perf::{
     MORE_TOOLS, Measure, Perf, Pingpong, PingpongKind, Program, READ_BW, SEND_BW, SEND_LAT, Sizes, TOOLS, Tool, UD_BW,
     WRITE_BW,
 };
+use super::rdma_cm;
 use super::suite::{Check, Scene};
 
 const UML_TRIXIE: Kind = Kind::base(Vmm::Uml, Distro::Trixie);
@@ -24,13 +25,18 @@ pub fn full() -> Vec<Scene> {
     let own_tests = || Check::processes(0).chain([Check::NotOffered(0), Check::Conformance]);
     let both_ways = || each_program(0, 1).chain(each_program(1, 0)).chain(crowds());
     vec![
-        Scene::new(vec![UML_TRIXIE; 2], everything().chain(own_tests()).chain(Check::life())),
+        Scene::new(vec![UML_TRIXIE; 2], everything().chain(managed()).chain(own_tests()).chain(Check::life())),
         Scene::new(vec![UML_BOOKWORM; 2], everything().chain(own_tests()).chain(Check::life_but_router())),
         Scene { spread: 2, ..Scene::new(vec![UML_BOOKWORM, UML_TRIXIE], each_program(0, 1).chain(crowds())) },
         Scene::new(vec![UML_TRIXIE, QEMU_TRIXIE], both_ways()),
         Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(Check::life())),
         Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
     ]
+}
+
+/// A few programs that use the connection manager.
+fn managed() -> impl Iterator<Item = Check> {
+    rdma_cm::FEW.iter().map(|app| Check::App(0, 1, app))
 }
 
 /// For hours. What happens within one guest is run once for each kind.

@@ -5,6 +5,7 @@
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
 //! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
 //!   [`probes`] what is not offered, [`processes`] forks and threads.
+//!   [`rdma_cm`] and [`kernel_users`] among it.
 
 pub mod apps;
 pub mod bed;
@@ -14,12 +15,14 @@ pub mod conformance;
 pub mod demo;
 pub mod guest;
 pub mod interrupt;
+pub mod kernel_users;
 pub mod life;
 pub mod lists;
 pub mod pair;
 pub mod perf;
 pub mod probes;
 pub mod processes;
+pub mod rdma_cm;
 pub mod report;
 pub mod router;
 pub mod solo;

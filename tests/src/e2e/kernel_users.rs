@@ -1,0 +1,86 @@
+//! Users of RDMA in the guests' kernels, SMC-R for now: entries for [`apps`](super::apps).
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::apps::{App, Places, Run};
+use super::bed::Bed;
+use super::child::sibling;
+use super::guest::Guest;
+use super::rdma_cm::wait_until;
+use super::router::address_of;
+
+/// All of them.
+pub static KERNEL_USERS: &[App] = &[SMC_R, steps("SMC sockets whose peer has none", smc_to_tcp)];
+
+const SMC_R: App = steps("SMC-R under an unmodified web server and client", smc);
+
+const fn steps(name: &'static str, steps: fn(&Bed) -> Result<String>) -> App {
+    App { name, places: Places::Between, run: Run::Steps(steps), figure: None }
+}
+
+/// How long one program may take.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What goes before a program that is to use SMC.
+const PRELOAD: &str = "export LD_PRELOAD=/share/libfreeflow_smc.so";
+
+/// The file goes over the virtual NIC, and nothing but our library says so to the programs.
+fn smc(bed: &Bed) -> Result<String> {
+    let (output, carried) = with_smc(bed, [PRELOAD; 2])?;
+    ensure!(carried >= WEB_BYTES, "only {carried} bytes went over the virtual NIC\n{output}");
+    Ok(output)
+}
+
+/// A server without SMC is reached over TCP.
+fn smc_to_tcp(bed: &Bed) -> Result<String> {
+    let (output, carried) = with_smc(bed, ["", PRELOAD])?;
+    ensure!(carried < WEB_BYTES, "{carried} bytes went over the virtual NIC\n{output}");
+    Ok(output)
+}
+
+/// What the web server and client printed, and how many bytes the virtual NIC carried meanwhile.
+fn with_smc(bed: &Bed, prepare: [&str; 2]) -> Result<(String, u64)> {
+    let library = sibling("FREEFLOW_SMC_LIB", "libfreeflow_smc.so")?;
+    fs::copy(&library, bed.share().join("libfreeflow_smc.so")).context("cannot hand the library to the guests")?;
+    let ends = [bed.guest(0)?, bed.guest(1)?];
+    each(ends, "modprobe smc")?;
+    let before = bed.router.nics()?[0].counters.send_bytes;
+    let output = web(bed, prepare, "listens 8080");
+    let carried = bed.router.nics()?[0].counters.send_bytes - before;
+    // Its connections would stay for minutes, to be used again.
+    each(ends, "for turn in {1..300}; do rmmod smc 2>/dev/null && exit; tick; done; rdma resource; exit 1")?;
+    Ok((output?, carried))
+}
+
+/// Bytes of the file that [`web`] fetches.
+const WEB_BYTES: u64 = 8 << 20;
+
+/// A web server in the first guest, of which the second fetches a file; checksums are compared. The shell of each is prepared first.
+fn web(bed: &Bed, [server, client]: [&str; 2], ready: &str) -> Result<String> {
+    let (first, address) = (bed.guest(0)?, address_of(0));
+    first.must(&format!("mkdir -p /tmp/web; head -c {WEB_BYTES} /dev/urandom >/tmp/web/file"))?;
+    let sum = first.must("sha256sum </tmp/web/file")?;
+    let serve = format!(
+        "cd /tmp/web || exit; {server}\npython3 -m http.server 8080 --bind {address} >/tmp/served 2>&1 & \
+        echo $! >/tmp/web.pid; wait"
+    );
+    let job = first.start_script(&serve)?;
+    wait_until(first, ready)?;
+    let fetch = format!(
+        "from urllib.request import urlopen; import hashlib; \
+        print(hashlib.sha256(urlopen('http://{address}:8080/file').read()).hexdigest())"
+    );
+    let client = bed.guest(1)?.run(&format!("{client}\ntimeout 30 python3 -c \"{fetch}\""), PATIENCE)?;
+    let log = first.must("kill $(</tmp/web.pid); cat /tmp/served")?;
+    job.wait(PATIENCE)?;
+    let output = format!("server:\n{log}\nclient:\n{}", client.output);
+    ensure!(client.output.split_whitespace().next() == sum.split_whitespace().next(), "checksum {sum}\n{output}");
+    Ok(output)
+}
+
+fn each(guests: [&Guest; 2], script: &str) -> Result<()> {
+    guests.into_iter().try_for_each(|guest| guest.must(script).map(drop))
+}

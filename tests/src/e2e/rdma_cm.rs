@@ -1,0 +1,100 @@
+//! Programs that connect through the RDMA connection manager (`rdma_cm`, over management datagrams), and those that run on top of it
+//! unchanged: entries for [`apps`](super::apps).
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::apps::{App, Ends, Listens, Places, Run};
+use super::bed::Bed;
+use super::guest::Guest;
+use super::router::address_of;
+
+/// How long one program may take.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// All of them.
+pub static RDMA_CM: &[App] = &[
+    RPING,
+    ends("ucmatose", "ucmatose -p $PORT", "ucmatose -s $ADDRESS -p $PORT", "-c 4 -C 20 -S 4096", &["return status 0"]),
+    ends("rdma_client", "rdma_server -p $PORT", "rdma_client -s $ADDRESS -p $PORT", "", &["rdma_client: end 0"]),
+    App { places: Places::Between, ..CMTIME },
+    ends("rstream", "rstream -b $ADDRESS -p $PORT", "rstream -s $ADDRESS -p $PORT", STREAM, &["64k"]),
+    ends("riostream", "riostream -b $ADDRESS -p $PORT", "riostream -s $ADDRESS -p $PORT", STREAM, &["64k"]),
+    ends("ib_send_bw -R", "ib_send_bw -F -R -p $PORT", "ib_send_bw -F -R -p $PORT $ADDRESS", "-n 200", &[" 65536 "]),
+    ends("ib_read_lat -R", "ib_read_lat -F -R -p $PORT", "ib_read_lat -F -R -p $PORT $ADDRESS", "-n 50", &[" 2 "]),
+    ends("ib_send_bw -R -c UD", "ib_send_bw -F -R -p $PORT", "ib_send_bw -F -R -p $PORT $ADDRESS", UD, &[" 1024 "]),
+    UDADDY,
+    MCKEY,
+];
+
+const RPING: App = ends(
+    "rping -v -V",
+    "rping -s -a $ADDRESS -p $PORT",
+    "rping -c -a $ADDRESS -p $PORT",
+    "-v -V -C 20",
+    &["rdma-ping-19"],
+);
+const UDADDY: App = steps("udaddy", udaddy);
+const MCKEY: App = steps("mckey", mckey);
+
+/// Within one guest the connection manager takes the made-up queue pairs of its second half for stale ones.
+const CMTIME: App = ends("cmtime", "cmtime -p $PORT", "cmtime -s $ADDRESS -p $PORT", "-c 20", &["destroy id"]);
+
+/// A few for `make test`: connections, datagrams and multicast.
+pub static FEW: &[App] = &[RPING, UDADDY, MCKEY];
+
+/// Every byte is compared.
+const STREAM: &str = "-S 65536 -C 100 -T v";
+const UD: &str = "-c UD -n 200 -s 1024";
+
+const fn ends(
+    name: &'static str,
+    server: &'static str,
+    client: &'static str,
+    flags: &'static str,
+    expected: &'static [&'static str],
+) -> App {
+    let forbidden = &["rror", "failed", "mismatch", "verification"];
+    let ends = Ends { environment: "", server, client, flags, listens: Listens::RdmaCm, expected, forbidden };
+    App { name, places: Places::BetweenAndWithin, run: Run::Ends(ends), figure: None }
+}
+
+const fn steps(name: &'static str, steps: fn(&Bed) -> Result<String>) -> App {
+    App { name, places: Places::Between, run: Run::Steps(steps), figure: None }
+}
+
+/// A server in the first guest and a client in the second, for servers whose port is not to be chosen; `ready` tells whether the
+/// server is, whose output is in `/tmp/served`. What both printed.
+fn served(bed: &Bed, server: &str, ready: &str, client: &str) -> Result<String> {
+    let (first, second) = (bed.guest(0)?, bed.guest(1)?);
+    let job = first.start_script(&format!("{server} >/tmp/served 2>&1; status=$?; cat /tmp/served; exit $status"))?;
+    wait_until(first, ready)?;
+    let (client, server) = (second.run(client, PATIENCE)?, job.wait(PATIENCE)?);
+    let outputs = format!("server:\n{}\nclient:\n{}", server.output, client.output);
+    ensure!((server.status, client.status) == (0, 0), "status {} and {}\n{outputs}", server.status, client.status);
+    Ok(outputs)
+}
+
+/// Waits until a condition of the shell holds.
+pub(super) fn wait_until(guest: &Guest, condition: &str) -> Result<()> {
+    let wait = format!(
+        "for turn in {{1..400}}; do {{ {condition}; }} 2>/dev/null && exit; tick; done; cat /tmp/served; exit 1"
+    );
+    guest.must(&wait).map(drop)
+}
+
+/// Datagrams with addresses that the connection manager resolved.
+fn udaddy(bed: &Bed) -> Result<String> {
+    let client = format!("timeout 30 udaddy -s {} -c 2 -C 20 -S 1024", address_of(0));
+    served(bed, "timeout 40 udaddy -c 2 -C 20 -S 1024", "rdma_listens 7174", &client)
+}
+
+/// The receiver waits for all datagrams that the sender sends to the group.
+fn mckey(bed: &Bed) -> Result<String> {
+    let flags = "-m 239.7.7.7 -C 20 -S 1024";
+    let end = |nic| format!("timeout 30 stdbuf -oL mckey {flags} -b {}", address_of(nic));
+    let output = served(bed, &end(0), "grep -q joined /tmp/served", &format!("{} -s", end(1)))?;
+    ensure!(output.matches("data transfers complete").count() == 2, "{output}");
+    Ok(output)
+}
