@@ -107,14 +107,12 @@ impl Daemon {
     }
 }
 
-/// Bytes of the router's memory that each of some objects takes.
+/// Bytes of the router's memory that each of some objects takes, and the objects, so that others do not get what they leave.
 #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-fn each<T>(daemon: &Daemon, count: usize, make: impl FnOnce() -> Result<Vec<T>>) -> Result<f64> {
+fn each<T>(daemon: &Daemon, count: usize, make: impl FnOnce() -> Result<Vec<T>>) -> Result<(f64, Vec<T>)> {
     let before = daemon.memory()?;
     let objects = make()?;
-    let took = daemon.memory()? - before;
-    drop(objects);
-    Ok(took / count as f64)
+    Ok(((daemon.memory()? - before) / count as f64, objects))
 }
 
 fn router_rows() -> Result<Vec<Row>> {
@@ -128,11 +126,11 @@ fn router_rows() -> Result<Vec<Row>> {
     let before = daemon.memory()?;
     let more = idle_pairs(&a, &b, 4_500)?;
     let each_qp = (daemon.memory()? - before) / 9_000.0;
-    drop((first, more));
-    let each_cq = each(&daemon, CQS, || (0..CQS).map(|_| Ok(a.create_cq(63)?)).collect::<Result<Vec<_>>>())?;
+    let (each_cq, cqs) = each(&daemon, CQS, || (0..CQS).map(|_| Ok(a.create_cq(63)?)).collect::<Result<Vec<_>>>())?;
     let pd = b.alloc_pd()?;
     let page = MrSpec::whole(&b.alloc(4096)?);
-    let each_mr = each(&daemon, REGIONS, || Ok(pd.reg_many(&page, REGIONS)?))?;
+    let (each_mr, regions) = each(&daemon, REGIONS, || Ok(pd.reg_many(&page, REGIONS)?))?;
+    drop((first, more, cqs, regions));
     Ok(vec![
         Row::plain("memory of the router per CQ of 63 entries", each_cq, "B"),
         Row::plain("memory of the router per memory region of one extent", each_mr, "B"),
