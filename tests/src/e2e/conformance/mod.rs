@@ -8,6 +8,7 @@ pub mod compare;
 pub mod skips;
 pub mod verdict;
 
+use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -29,21 +30,31 @@ rdma link add rxe0 type rxe netdev rxenet
 DEV=rxe0; rescan";
 
 /// The tests whose name matches the pattern, on one RDMA device of each guest; the guests share the work.
+///
+/// What fails gets a second run with nothing beside it: some tests expect completions within a moment of the post, and fail on
+/// rxe, too, when the machine is busy (`test_resize_cq` makes a CQ smaller and counts on six being there).
 fn run(bed: &Bed, device: &str, pattern: &str) -> Result<Vec<Verdict>> {
     bed.put("suite.py", SUITE)?;
+    let mut verdicts = run_in(bed, bed.nics(), device, pattern)?;
+    ensure!(!verdicts.is_empty(), "no test is called {pattern}");
+    for verdict in verdicts.iter_mut().filter(|verdict| verdict.kind.is_fault()) {
+        *verdict = run_in(bed, 0..1, device, &verdict.test)?.pop().context("a test is gone")?;
+    }
+    verdicts.sort_by(|a, b| a.test.cmp(&b.test));
+    Ok(verdicts)
+}
+
+fn run_in(bed: &Bed, nics: Range<usize>, device: &str, pattern: &str) -> Result<Vec<Verdict>> {
     let claims = format!("/share/claims.{device}");
     let script = format!("rescan; exec python3 /share/suite.py {device} {claims} '{pattern}'");
     bed.guest(0)?.must(&format!("rm -rf {claims}; mkdir {claims}"))?;
-    let start = |nic| bed.guest(nic)?.start_script(&script);
-    let jobs = bed.nics().map(start).collect::<Result<Vec<Job>>>()?;
+    let jobs = nics.map(|nic| bed.guest(nic)?.start_script(&script)).collect::<Result<Vec<Job>>>()?;
     let mut verdicts = Vec::new();
     for job in jobs {
         let done = job.wait(PATIENCE)?;
         ensure!(done.status == 0, "the suite ended with status {}:\n{}", done.status, done.output);
         verdicts.extend(verdict::parse(&done.output)?);
     }
-    verdicts.sort_by(|a, b| a.test.cmp(&b.test));
-    ensure!(!verdicts.is_empty(), "no test is called {pattern}");
     Ok(verdicts)
 }
 
