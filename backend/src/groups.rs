@@ -4,6 +4,7 @@
 //! attach is the business of its control queue.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
@@ -19,6 +20,20 @@ pub struct Member {
     pub nic: Arc<Nic>,
     /// The QP.
     pub qp: Arc<Qp>,
+    /// It is a member no more, whoever still goes through a list that it is in.
+    left: Arc<AtomicBool>,
+}
+
+impl Member {
+    /// To be attached.
+    pub fn new(nic: Arc<Nic>, qp: Arc<Qp>) -> Self {
+        Self { nic, qp, left: Arc::default() }
+    }
+
+    /// Whether it was detached.
+    pub fn has_left(&self) -> bool {
+        self.left.load(Ordering::Acquire)
+    }
 }
 
 /// All QPs of a group at one moment. Immutable: workers go through it at leisure.
@@ -28,6 +43,8 @@ pub type Members = Arc<[Member]>;
 #[derive(Debug, Default)]
 pub struct Groups {
     by_gid: RwLock<HashMap<Gid, Members>>,
+    /// Held by who makes a new list of members: that takes long for a large group, and workers must not wait for it.
+    change: Mutex<()>,
 }
 
 impl Groups {
@@ -38,23 +55,29 @@ impl Groups {
 
     /// Adds a QP that is not in the group.
     pub fn attach(&self, group: Gid, member: Member) {
-        let mut groups = self.by_gid.write();
-        let before = groups.get(&group).map_or(&[][..], |members| &**members);
-        let members = before.iter().cloned().chain([member]).collect();
-        groups.insert(group, members);
+        let _alone = self.change.lock();
+        let before = self.members(group);
+        let known = before.as_deref().unwrap_or_default();
+        self.publish(group, known.iter().cloned().chain([member]).collect());
     }
 
-    /// Removes a QP of a virtual NIC, or all of them. A worker may still have it among the members of a message that is under way.
+    /// Removes a QP of a virtual NIC, or all of them. A worker may still be about to give it a message, until
+    /// [`Quiesce::wait`](crate::engine::quiesce::Quiesce::wait) returns.
     pub fn detach(&self, group: Gid, nic: NicId, qpn: Option<u32>) {
-        let mut groups = self.by_gid.write();
+        let _alone = self.change.lock();
         let leaves = |m: &&Member| m.nic.id == nic && qpn.is_none_or(|n| n == m.qp.id.qpn);
-        let Some(before) = groups.get(&group) else { return };
-        let members: Members = before.iter().filter(|m| !leaves(m)).cloned().collect();
-        if members.is_empty() {
-            groups.remove(&group);
-        } else {
-            groups.insert(group, members);
-        }
+        let Some(before) = self.members(group) else { return };
+        before.iter().filter(leaves).for_each(|m| m.left.store(true, Ordering::Release));
+        self.publish(group, before.iter().filter(|m| !leaves(m)).cloned().collect());
+    }
+
+    /// Makes these the members of a group.
+    fn publish(&self, group: Gid, members: Members) {
+        let mut groups = self.by_gid.write();
+        let before = if members.is_empty() { groups.remove(&group) } else { groups.insert(group, members) };
+        drop(groups);
+        // Freed when nobody waits for it.
+        drop(before);
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use virtio_rdma::ib::Access;
 
 use crate::mem::Map;
@@ -81,7 +81,7 @@ pub struct Registration {
     pub iova: u64,
     /// Its memory.
     pub layout: Layout,
-    /// Extents that this was described with.
+    /// Pieces that this lies in.
     pub extents: usize,
 }
 
@@ -132,6 +132,8 @@ struct Bound {
 #[derive(Debug, Default)]
 pub struct KeyTable {
     entries: RwLock<Entries>,
+    /// Upper bits of all keys, for the control queue to go through without keeping workers from the table.
+    known: Mutex<RandomKeySet>,
 }
 
 #[derive(Debug, Default)]
@@ -171,6 +173,8 @@ impl KeyTable {
         let mut entries = self.entries.write();
         let key = random_key(|index| entries.by_index.contains_key(&index));
         entries.by_index.insert(index(key), Entry { key, pdn, live: None, kind });
+        drop(entries);
+        self.known.lock().insert(index(key));
         key
     }
 
@@ -205,6 +209,7 @@ impl KeyTable {
 
     /// Removes a region. What it gave access to is for the caller to free, once no worker uses it.
     pub fn remove(&self, key: u32) -> Option<Arc<Mr>> {
+        self.known.lock().remove(&index(key));
         self.entries.write().by_index.remove(&index(key))?.live
     }
 
@@ -214,6 +219,8 @@ impl KeyTable {
         entries.window(key)?;
         entries.unbind(index(key));
         let entry = entries.by_index.remove(&index(key))?;
+        drop(entries);
+        self.known.lock().remove(&index(key));
         Some((entry.pdn, entry.live))
     }
 
@@ -309,23 +316,32 @@ impl KeyTable {
     /// Guest memory has changed: keys of memory that is gone give access to nothing, and those of all guest memory to that of now. What
     /// they gave access to before is for the caller to free, once no worker uses it.
     pub fn set_map(&self, map: &Arc<Map>) -> Vec<Arc<Mr>> {
-        let all: Vec<_> = self.entries.read().by_index.values().filter_map(|entry| entry.live.clone()).collect();
-        let changed = all.into_iter().filter(|mr| mr.is_of_guest() || !mr.is_in(map));
+        let known: Vec<_> = self.known.lock().iter().copied().collect();
         // One at a time: workers must not wait for all.
-        changed.inspect(|mr| self.replace(mr, mr.with_map(map).map(Arc::new))).collect()
+        let mut freed: Vec<_> = known.iter().filter_map(|&index| self.adapt(index, map, |_| true)).collect();
+        // Windows again: one may have been bound to a region whose turn had not come.
+        freed.extend(known.iter().filter_map(|&index| self.adapt(index, map, Mr::is_window)));
+        freed
     }
 
-    fn replace(&self, before: &Arc<Mr>, now: Option<Arc<Mr>>) {
-        if let Some(entry) = self.entries.write().by_index.get_mut(&index(before.key))
-            && entry.live.as_ref().is_some_and(|live| Arc::ptr_eq(live, before))
+    /// Makes what a key gives access to lie in the memory of now. Returns what it did before, if that is something else.
+    fn adapt(&self, index: u32, map: &Arc<Map>, concerns: impl FnOnce(&Mr) -> bool) -> Option<Arc<Mr>> {
+        let before = self.entries.read().by_index.get(&index)?.live.clone()?;
+        if !concerns(&before) || before.is_of(map) {
+            return None;
+        }
+        let now = before.with_map(map).map(Arc::new);
+        if let Some(entry) = self.entries.write().by_index.get_mut(&index)
+            && entry.live.as_ref().is_some_and(|live| Arc::ptr_eq(live, &before))
         {
             entry.live = now;
         }
+        Some(before)
     }
 
     /// Removes all, for the caller to free once no worker uses them.
     pub fn take(&self) -> impl Sized + use<> {
-        std::mem::take(&mut *self.entries.write())
+        (std::mem::take(&mut *self.entries.write()), std::mem::take(&mut *self.known.lock()))
     }
 }
 
@@ -418,7 +434,11 @@ impl Entries {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
+    use crate::mem::RegionId;
 
     const PD: u32 = 7;
     const ME: Actor = Actor { qpn: 100, pdn: PD };
@@ -535,5 +555,45 @@ mod tests {
         let ordinary = table.add_region(PD, None);
         assert_eq!(register(ordinary, 1), Err(ChangeError::State(ordinary)));
         assert_eq!(table.invalidate(ME, ordinary).unwrap_err(), ChangeError::NoSuchKey(ordinary));
+    }
+
+    #[test]
+    fn memory_that_went_is_not_kept_by_a_window_that_is_bound_meanwhile() {
+        const REGIONS: usize = 5000;
+        let id = RegionId { gpa: 0, size: 4096, vmm_addr: 0, offset: 0 };
+        let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(4096).unwrap();
+        let (old, now) = (Map::default().with(id, file).unwrap(), Arc::new(Map::default()));
+        let mut layout = Layout::default();
+        assert_eq!(layout.append(&old, &[(0, 4096)], 4096, 1), Ok(1));
+        let layout = Arc::new(layout);
+        for round in 0..60 {
+            let table = KeyTable::default();
+            let add = |_| {
+                let key = table.add_region(PD, None);
+                table.publish(key, PD, Some(Arc::new(Mr::new(key, PD, RIGHTS, 0x1000, layout.clone()))));
+                key
+            };
+            let regions: Vec<_> = (0..REGIONS).map(add).collect();
+            let first = bind(table.add_window(PD, WindowKind::One), regions[round]);
+            table.bind(ME, &first).unwrap();
+            let started = AtomicBool::new(false);
+            let last = std::thread::scope(|scope| {
+                let binder = scope.spawn(|| {
+                    let mut key = next(first.window);
+                    started.store(true, Ordering::Release);
+                    while table.bind(ME, &Bind { window: key, key: next(key), ..first }).is_ok() {
+                        key = next(key);
+                    }
+                    key
+                });
+                while !started.load(Ordering::Acquire) {
+                    std::thread::yield_now();
+                }
+                assert!(table.set_map(&now).len() >= REGIONS);
+                binder.join().unwrap()
+            });
+            assert!(table.get(last).is_err(), "round {round}: the window has what its region has lost");
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use virtio_rdma::PAGE_SIZE;
 use virtio_rdma::ib::Access;
 
+use crate::control::parse::RawExtent;
 use crate::mem::{Extent, Map, Seg};
 use crate::profile::Profile;
 
@@ -45,6 +46,9 @@ pub enum LayoutError {
     /// Not guest memory.
     #[error("memory outside the guest")]
     NotThere,
+    /// More pieces than there may be.
+    #[error("too many pieces")]
+    TooMany,
     /// More bytes than the region has.
     #[error("more than the region's length")]
     TooLong,
@@ -114,27 +118,34 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Appends guest memory to a region of `total` bytes, all or nothing. Only the first and the last page of a region may be cut, so
-    /// that no amount of bytes lies in more pieces than pages.
+    /// Appends guest memory to a region of `total` bytes, all or nothing, and returns in how many pieces it lies: an extent may
+    /// reach over several regions of the VMM. Only the first and the last page of a region may be cut, so that no amount of bytes
+    /// lies in more pieces than pages.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn append(&mut self, map: &Map, extents: &[(u64, u64)], total: u64) -> Result<(), LayoutError> {
+    pub fn append(&mut self, map: &Map, extents: &[RawExtent], total: u64, most: usize) -> Result<usize, LayoutError> {
         if !is_paged(extents, self.length, total) {
             return Err(LayoutError::CutPage);
         }
         let mut found = Vec::with_capacity(extents.len());
-        if !extents.iter().all(|&(addr, len)| map.resolve(addr, len, &mut found)) {
-            return Err(LayoutError::NotThere);
+        for &(addr, len) in extents {
+            if !map.resolve(addr, len, &mut found) {
+                return Err(LayoutError::NotThere);
+            }
+            if found.len() > most {
+                return Err(LayoutError::TooMany);
+            }
         }
         let added: u64 = found.iter().map(Extent::len).sum();
         if self.length.saturating_add(added) > total {
             return Err(LayoutError::TooLong);
         }
+        let pieces = found.len();
         for extent in found {
             self.push(extent);
         }
-        Ok(())
+        Ok(pieces)
     }
 
     /// Appends memory; neighbours are merged.
@@ -219,11 +230,16 @@ impl Mr {
         matches!(self.memory, Memory::Guest(_))
     }
 
-    /// Whether all of its memory is still the guest's. What is for all guest memory may have lost some.
-    pub fn is_in(&self, map: &Map) -> bool {
+    /// Whether it is a window.
+    pub fn is_window(&self) -> bool {
+        self.reach != Reach::Region
+    }
+
+    /// Whether this is the guest's memory that it is over.
+    pub fn is_of(&self, map: &Arc<Map>) -> bool {
         match &self.memory {
             Memory::Pieces(layout) => layout.is_in(map),
-            Memory::Guest(_) => true,
+            Memory::Guest(known) => Arc::ptr_eq(known, map),
         }
     }
 
@@ -314,7 +330,7 @@ pub fn check_range(access: Access, iova: u64, length: u64) -> Result<(), &'stati
 }
 
 /// Whether only the first and the last page of a region of `length` bytes are cut; `before` bytes were described before.
-fn is_paged(extents: &[(u64, u64)], before: u64, length: u64) -> bool {
+fn is_paged(extents: &[RawExtent], before: u64, length: u64) -> bool {
     let mut offset = before;
     extents.iter().all(|&(addr, len)| {
         let first = offset == 0;

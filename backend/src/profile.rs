@@ -25,7 +25,8 @@ pub struct Profile {
     pub max_cqe: u32,
     /// Most memory regions.
     pub max_mr: u32,
-    /// Most extents in all memory regions together: 24 bytes of router memory each.
+    /// Most extents in all memory regions together, those that reach over several regions of the VMM counted for each: 24 bytes of router
+    /// memory each.
     pub max_extents: u32,
     /// Most extents of one fast registration; a worker looks all of them up at once.
     pub max_fast_reg_extents: u32,

@@ -98,7 +98,7 @@ fn extents() -> impl Strategy<Value = Vec<(u64, u64)>> {
 fn region(guest: &Guest, extents: &[(u64, u64)], iova: u64) -> Option<(Mr, Vec<u8>)> {
     let mut layout = Layout::default();
     let total = extents.iter().map(|e| e.1).sum();
-    let appended = layout.append(&guest.map, extents, total).is_ok();
+    let appended = layout.append(&guest.map, extents, total, usize::MAX).is_ok();
     let described = guest.described(extents);
     assert_eq!(appended, described.is_some(), "{extents:x?}");
     let access = Access::LOCAL_WRITE | Access::REMOTE_READ | Access::MW_BIND;

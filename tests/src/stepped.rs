@@ -72,6 +72,19 @@ impl Stepped {
         }
     }
 
+    /// Steps until there is nothing to do now; how long that takes on a nominal machine.
+    pub fn work(&mut self) -> Duration {
+        let mut total = Duration::ZERO;
+        for _ in 0..1_000_000 {
+            let (worked, time) = self.host.step(0, self.now);
+            if !worked {
+                return total;
+            }
+            total += time;
+        }
+        panic!("the worker finds work for ever");
+    }
+
     /// Time goes on.
     pub fn pass(&mut self, time: Duration) {
         self.now += time;

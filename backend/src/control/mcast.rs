@@ -30,7 +30,7 @@ impl Control {
         }
         self.memberships.0.entry(group).or_default().insert(qp.id.qpn);
         qp.groups.fetch_add(1, Ordering::Relaxed);
-        self.nic.groups.attach(group, Member { nic: self.nic.clone(), qp });
+        self.nic.groups.attach(group, Member::new(self.nic.clone(), qp));
         Ok(nothing())
     }
 

@@ -45,7 +45,7 @@ struct Region {
     access: Access,
     iova: u64,
     length: u64,
-    /// Extents it was described with, for the quota.
+    /// Pieces that it lies in, for the quota.
     extents: u64,
     memory: Memory,
 }
@@ -268,15 +268,16 @@ impl Control {
         let Memory::Draft(layout) = &mut region.memory else {
             return Err(Refusal::State("the region is complete"));
         };
-        let count = extents.len() as u64;
-        self.check_room_for_extents(count)?;
-        layout.append(&self.map, extents, region.length).map_err(|error| match error {
+        self.check_room_for_extents(extents.len() as u64)?;
+        let room = u64::from(self.nic.config.profile.max_extents) - self.regions.extents;
+        let pieces = layout.append(&self.map, extents, region.length, room as usize).map_err(|error| match error {
             LayoutError::CutPage => Refusal::Value("extents: pages in the middle must be whole"),
             LayoutError::NotThere => Refusal::Memory("memory region"),
+            LayoutError::TooMany => Refusal::Quota("extents"),
             LayoutError::TooLong => Refusal::Value("extents: more than the region's length"),
-        })?;
-        region.extents += count;
-        self.regions.extents += count;
+        })? as u64;
+        region.extents += pieces;
+        self.regions.extents += pieces;
         Ok(())
     }
 

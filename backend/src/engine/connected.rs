@@ -45,10 +45,14 @@ pub(super) fn step(
     job: &mut Job,
     budget: &mut Budget,
 ) -> Progress {
-    if !job.started
-        && let Err(status) = check_local(ctx, nic, qp, job)
-    {
-        return Progress::Local(status);
+    if !job.started {
+        if send.wait.is_some() {
+            // The first time it was charged when it was fetched.
+            ctx.charge_lookups(budget, job.wqe.lookups());
+        }
+        if let Err(status) = check_local(ctx, nic, qp, job) {
+            return Progress::Local(status);
+        }
     }
     let Some(peer) = bind(ctx, nic, qp, send) else {
         return Progress::NotThere;
@@ -83,7 +87,7 @@ fn exchange(
     budget: &mut Budget,
 ) -> Result<Progress, Failure> {
     if !job.started {
-        match admit(ctx, peer, job)? {
+        match admit(ctx, peer, job, budget)? {
             Admission::Accepted => job.started = true,
             Admission::NotReady => return Ok(Progress::NotReady(peer.qp.attrs.lock().attr.min_rnr_timer)),
         }
@@ -208,10 +212,10 @@ impl Fault {
     const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
 }
 
-fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Failure> {
+fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Failure> {
     check_remote(ctx, peer, job).map_err(Failure::Remote)?;
     if job.wqe.op.takes_receive() {
-        return take_receive(ctx, peer, job).map_err(Failure::Remote);
+        return take_receive(ctx, peer, job, budget).map_err(Failure::Remote);
     }
     Ok(Admission::Accepted)
 }
@@ -259,7 +263,7 @@ fn check_flush(ctx: &mut Context, peer: &Binding, flush: Flush) -> Result<(), Fa
     check_key(ctx, peer, Remote { need: Access::FLUSH_GLOBAL, addr, rkey: flush.rkey }, len)
 }
 
-fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admission, Fault> {
+fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Fault> {
     let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
     note_limit(&peer.nic, &peer.qp);
     match taken {
@@ -275,6 +279,7 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Admi
         }
         Taken::Yes => job.recv_of = Some((peer.qp.clone(), ticket)),
     }
+    ctx.charge_lookups(budget, job.recv.sges.as_slice().len());
     if matches!(job.wqe.op, Op::Write { .. }) {
         return Ok(Admission::Accepted);
     }
@@ -295,11 +300,12 @@ fn move_piece(
     job: &mut Job,
     budget: &mut Budget,
 ) -> Result<Progress, Failure> {
-    let len = job.left().min(budget.bytes);
+    let is_word = matches!(job.wqe.op, Op::AtomicWrite { .. });
+    let len = if is_word { job.left() } else { job.left().min(budget.bytes) };
     let last = len == job.left();
     if len > 0 {
         map_piece(ctx, nic, qp, peer, job, len)?;
-        if matches!(job.wqe.op, Op::AtomicWrite { .. }) && !matches!(ctx.dst[..], [word] if word.is_word()) {
+        if is_word && !matches!(ctx.dst[..], [word] if word.is_word()) {
             return Err(Failure::Remote(Fault::INVALID));
         }
         let from = Source { own: &[inline_piece(job, len)], guest: &ctx.src };
@@ -309,7 +315,7 @@ fn move_piece(
             mem::copy(from, &ctx.dst);
         }
         job.done += len;
-        budget.bytes -= len;
+        budget.bytes = budget.bytes.saturating_sub(len);
         ctx.charge(cost::bytes(len));
     }
     if !last || !invalidate(ctx, peer, job)? {

@@ -129,6 +129,12 @@ impl Context {
         self.spent += cost;
     }
 
+    /// Counts keys or extents that are looked up, also in what is left of a visit.
+    pub fn charge_lookups(&mut self, budget: &mut Budget, count: usize) {
+        self.charge(cost::LOOKUP * count as u64);
+        budget.charge_lookups(count);
+    }
+
     /// What was done since the last call cost this much.
     pub fn take_spent(&mut self) -> u64 {
         std::mem::take(&mut self.spent)

@@ -10,6 +10,7 @@ use virtio_rdma::ib::{QpType, WcStatus};
 use zerocopy::IntoBytes;
 
 use super::context::Context;
+use super::cost;
 use super::job::Job;
 use super::serve::Step;
 use crate::key_table::{Actor, ChangeError, Registration};
@@ -47,9 +48,13 @@ pub(super) fn step(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &mut Job, op: Loc
             let old = nic.keys.invalidate(actor, key);
             old.map(|old| old.map(|mr| mr.key)).map_err(|e| refused(qp, &e, WcStatus::LocQpOpErr))
         }
-        LocalOp::Register(args) => {
-            register(nic, actor, &args).map(|()| None).map_err(|e| refused(qp, &e, WcStatus::LocQpOpErr))
-        }
+        LocalOp::Register(args) => match register(nic, actor, &args) {
+            Ok(pieces) => {
+                ctx.charge(cost::LOOKUP * pieces as u64);
+                Ok(None)
+            }
+            Err(error) => Err(refused(qp, &error, WcStatus::LocQpOpErr)),
+        },
     };
     match changed {
         Ok(None) => Step::Done,
@@ -66,8 +71,8 @@ fn refused(qp: &Qp, error: &dyn std::error::Error, status: WcStatus) -> Step {
     Step::Failed(status)
 }
 
-/// Gives a region memory. The table of guest memory cannot change meanwhile: a change afterwards finds the region.
-fn register(nic: &Nic, actor: Actor, args: &FastReg) -> Result<(), RegisterError> {
+/// Gives a region memory; in how many pieces. The table of guest memory cannot change meanwhile: a change afterwards finds the region.
+fn register(nic: &Nic, actor: Actor, args: &FastReg) -> Result<usize, RegisterError> {
     let access = check_access(args.access).map_err(RegisterError::Value)?;
     check_range(access, args.iova, args.length).map_err(RegisterError::Value)?;
     let map = nic.map.read();
@@ -81,10 +86,12 @@ fn register(nic: &Nic, actor: Actor, args: &FastReg) -> Result<(), RegisterError
     }
     let extents: Vec<_> = raw.iter().map(|e| (e.addr.get(), e.len.get())).collect();
     let mut layout = Layout::default();
-    layout.append(&map, &extents, args.length).map_err(|_| RegisterError::Value("extents"))?;
+    let append = layout.append(&map, &extents, args.length, most as usize);
+    let pieces = append.map_err(|_| RegisterError::Value("extents"))?;
     if layout.length() != args.length {
         return Err(RegisterError::Value("length of the extents"));
     }
-    let registration = Registration { key: args.key, access, iova: args.iova, layout, extents: extents.len() };
-    Ok(nic.keys.register(actor, registration)?)
+    let registration = Registration { key: args.key, access, iova: args.iova, layout, extents: pieces };
+    nic.keys.register(actor, registration)?;
+    Ok(pieces)
 }

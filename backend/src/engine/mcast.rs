@@ -1,13 +1,14 @@
 //! Multicast datagrams (IBA 10.5.2): one request, a copy for each QP in the group.
 //!
 //! A group may be large, so that its members are gone through in pieces like a long message. Who was a member when the message started
-//! gets it, if it still can. Nobody waits for a member: one without a receive misses the message.
+//! gets it, if it still is one and can. Nobody waits for a member: one without a receive misses the message.
 
 use std::sync::Arc;
 
 use virtio_rdma::ring::GRH_SIZE;
 
 use super::context::{Budget, Context};
+use super::cost;
 use super::job::Job;
 use super::serve::Step;
 use super::ud::{self, Datagram, Offered};
@@ -48,7 +49,8 @@ pub(super) fn step(
     let members = cast.members.clone();
     let share = share(budget, cast.remaining().len(), GRH_SIZE as u64 + job.wqe.length);
     for member in &members[cast.next..][..share] {
-        if !member.nic.is_running() || !ud::accepts(&member.qp, datagram.qkey) {
+        if member.has_left() || !member.nic.is_running() || !ud::accepts(&member.qp, datagram.qkey) {
+            ctx.charge(cost::VISIT);
             continue;
         }
         let offered = ud::offer(ctx, qp, (&member.nic, &member.qp), job, &cast.header, datagram.imm);

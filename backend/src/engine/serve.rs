@@ -112,9 +112,7 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
         Some(job) => Some(job),
         None => match fetch(ctx, qp, send) {
             Ok(job) => job.inspect(|job| {
-                let lookups = job.wqe.lookups();
-                ctx.charge(cost::LOOKUP * lookups as u64);
-                budget.charge_lookups(lookups);
+                ctx.charge_lookups(budget, job.wqe.lookups());
             }),
             Err(reason) => return Some(fatal(nic, qp, reason)),
         },
@@ -372,6 +370,7 @@ fn flush_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> bool {
         if qp.state() != QpState::Err {
             break;
         }
+        ctx.charge(cost::WQE);
         let taken = qp.recv.lock().take_for_flush(&mut job.recv);
         if taken == Flush::Busy {
             break;

@@ -110,6 +110,7 @@ pub(super) fn offer(
     header: &[u8; GRH_SIZE],
     imm: bool,
 ) -> Offered {
+    ctx.charge(cost::VISIT);
     let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
     note_limit(peer_nic, peer);
     match taken {
@@ -154,8 +155,8 @@ fn header_kind(header: &[u8; GRH_SIZE]) -> u8 {
 fn place(ctx: &mut Context, (nic, qp): (&Arc<Nic>, &Arc<Qp>), job: &Job, header: &[u8; GRH_SIZE]) -> bool {
     ctx.dst.clear();
     let len = GRH_SIZE as u64 + job.wqe.length;
-    ctx.charge(cost::VISIT + cost::bytes(len));
     let sges = job.recv.sges.as_slice();
+    ctx.charge(cost::LOOKUP * sges.len() as u64 + cost::bytes(len));
     let to = Gather { nic, pdn: qp.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
     if ctx.gather(Side::Destination, &to).is_err() {
         return false;
@@ -181,6 +182,7 @@ fn gather_source(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(),
     ctx.src.clear();
     let (pdn, len) = (qp.id.pdn, job.wqe.length);
     let sges = job.wqe.sges.as_slice();
+    ctx.charge(cost::LOOKUP * sges.len() as u64);
     ctx.gather(Side::Source, &Gather { nic, pdn, need: Access::empty(), sges, from: 0, len })
 }
 

@@ -389,8 +389,11 @@ impl Port {
         self.hot.take_if(|qp| qp.has_posted())
     }
 
-    /// Whether none of its QPs waits to be visited.
+    /// Whether none of its QPs waits to be visited. Those of a guest that does not run do not, and its memory is left alone.
     fn is_quiet(&self) -> bool {
+        if !self.nic.is_running() {
+            return true;
+        }
         let rung = |area: &Arc<DoorbellArea>| (0..self.pending.len()).any(|i| area.has_summary(i));
         self.run.is_empty() && self.pending.iter().all(|&p| p == 0) && !self.area.as_ref().is_some_and(rung)
     }

@@ -1,6 +1,7 @@
 //! The memory table of one guest, as the VMM gave it over vhost-user.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -132,6 +133,8 @@ fn is_memory(file: &File) -> bool {
 #[derive(Debug, Default, Clone)]
 pub struct Map {
     regions: Vec<Arc<Region>>,
+    /// Stretches of addresses without a gap: a guest may have hundreds of regions side by side, and asking for each would take long.
+    stretches: Vec<Range<u64>>,
     memory: GuestMemoryMmap,
     alarm: Option<Alarm>,
 }
@@ -151,7 +154,8 @@ impl Map {
             0 => GuestMemoryMmap::default(),
             _ => GuestMemoryMmap::from_arc_regions(regions.iter().map(|r| r.mmap.clone()).collect())?,
         };
-        Ok(Self { regions, memory, alarm: self.alarm.clone() })
+        let stretches = stretches(&regions);
+        Ok(Self { regions, stretches, memory, alarm: self.alarm.clone() })
     }
 
     /// A whole new table. A region that stands in this one already, same place and same bytes, stays the
@@ -236,15 +240,9 @@ impl Map {
 
     /// Whether all of these bytes are guest memory.
     pub fn covers(&self, gpa: u64, len: u64) -> bool {
-        let (mut at, mut left) = (gpa, len);
-        while left > 0 {
-            let Some((_, _, there)) = self.find(at) else {
-                return false;
-            };
-            let step = left.min(there);
-            (at, left) = (at.wrapping_add(step), left - step);
-        }
-        true
+        let before = self.stretches.partition_point(|s| s.start <= gpa);
+        let stretch = before.checked_sub(1).map(|index| &self.stretches[index]);
+        len == 0 || stretch.is_some_and(|s| gpa.checked_add(len).is_some_and(|end| end <= s.end))
     }
 
     /// Appends where these bytes are, as far as they are guest memory.
@@ -288,9 +286,48 @@ impl Map {
     }
 }
 
+/// Neighbours of a sorted list as one.
+fn stretches(regions: &[Arc<Region>]) -> Vec<Range<u64>> {
+    let mut all: Vec<Range<u64>> = Vec::new();
+    for RegionId { gpa, size, .. } in regions.iter().map(|r| r.id) {
+        match all.last_mut() {
+            Some(last) if last.end == gpa => last.end = gpa + size,
+            _ => all.push(gpa..gpa + size),
+        }
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn regions_side_by_side_cover_as_one() {
+        let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(4096).unwrap();
+        let region = |page: u64| {
+            let gpa = 4096 * page;
+            (RegionId { gpa, size: 4096, vmm_addr: gpa, offset: 0 }, memory.try_clone().unwrap())
+        };
+        let map = Map::default().replaced([3, 1, 2, 5].map(region).into()).unwrap();
+        for (gpa, len, covered) in [
+            (4096, 3 * 4096, true),
+            (4096, 3 * 4096 + 1, false),
+            (4095, 2, false),
+            (0, 1, false),
+            (4 * 4096, 1, false),
+            (5 * 4096 + 4095, 1, true),
+            (6 * 4096, 1, false),
+            (6 * 4096, 0, true),
+            (u64::MAX, 2, false),
+            (4096, u64::MAX, false),
+        ] {
+            assert_eq!(map.covers(gpa, len), covered, "{len} bytes at {gpa:#x}");
+        }
+        assert!(map.without(2 * 4096, 4096, 2 * 4096).unwrap().covers(3 * 4096, 4096));
+        assert!(!map.without(2 * 4096, 4096, 2 * 4096).unwrap().covers(4096, 4097));
+    }
 
     #[test]
     fn only_memory_files() {
