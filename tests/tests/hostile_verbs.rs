@@ -1,16 +1,20 @@
-//! What a hostile guest might try with windows, atomics of one word, groups and rings that move. Each of these has worked once.
+//! What a hostile guest might try with words, groups, extents, its share of a worker, and rings that move. All but the last has worked once.
 #![allow(missing_docs, reason = "a test program")]
 
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use freeflow_backend::Profile;
+use freeflow_tests::attack::Attack;
 use freeflow_tests::bed::Bed;
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, RcOptions, SendWr, Sge, ip_gid};
+use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect, ip_gid};
 use freeflow_tests::guest::{Gid, Guest};
+use freeflow_tests::rng::Rng;
 use freeflow_tests::router::RouterSpec;
 use freeflow_tests::stepped::Stepped;
-use virtio_rdma::ctrl::{Extent, ObjectRequest, ObjectResponse, Opcode, RegMr, Status};
+use virtio_rdma::ctrl::{Extent, ObjectRequest, ObjectResponse, Opcode, RegMr, ResizeCq, RingDesc, Status};
 use virtio_rdma::ib::{Access, MULTICAST_QPN, QpState, SendFlags, WcStatus};
 
 const QKEY: u32 = 0x0102_0304;
@@ -191,4 +195,51 @@ fn an_extent_over_many_regions_counts_for_each() {
     register().unwrap();
     b.qp.post(SendWr::new(1, fast.register_extents(&[one], PAGES * 4096, START, Access::LOCAL_WRITE), &[])).unwrap();
     assert_eq!(b.cq.next().status(), WcStatus::LocQpOpErr);
+}
+
+/// Indices of rings say anything, at any time, while the rings are exchanged and peers fill them.
+#[test]
+fn indices_lie_while_rings_move() {
+    let attack = Attack::start();
+    let guest = attack.attacker();
+    let mut answers = HashMap::new();
+    for seed in 0..40 {
+        let (pd, cq) = (guest.alloc_pd().unwrap(), guest.create_cq(63).unwrap());
+        let (srq, mr) = (pd.create_srq(63, 1, 0).unwrap(), pd.reg_new(4096).unwrap());
+        let qp = pd.create_qp_srq(QpSpec::rc(), &cq, &srq).unwrap();
+        let peer = Rc::new(guest, QpSpec::rc(), 64).unwrap();
+        connect(&peer.qp, &qp, &RcOptions { rnr_retry: 0, ..RcOptions::default() }).unwrap();
+        for id in 0..40 {
+            srq.post_recv(id, &[mr.sge(0, 64)]).unwrap();
+        }
+        let words = [cq.ring().producer(), cq.ring().consumer(), srq.ring().producer(), srq.ring().consumer()];
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let liar = scope.spawn(|| {
+                let mut rng = Rng::new(seed);
+                while !stop.load(Relaxed) {
+                    // Mostly what could be an index.
+                    let lie = if rng.one_in(8) { rng.word() as u32 } else { rng.below(64) as u32 };
+                    words[rng.below(4)].store(lie, Relaxed);
+                }
+            });
+            for round in 0..20 {
+                let _ = peer.qp.post(SendWr::inline(1, Op::Send, b"fill").flags(SendFlags::empty()));
+                let size = [7, 63, 255][round % 3];
+                // Into the same rings again: what the liar writes to stays the device's.
+                for (opcode, number, ring) in
+                    [(Opcode::ResizeCq, cq.number(), cq.ring()), (Opcode::ResizeSrq, srq.number(), srq.ring())]
+                {
+                    let (desc, extents) = ring.desc();
+                    let desc = RingDesc { entries: (ring.entries().min(size + 1)).into(), ..desc };
+                    let body = ResizeCq { cqn: number.into(), reserved: 0.into(), ring: desc };
+                    *answers.entry(guest.command_status(opcode, &body, &extents).unwrap()).or_insert(0) += 1;
+                }
+            }
+            stop.store(true, Relaxed);
+            liar.join().unwrap();
+        });
+    }
+    assert!([Status::Ok, Status::BadState].iter().all(|status| answers.contains_key(status)), "{answers:?}");
+    attack.finish();
 }
