@@ -218,15 +218,26 @@ int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata
 	return ret;
 }
 
+/*
+ * An event may have queued the core's poll work after ib_free_cq() had cancelled it, which not
+ * every kernel prevents. The CQ is withdrawn: nothing queues it again.
+ */
+static void vrdma_cq_stop_polling(struct ib_cq *ibcq)
+{
+	if (ibcq->poll_ctx == IB_POLL_WORKQUEUE || ibcq->poll_ctx == IB_POLL_UNBOUND_WORKQUEUE)
+		cancel_work_sync(&ibcq->work);
+}
+
 /* The arm word is left clear for the next CQ with this number */
 int vrdma_destroy_cq(struct ib_cq *ibcq, struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibcq->device);
 	struct vrdma_cq *cq = to_vcq(ibcq);
 
+	vrdma_cq_withdraw(dev, cq);
+	vrdma_cq_stop_polling(ibcq);
 	WRITE_ONCE(*cq->arm, VIRTIO_RDMA_ARM_NONE);
 	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_CQ, cq->cqn);
-	vrdma_cq_withdraw(dev, cq);
 	vrdma_ring_release(dev, cq->ring);
 	return 0;
 }

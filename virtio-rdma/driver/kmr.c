@@ -8,6 +8,7 @@
  * for local use only.
  */
 #include <linux/io.h>
+#include <linux/log2.h>
 #include <linux/slab.h>
 
 #include "vrdma.h"
@@ -97,7 +98,10 @@ static int vrdma_set_page(struct ib_mr *ibmr, u64 addr)
 	return 0;
 }
 
-/* The pages are whole: what lies before and after the region is cut off */
+/*
+ * The pages are whole: what lies before and after the region is cut off. That can be whole
+ * extents: where there were too few of them, the last page that was set does not count.
+ */
 static void vrdma_cut_extents(struct vrdma_mr *mr)
 {
 	struct virtio_rdma_extent *first = &mr->extents[0];
@@ -110,6 +114,11 @@ static void vrdma_cut_extents(struct vrdma_mr *mr)
 	for (i = 0; i < mr->num_extents; i++)
 		surplus += le64_to_cpu(mr->extents[i].len);
 	surplus -= mr->ibmr.length;
+	while (mr->num_extents > 1 &&
+	       surplus >= le64_to_cpu(mr->extents[mr->num_extents - 1].len)) {
+		mr->num_extents--;
+		surplus -= le64_to_cpu(mr->extents[mr->num_extents].len);
+	}
 	le64_add_cpu(&mr->extents[mr->num_extents - 1].len, -surplus);
 }
 
@@ -120,6 +129,8 @@ int vrdma_map_mr_sg(struct ib_mr *ibmr, struct scatterlist *sg, int sg_nents,
 	struct vrdma_mr *mr = to_vmr(ibmr);
 	int mapped;
 
+	if (ibmr->page_size < VIRTIO_RDMA_PAGE_SIZE || !is_power_of_2(ibmr->page_size))
+		return -EINVAL;
 	mr->num_extents = 0;
 	mapped = ib_sg_to_pages(ibmr, sg, sg_nents, sg_offset, vrdma_set_page);
 	if (mapped > 0)

@@ -71,14 +71,17 @@ int vrdma_poll_cq(struct ib_cq *ibcq, int num, struct ib_wc *wc)
 {
 	struct vrdma_dev *dev = to_vdev(ibcq->device);
 	struct vrdma_cq *cq = to_vcq(ibcq);
-	struct vrdma_ring *ring = cq->ring;
+	struct vrdma_ring *ring;
 	u32 index, producer;
 	unsigned long flags;
 	int taken = 0;
 
-	if (!ring->header)
-		return -EINVAL;
 	spin_lock_irqsave(&cq->lock, flags);
+	ring = cq->ring;
+	if (!ring->header) {
+		spin_unlock_irqrestore(&cq->lock, flags);
+		return -EINVAL;
+	}
 	index = vrdma_ring_consumer(ring);
 	producer = vrdma_ring_producer(ring);
 	for (; taken < num && index != producer; index = vrdma_ring_next(ring, index))
