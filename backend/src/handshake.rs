@@ -27,8 +27,9 @@ pub trait Word {
     fn pause(looks: u32);
 }
 
+/// Makes a kind of atomic a [`Word`]; `fence` and `Ordering` are those of the place that says so.
 macro_rules! word {
-    ($atomic:ty, $value:ty) => {
+    ($atomic:ty, $value:ty, $pause:expr) => {
         impl Word for $atomic {
             type Value = $value;
 
@@ -53,18 +54,25 @@ macro_rules! word {
             }
 
             fn pause(looks: u32) {
-                if looks < 64 {
-                    std::hint::spin_loop();
-                } else {
-                    std::thread::sleep(Duration::from_micros(20));
-                }
+                $pause(looks);
             }
         }
     };
 }
 
-word!(AtomicU32, u32);
-word!(AtomicU64, u64);
+#[cfg(test)]
+pub(crate) use word;
+
+word!(AtomicU32, u32, pause);
+word!(AtomicU64, u64, pause);
+
+fn pause(looks: u32) {
+    if looks < 64 {
+        std::hint::spin_loop();
+    } else {
+        std::thread::sleep(Duration::from_micros(20));
+    }
+}
 
 /// From here on the others wake us. Look once more for work after this, and then sleep.
 pub fn begin_sleep<W: Word>(asleep: &W) {

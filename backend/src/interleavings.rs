@@ -15,43 +15,11 @@ use virtio_rdma::ring::Format;
 
 use crate::cq::Producer;
 use crate::engine::quiesce::Quiesce;
-use crate::handshake::{self, Word};
+use crate::handshake::{self, Word, word};
 use crate::ring::{Geometry, Ring, RingMemory};
 
-macro_rules! word {
-    ($atomic:ty, $value:ty) => {
-        impl Word for $atomic {
-            type Value = $value;
-
-            fn zero() -> Self {
-                Self::new(0)
-            }
-
-            fn load(&self, order: Ordering) -> $value {
-                self.load(order)
-            }
-
-            fn store(&self, value: $value, order: Ordering) {
-                self.store(value, order);
-            }
-
-            fn swap(&self, value: $value, order: Ordering) -> $value {
-                self.swap(value, order)
-            }
-
-            fn fence(order: Ordering) {
-                fence(order);
-            }
-
-            fn pause(_looks: u32) {
-                thread::yield_now();
-            }
-        }
-    };
-}
-
-word!(AtomicU32, u32);
-word!(AtomicU64, u64);
+word!(AtomicU32, u32, |_| thread::yield_now());
+word!(AtomicU64, u64, |_| thread::yield_now());
 
 /// The words of a doorbell area, one of each level.
 #[derive(Default)]
@@ -176,22 +144,31 @@ struct Object {
     memory: UnsafeCell<u32>,
 }
 
+impl Object {
+    fn new() -> Self {
+        Self { findable: AtomicU32::new(1), memory: UnsafeCell::new(7) }
+    }
+}
+
+/// Worker 0, which uses the object within a quantum if it finds it.
+fn worker_that_looks(quiesce: &Arc<Quiesce<AtomicU64>>, object: &Arc<Object>) -> thread::JoinHandle<()> {
+    let (quiesce, object) = (quiesce.clone(), object.clone());
+    thread::spawn(move || {
+        quiesce.enter(0);
+        if object.findable.load(Relaxed) == 1 {
+            // SAFETY: what the tests are about: loom reports a concurrent write.
+            object.memory.with(|memory| assert_eq!(unsafe { *memory }, 7));
+        }
+        quiesce.leave(0);
+    })
+}
+
 #[test]
 fn nothing_is_freed_under_a_quantum() {
     loom::model(|| {
         let quiesce = Arc::new(Quiesce::<AtomicU64>::new(2));
-        let object = Arc::new(Object { findable: AtomicU32::new(1), memory: UnsafeCell::new(7) });
-        let worker = {
-            let (quiesce, object) = (quiesce.clone(), object.clone());
-            thread::spawn(move || {
-                quiesce.enter(0);
-                if object.findable.load(Relaxed) == 1 {
-                    // SAFETY: what this test is about: loom reports a concurrent write.
-                    object.memory.with(|memory| assert_eq!(unsafe { *memory }, 7));
-                }
-                quiesce.leave(0);
-            })
-        };
+        let object = Arc::new(Object::new());
+        let worker = worker_that_looks(&quiesce, &object);
         object.findable.store(0, Relaxed);
         quiesce.wait();
         // SAFETY: as above.
@@ -204,18 +181,8 @@ fn nothing_is_freed_under_a_quantum() {
 fn a_worker_that_waits_for_another_frees_nothing_under_it() {
     loom::model(|| {
         let quiesce = Arc::new(Quiesce::<AtomicU64>::new(2));
-        let object = Arc::new(Object { findable: AtomicU32::new(1), memory: UnsafeCell::new(7) });
-        let worker = {
-            let (quiesce, object) = (quiesce.clone(), object.clone());
-            thread::spawn(move || {
-                quiesce.enter(0);
-                if object.findable.load(Relaxed) == 1 {
-                    // SAFETY: as above.
-                    object.memory.with(|memory| assert_eq!(unsafe { *memory }, 7));
-                }
-                quiesce.leave(0);
-            })
-        };
+        let object = Arc::new(Object::new());
+        let worker = worker_that_looks(&quiesce, &object);
         quiesce.enter(1);
         object.findable.store(0, Relaxed);
         let grace = quiesce.begin(1);

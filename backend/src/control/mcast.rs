@@ -1,6 +1,7 @@
 //! Multicast groups: QPs join and leave, within quotas.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_rdma::ctrl::Mcast;
@@ -9,6 +10,7 @@ use virtio_rdma::ib::QpType;
 use super::{Answer, Control, Refusal, nothing};
 use crate::groups::Member;
 use crate::overlay::Gid;
+use crate::qp::Qp;
 
 /// The QPs of one virtual NIC in each group that it is in.
 #[derive(Debug, Default)]
@@ -50,7 +52,7 @@ impl Control {
         Ok(nothing())
     }
 
-    fn mcast_args(&self, args: &Mcast) -> Result<(Gid, std::sync::Arc<crate::qp::Qp>), Refusal> {
+    fn mcast_args(&self, args: &Mcast) -> Result<(Gid, Arc<Qp>), Refusal> {
         if args.reserved.get() != 0 {
             return Err(Refusal::Reserved);
         }

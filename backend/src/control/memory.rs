@@ -167,7 +167,7 @@ impl Control {
     }
 
     pub(super) fn rereg_mr(&mut self, args: &ReregMr, extents: &[RawExtent]) -> Answer {
-        let flags = args.flags.get();
+        let (flags, key, new_pd) = (args.flags.get(), args.key.get(), args.pdn.get());
         let translate = flags & REREG_TRANS != 0;
         if flags & !(REREG_TRANS | REREG_PD | REREG_ACCESS) != 0 || (!translate && !extents.is_empty()) {
             return Err(Refusal::Value("flags"));
@@ -175,39 +175,18 @@ impl Control {
         if args.reserved.get() != 0 {
             return Err(Refusal::Reserved);
         }
-        let region = self.regions.get(args.key.get())?;
+        let region = self.regions.get(key)?;
         if !region.is_described() {
             return Err(Refusal::State("not a region that can be changed"));
         }
-        let (new_pd, old_pd) = (args.pdn.get(), region.pdn);
+        let old_pd = region.pdn;
         if flags & REREG_PD != 0 {
             self.check_pd(new_pd)?;
         }
-        let before = self.layout(args.key.get());
-        self.freeze(args.key.get())?;
-        let changed = self.change(args.key.get(), |control, region| {
-            let new = || check_access(args.access.get()).map_err(Refusal::Value);
-            let access = if flags & REREG_ACCESS != 0 { new()? } else { region.access };
-            let (iova, length) =
-                if translate { (args.iova.get(), args.length.get()) } else { (region.iova, region.length) };
-            check_range(access, iova, length).map_err(Refusal::Value)?;
-            let (key, pdn, memory) = (region.key, region.pdn, Memory::Lost);
-            let mut changed = Region { key, pdn, access, iova, length, extents: 0, memory };
-            if flags & REREG_PD != 0 {
-                changed.pdn = new_pd;
-            }
-            if translate {
-                changed.memory = Memory::Draft(Layout::default());
-                control.append(&mut changed, extents)?;
-                control.regions.extents -= region.extents;
-            } else {
-                changed.extents = region.extents;
-                changed.memory = std::mem::replace(&mut region.memory, Memory::Lost);
-            }
-            *region = changed;
-            Ok(())
-        });
-        self.nic.keys.thaw(args.key.get());
+        let before = self.layout(key);
+        self.freeze(key)?;
+        let changed = self.change(key, |control, region| control.reregister(region, args, extents));
+        self.nic.keys.thaw(key);
         changed?;
         if flags & REREG_PD != 0 {
             self.leave_pd(old_pd);
@@ -217,6 +196,29 @@ impl Control {
         // Freed here and not by a worker, which may have been the last to use it.
         drop(before);
         Ok(nothing())
+    }
+
+    /// Replaces what the flags name, all or nothing.
+    fn reregister(&mut self, region: &mut Region, args: &ReregMr, extents: &[RawExtent]) -> Result<(), Refusal> {
+        let has = |flag| args.flags.get() & flag != 0;
+        let access =
+            if has(REREG_ACCESS) { check_access(args.access.get()).map_err(Refusal::Value)? } else { region.access };
+        let translate = has(REREG_TRANS);
+        let (iova, length) =
+            if translate { (args.iova.get(), args.length.get()) } else { (region.iova, region.length) };
+        check_range(access, iova, length).map_err(Refusal::Value)?;
+        let pdn = if has(REREG_PD) { args.pdn.get() } else { region.pdn };
+        let mut changed = Region { key: region.key, pdn, access, iova, length, extents: 0, memory: Memory::Lost };
+        if translate {
+            changed.memory = Memory::Draft(Layout::default());
+            self.append(&mut changed, extents)?;
+            self.regions.extents -= region.extents;
+        } else {
+            changed.extents = region.extents;
+            changed.memory = std::mem::replace(&mut region.memory, Memory::Lost);
+        }
+        *region = changed;
+        Ok(())
     }
 
     fn layout(&self, key: u32) -> Option<Arc<Layout>> {
