@@ -7,10 +7,10 @@ use std::sync::Arc;
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
+use super::complete::{RecvDone, Word, complete_recv, fatal, note_limit};
 use super::context::{Budget, Context, Gather, Remote, Side};
 use super::cost;
 use super::job::Job;
-use super::serve::{RecvDone, Word, complete_recv, fatal, note_limit};
 use crate::key_table::Actor;
 use crate::mem::{self, AtomicOp, Source};
 use crate::mr::KeyError;

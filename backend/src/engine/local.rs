@@ -9,10 +9,10 @@ use virtio_rdma::ctrl::Extent;
 use virtio_rdma::ib::{QpType, WcStatus};
 use zerocopy::IntoBytes;
 
+use super::complete::Step;
 use super::context::Context;
 use super::cost;
 use super::job::Job;
-use super::serve::Step;
 use crate::key_table::{Actor, ChangeError, Registration};
 use crate::mr::{Layout, check_access, check_range};
 use crate::nic::Nic;

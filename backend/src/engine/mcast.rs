@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use virtio_rdma::ring::GRH_SIZE;
 
+use super::complete::Step;
 use super::context::{Budget, Context};
 use super::cost;
 use super::job::Job;
-use super::serve::Step;
 use super::ud::{self, Datagram, Offered};
 use crate::groups::{Member, Members};
 use crate::nic::Nic;

@@ -2,11 +2,12 @@
 //!
 //! * [`worker`]: the loop: doorbells, run queues, timers, sleeping.
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
-//!   [`connected`] what the first two share, [`mcast`] the last to many.
+//!   [`connected`] what the first two share, [`mcast`] the last to many; [`local`] is for work requests that need no peer.
+//! * [`complete`]: what becomes of work requests; all of these use it, and it uses none of them.
 //! * [`cost`]: what work costs, by which virtual NICs share a worker.
-//! * [`local`]: work requests that need no peer.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
+mod complete;
 mod connected;
 pub mod context;
 mod cost;

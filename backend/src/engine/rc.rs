@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use virtio_rdma::ib::WcStatus;
 
+use super::complete::{RecvDone, Step, complete_recv};
 use super::connected::{self, Fault, Progress};
 use super::context::{Budget, Context};
 use super::job::Job;
-use super::serve::{RecvDone, Step, complete_recv};
 use crate::nic::Nic;
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};
 

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 use virtio_rdma::event::EventType;
-use virtio_rdma::ib::{QpState, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
-use virtio_rdma::ring::Cqe;
+use virtio_rdma::ib::{QpState, QpType, WcStatus};
 
+use super::complete::{LONG, OVERFLOW, RecvDone, Step, complete_recv, complete_send, fatal};
 use super::context::{Budget, Context};
 use super::job::Job;
 use super::{cost, local, rc, uc, ud};
@@ -15,9 +15,6 @@ use crate::nic::Nic;
 use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
 use crate::wqe::Op;
-
-/// Bytes of a message from which on no completion waits for it, and its own for no other: what that saves is little beside the copy.
-const LONG: u64 = 1024;
 
 /// What to do with the QP after a visit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,19 +25,6 @@ pub enum Next {
     Again,
     /// Visit it at this time.
     At(Instant),
-}
-
-/// How far a work request came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Complete.
-    Done,
-    /// The budget is used up.
-    Paused,
-    /// It waits for the peer; try again at the latest after this time.
-    Wait(WaitKind, Duration),
-    /// It failed.
-    Failed(WcStatus),
 }
 
 /// Visits a QP of `nic`. `alone` tells whether nobody else waits for the worker.
@@ -114,7 +98,7 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
             Ok(job) => job.inspect(|job| {
                 ctx.charge_lookups(budget, job.wqe.lookups());
             }),
-            Err(reason) => return Some(fatal(nic, qp, reason)),
+            Err(reason) => return Some(give_up(nic, qp, reason)),
         },
     };
     match job {
@@ -162,9 +146,9 @@ fn advance(
     match step {
         Step::Done => {
             send.bytes += job.wqe.length;
-            let pushed = complete(ctx, nic, qp, send, &job, WcStatus::Success);
+            let pushed = complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);
-            (!pushed).then(|| fatal(nic, qp, "its completion queue overflowed"))
+            (!pushed).then(|| give_up(nic, qp, OVERFLOW))
         }
         Step::Paused => {
             send.job = Some(job);
@@ -209,9 +193,9 @@ fn wait(
             // A datagram whose destination had no receive: dropped, which its sender never learns.
             ud::starve(ctx, nic, qp, &job);
             nic.counters.messages_dropped.add(1);
-            let pushed = complete(ctx, nic, qp, send, &job, WcStatus::Success);
+            let pushed = complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);
-            (!pushed).then(|| fatal(nic, qp, "its completion queue overflowed"))
+            (!pushed).then(|| give_up(nic, qp, OVERFLOW))
         }
         Err(Some(status)) => Some(fail(ctx, nic, qp, send, job, status)),
     }
@@ -267,49 +251,6 @@ fn count_wait(
     Ok(wait.next_look)
 }
 
-/// Completes the request at the head of the ring. False if the completion could not be written.
-fn complete(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, send: &mut SendQueue, job: &Job, status: WcStatus) -> bool {
-    send.advance();
-    // Nobody's completion waits for a request that may take long, or that has yet to be posted.
-    let hold = status == WcStatus::Success && job.wqe.length < LONG && send.knows_more();
-    let wanted = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED) || status != WcStatus::Success;
-    if !wanted {
-        if !hold {
-            ctx.publish();
-        }
-        count_sent(ctx, nic, job, status);
-        return true;
-    }
-    // Before the completion: who sees that may post the next request at once.
-    send.publish();
-    let cqe = Cqe {
-        wr_id: job.wqe.wr_id.into(),
-        status: status.to_wire().into(),
-        opcode: job.wqe.completion_opcode().to_wire().into(),
-        byte_len: if status == WcStatus::Success { job.wqe.length as u32 } else { 0 }.into(),
-        qp_num: qp.id.qpn.into(),
-        port_num: 1,
-        ..Cqe::default()
-    };
-    let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success, hold).is_ok();
-    count_sent(ctx, nic, job, status);
-    pushed
-}
-
-fn count_sent(ctx: &mut Context, nic: &Arc<Nic>, job: &Job, status: WcStatus) {
-    if status == WcStatus::Success {
-        ctx.count_sent(nic, job.wqe.length);
-    } else {
-        nic.counters.send_wqes.add(1);
-        count_error(nic, status);
-    }
-}
-
-fn count_error(nic: &Nic, status: WcStatus) {
-    let counter = if status == WcStatus::WrFlushErr { &nic.counters.flushed } else { &nic.counters.errors };
-    counter.add(1);
-}
-
 /// The request completes in error and takes its QP with it: to ERR, or SQE where nothing is reliable (IBA 10.3.1).
 fn fail(
     ctx: &mut Context,
@@ -322,10 +263,10 @@ fn fail(
     nic.warn(format_args!("QP {:#x}: work request failed: {status:?}", qp.id.qpn));
     ctx.charge(cost::FAILURE);
     job.give_up_receive();
-    let pushed = complete(ctx, nic, qp, send, &job, status);
+    let pushed = complete_send(ctx, nic, qp, send, &job, status);
     ctx.recycle(job);
     if !pushed {
-        return fatal(nic, qp, "its completion queue overflowed");
+        return give_up(nic, qp, OVERFLOW);
     }
     if qp.id.kind == QpType::Rc {
         qp.fail();
@@ -335,12 +276,9 @@ fn fail(
     Next::Again
 }
 
-/// Something that no completion can say moves the QP to ERR.
-pub(super) fn fatal(nic: &Nic, qp: &Qp, reason: &str) -> Next {
-    if qp.fail() {
-        nic.warn(format_args!("QP {:#x} failed: {reason}", qp.id.qpn));
-        nic.raise(EventType::QpFatal, qp.id.qpn);
-    }
+/// The QP fails, and is to be flushed.
+fn give_up(nic: &Nic, qp: &Qp, reason: &str) -> Next {
+    fatal(nic, qp, reason);
     Next::Again
 }
 
@@ -353,7 +291,7 @@ fn flush_send(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGu
         let Ok(Some(job)) = fetch(ctx, qp, &mut send) else {
             return false;
         };
-        let pushed = complete(ctx, nic, qp, &mut send, &job, WcStatus::WrFlushErr);
+        let pushed = complete_send(ctx, nic, qp, &mut send, &job, WcStatus::WrFlushErr);
         ctx.recycle(job);
         if !pushed {
             return false;
@@ -383,102 +321,4 @@ fn flush_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>) -> bool {
     }
     ctx.recycle(job);
     more
-}
-
-/// A receive was taken, maybe from a shared queue that runs low now.
-pub(super) fn note_limit(nic: &Nic, qp: &Qp) {
-    if let Some(srq) = &qp.id.srq
-        && srq.take_limit_event()
-    {
-        nic.raise(EventType::SrqLimit, srq.srqn);
-    }
-}
-
-/// What a message carries besides its payload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Word {
-    None,
-    /// Immediate data.
-    Imm(u32),
-    /// The key that it made free.
-    Invalidated(u32),
-}
-
-impl Word {
-    /// Immediate data where there are some.
-    pub(super) fn imm(there: bool, data: u32) -> Self {
-        if there { Self::Imm(data) } else { Self::None }
-    }
-
-    fn wire(self) -> (WcFlags, u32) {
-        match self {
-            Self::None => (WcFlags::empty(), 0),
-            Self::Imm(data) => (WcFlags::WITH_IMM, data),
-            Self::Invalidated(key) => (WcFlags::WITH_INV, key),
-        }
-    }
-}
-
-/// What a receive's completion says.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RecvDone {
-    pub(super) wr_id: u64,
-    pub(super) status: WcStatus,
-    pub(super) opcode: WcOpcode,
-    pub(super) byte_len: u32,
-    pub(super) word: Word,
-    pub(super) src_qp: u32,
-    pub(super) flags: WcFlags,
-    /// For datagrams, which header is in front.
-    pub(super) sl: u8,
-    pub(super) solicited: bool,
-}
-
-impl RecvDone {
-    /// A receive that ends in error.
-    pub(super) fn error(wr_id: u64, status: WcStatus) -> Self {
-        Self {
-            wr_id,
-            status,
-            opcode: WcOpcode::Recv,
-            byte_len: 0,
-            word: Word::None,
-            src_qp: 0,
-            flags: WcFlags::empty(),
-            sl: 0,
-            solicited: true,
-        }
-    }
-}
-
-/// Writes a receive's completion to the QP's CQ. False if that is broken: the QP has failed then.
-pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, done: &RecvDone) -> bool {
-    let (word_flag, word) = done.word.wire();
-    let cqe = Cqe {
-        wr_id: done.wr_id.into(),
-        status: done.status.to_wire().into(),
-        opcode: done.opcode.to_wire().into(),
-        byte_len: done.byte_len.into(),
-        imm_data: word.into(),
-        qp_num: qp.id.qpn.into(),
-        src_qp: done.src_qp.into(),
-        wc_flags: (done.flags | word_flag).bits().into(),
-        sl: done.sl,
-        port_num: 1,
-        ..Cqe::default()
-    };
-    // That of the message's sender follows in a moment.
-    let hold = done.status == WcStatus::Success;
-    let pushed = ctx.push_cqe(nic, &qp.id.recv_cq, &cqe, done.solicited, hold).is_ok();
-    if done.status == WcStatus::Success {
-        ctx.count_received(nic, done.byte_len.into());
-    } else {
-        nic.counters.recv_wqes.add(1);
-        count_error(nic, done.status);
-    }
-    if !pushed {
-        fatal(nic, qp, "its completion queue overflowed");
-        ctx.engine.clone().attend(nic, qp);
-    }
-    pushed
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use virtio_rdma::ib::WcStatus;
 
+use super::complete::Step;
 use super::connected::{self, Progress};
 use super::context::{Budget, Context};
 use super::job::Job;
 use super::rc::fail_responder;
-use super::serve::Step;
 use crate::nic::Nic;
 use crate::qp::{Qp, SendQueue};
 

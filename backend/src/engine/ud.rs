@@ -8,11 +8,11 @@ use virtio_rdma::area::AH_VALID;
 use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
 
+use super::complete::{RecvDone, Step, Word, complete_recv, fatal, note_limit};
 use super::context::{Budget, Context, Gather, Side};
 use super::cost;
 use super::job::Job;
 use super::mcast::{self, Cast};
-use super::serve::{RecvDone, Step, Word, complete_recv, fatal, note_limit};
 use crate::mem::{self, Source};
 use crate::mr::KeyError;
 use crate::nic::Nic;
