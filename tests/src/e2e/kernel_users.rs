@@ -50,10 +50,13 @@ fn with_smc(bed: &Bed, prepare: [&str; 2]) -> Result<(String, u64)> {
     let before = bed.router.nics()?[0].counters.send_bytes;
     let output = web(bed, prepare, "listens 8080");
     let carried = bed.router.nics()?[0].counters.send_bytes - before;
-    // Its connections would stay for minutes, to be used again.
-    each(ends, "for turn in {1..300}; do rmmod smc 2>/dev/null && exit; tick; done; rdma resource; exit 1")?;
+    each(ends, FORGET)?;
     Ok((output?, carried))
 }
+
+/// SMC keeps its queue pairs for ten minutes, to use them again; that the device goes makes it give them up.
+const FORGET: &str = "rmmod virtio_rdma && insmod $MODULE && rescan || exit
+for turn in {1..200}; do rmmod smc 2>/tmp/why && exit; tick; done; cat /tmp/why; rdma resource; exit 1";
 
 /// Bytes of the file that [`web`] fetches.
 const WEB_BYTES: u64 = 8 << 20;
