@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use freeflow_backend::vhost::socket::listen;
 use freeflow_backend::{NicStatus, QpStatus};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -66,7 +67,7 @@ impl Server {
     /// When another daemon listens there, or the socket cannot be made.
     pub fn start(path: &Path, router: Arc<Router>) -> Result<Self> {
         make_parent(path)?;
-        let listener = bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        let listener = listen(path).with_context(|| format!("cannot listen on {}", path.display()))?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, incoming) = (stop.clone(), listener.try_clone()?);
@@ -96,16 +97,6 @@ impl Drop for Server {
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::debug!("cannot remove {}: {error}", self.path.display());
         }
-    }
-}
-
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        result => result,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
 use freeflow_backend::{NicStatus, QpStatus};
@@ -60,16 +60,27 @@ impl Cli {
         match &self.command {
             Command::Nics => self.show(api::nics(&self.control)?, |nics| nics_table(nics)),
             Command::Qps { nic } => {
+                self.check_name(nic.as_deref())?;
                 let mut qps = api::qps(&self.control)?;
                 qps.retain(|qp| keep(nic, &qp.nic));
                 self.show(qps, |qps| qps_table(qps))
             }
             Command::Stats { nic } => {
+                self.check_name(nic.as_deref())?;
                 let mut stats = api::stats(&self.control)?;
                 stats.nics.retain(|n| keep(nic, &n.config.name));
                 self.show(stats, stats_table)
             }
         }
+    }
+
+    /// Whether there is a virtual NIC of this name, so that a wrong one does not look like an idle one.
+    fn check_name(&self, name: Option<&str>) -> Result<()> {
+        let Some(name) = name else { return Ok(()) };
+        let nics = api::nics(&self.control)?;
+        let names: Vec<_> = nics.iter().map(|nic| nic.config.name.as_str()).collect();
+        ensure!(names.contains(&name), "there is no virtual NIC {name:?}, only {}", names.join(", "));
+        Ok(())
     }
 
     fn show<T: Serialize>(&self, value: T, table: impl FnOnce(&T) -> Table) -> Result<String> {

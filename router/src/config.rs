@@ -257,6 +257,10 @@ impl Config {
         }
         for nic in &self.nic {
             nic.check(self.engine.workers)?;
+            if nic.socket == self.control() {
+                let why = "its socket is the control socket, too".to_owned();
+                return Err(ConfigError::Nic { name: nic.name.clone(), why });
+            }
         }
         self.check_unique()
     }
@@ -341,6 +345,7 @@ mod tests {
             ("02:00:00:00:00:0b", "2:0:0:0:0:b", "not a MAC"),
             ("name = \"b\"", "name = \"a\"", "both have name"),
             ("/run/freeflow/b.sock", "/run/freeflow/a.sock", "both have socket"),
+            ("/run/freeflow/b.sock", "/run/freeflow/control.sock", "control socket"),
         ] {
             let error = parse(&TWO.replace(from, to)).expect_err(to);
             assert!(error.contains(expected), "{to}: {error}");

@@ -5,4 +5,5 @@ pub mod aio;
 mod call;
 pub mod server;
 mod session;
+pub mod socket;
 pub mod vring;
