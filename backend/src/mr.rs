@@ -43,9 +43,9 @@ pub enum LayoutError {
     /// Pages in the middle are not whole.
     #[error("pages in the middle must be whole")]
     CutPage,
-    /// Not guest memory.
-    #[error("memory outside the guest")]
-    NotThere,
+    /// Not guest memory, or none that the VMM shares: guest physical address and length.
+    #[error("{1} bytes at {0:#x} are no memory that the VMM shares")]
+    NotThere(u64, u64),
     /// More pieces than there may be.
     #[error("too many pieces")]
     TooMany,
@@ -131,7 +131,7 @@ impl Layout {
         let mut found = Vec::with_capacity(extents.len());
         for &(addr, len) in extents {
             if !map.resolve(addr, len, &mut found) {
-                return Err(LayoutError::NotThere);
+                return Err(LayoutError::NotThere(addr, len));
             }
             if found.len() > most {
                 return Err(LayoutError::TooMany);

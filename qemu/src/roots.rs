@@ -17,7 +17,7 @@ use crate::progress::Steps;
 const GUEST_PACKAGES: &str = "mount,kmod,procps,iproute2,iputils-ping,ethtool,strace,rdma-core,ibverbs-utils,\
     ibverbs-providers,rdmacm-utils,perftest,python3-pyverbs";
 /// What comes on top of that for [`Software::Apps`].
-const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,iperf3,e2fsprogs,netcat-openbsd";
+const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,iperf3,e2fsprogs,netcat-traditional";
 
 /// A Debian release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]

@@ -274,7 +274,7 @@ impl Control {
         let room = u64::from(self.nic.config.profile.max_extents) - self.regions.extents;
         let pieces = layout.append(&self.map, extents, region.length, room as usize).map_err(|error| match error {
             LayoutError::CutPage => Refusal::Value("extents: pages in the middle must be whole"),
-            LayoutError::NotThere => Refusal::Memory("memory region"),
+            LayoutError::NotThere(..) => Refusal::Memory("memory region"),
             LayoutError::TooMany => Refusal::Quota("extents"),
             LayoutError::TooLong => Refusal::Value("extents: more than the region's length"),
         })? as u64;

@@ -14,7 +14,7 @@ use super::context::Context;
 use super::cost;
 use super::job::Job;
 use crate::key_table::{Actor, ChangeError, Registration};
-use crate::mr::{Layout, check_access, check_range};
+use crate::mr::{Layout, LayoutError, check_access, check_range};
 use crate::nic::Nic;
 use crate::qp::Qp;
 use crate::wqe::{FastReg, LocalOp};
@@ -24,6 +24,8 @@ use crate::wqe::{FastReg, LocalOp};
 enum RegisterError {
     #[error("invalid {0}")]
     Value(&'static str),
+    #[error("invalid extents: {0}")]
+    Layout(#[from] LayoutError),
     #[error(transparent)]
     Change(#[from] ChangeError),
 }
@@ -86,8 +88,7 @@ fn register(nic: &Nic, actor: Actor, args: &FastReg) -> Result<usize, RegisterEr
     }
     let extents: Vec<_> = raw.iter().map(|e| (e.addr.get(), e.len.get())).collect();
     let mut layout = Layout::default();
-    let append = layout.append(&map, &extents, args.length, most as usize);
-    let pieces = append.map_err(|_| RegisterError::Value("extents"))?;
+    let pieces = layout.append(&map, &extents, args.length, most as usize)?;
     if layout.length() != args.length {
         return Err(RegisterError::Value("length of the extents"));
     }

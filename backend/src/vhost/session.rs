@@ -224,6 +224,12 @@ fn invalid(what: &'static str) -> Error {
     Error::ReqHandlerError(std::io::Error::new(std::io::ErrorKind::InvalidInput, what))
 }
 
+/// What the guest's addresses in refused work requests are to be compared with.
+fn log_region(region: &VhostUserMemoryRegion) {
+    let (start, size) = (region.guest_phys_addr, region.memory_size);
+    log::debug!("the VMM shares {size:#x} bytes at {start:#x}");
+}
+
 fn region_id(region: &VhostUserMemoryRegion) -> RegionId {
     RegionId {
         gpa: region.guest_phys_addr,
@@ -272,6 +278,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        regions.iter().for_each(log_region);
         let table = regions.iter().map(region_id).zip(files).collect();
         let map = self.map.replaced(table).map_err(|e| self.refuse("memory table refused", &e))?;
         self.set_map(map);
@@ -392,6 +399,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        log_region(region);
         let map = self.map.with(region_id(region), fd).map_err(|e| self.refuse("memory region refused", &e))?;
         self.set_map(map);
         Ok(None)

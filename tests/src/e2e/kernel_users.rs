@@ -1,4 +1,4 @@
-//! Users of RDMA in the guests' kernels, SMC-R for now: entries for [`apps`](super::apps).
+//! Users of RDMA in the guests' kernels, SMC-R and `NVMe`: entries for [`apps`](super::apps).
 
 use std::fs;
 use std::time::Duration;
@@ -13,7 +13,11 @@ use super::rdma_cm::wait_until;
 use super::router::address_of;
 
 /// All of them.
-pub static KERNEL_USERS: &[App] = &[SMC_R, steps("SMC sockets whose peer has none", smc_to_tcp)];
+pub static KERNEL_USERS: &[App] = &[
+    SMC_R,
+    steps("SMC sockets whose peer has none", smc_to_tcp),
+    steps("NVMe over RDMA, with a file system on it", nvme),
+];
 
 const SMC_R: App = steps("SMC-R under an unmodified web server and client", smc);
 
@@ -50,13 +54,17 @@ fn with_smc(bed: &Bed, prepare: [&str; 2]) -> Result<(String, u64)> {
     let before = bed.router.nics()?[0].counters.send_bytes;
     let output = web(bed, prepare, "listens 8080");
     let carried = bed.router.nics()?[0].counters.send_bytes - before;
-    each(ends, FORGET)?;
+    each(ends, NEW_DEVICE)?;
+    each(ends, NO_SMC)?;
     Ok((output?, carried))
 }
 
-/// SMC keeps its queue pairs for ten minutes, to use them again; that the device goes makes it give them up.
-const FORGET: &str = "rmmod virtio_rdma && insmod $MODULE && rescan || exit
-for turn in {1..200}; do rmmod smc 2>/tmp/why && exit; tick; done; cat /tmp/why; rdma resource; exit 1";
+/// Has the device go and come again. SMC keeps its queue pairs for ten minutes, and `ib_core` the completion queues of its pool, for
+/// whoever comes next; both give them up when the device goes.
+const NEW_DEVICE: &str = "rmmod virtio_rdma && insmod $MODULE && rescan || exit";
+
+/// Ends SMC.
+const NO_SMC: &str = "for turn in {1..200}; do rmmod smc 2>/tmp/why && exit; tick; done; cat /tmp/why; exit 1";
 
 /// Bytes of the file that [`web`] fetches.
 const WEB_BYTES: u64 = 8 << 20;
@@ -86,4 +94,21 @@ fn web(bed: &Bed, [server, client]: [&str; 2], ready: &str) -> Result<String> {
 
 fn each(guests: [&Guest; 2], script: &str) -> Result<()> {
     guests.into_iter().try_for_each(|guest| guest.must(script).map(drop))
+}
+
+/// Bytes that [`nvme`] writes at least.
+const DISK_BYTES: u64 = 16 << 20;
+
+/// A disk of the first guest in the second, over the virtual NIC.
+fn nvme(bed: &Bed) -> Result<String> {
+    let (target, host) = (bed.guest(0)?, bed.guest(1)?);
+    let at = format!("ADDRESS={}", address_of(0));
+    target.must(&format!("{at}\n{}", include_str!("nvme_target.sh")))?;
+    let before = bed.router.nics()?[0].counters.send_bytes;
+    let output = host.must(&format!("{at}\n{}", include_str!("nvme_host.sh")));
+    let carried = bed.router.nics()?[0].counters.send_bytes - before;
+    target.must(include_str!("nvme_target_end.sh"))?;
+    each([target, host], NEW_DEVICE)?;
+    ensure!(carried >= DISK_BYTES, "only {carried} bytes came over the virtual NIC\n{}", output?);
+    output
 }

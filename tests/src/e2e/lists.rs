@@ -29,10 +29,13 @@ pub fn full() -> Vec<Scene> {
             vec![UML_TRIXIE; 2],
             everything().chain(managed()).chain(own_tests()).chain([Check::Conformance]).chain(Check::life()),
         ),
-        Scene::new(vec![UML_BOOKWORM; 2], everything().chain(own_tests()).chain(Check::life_but_router())),
+        Scene::new(
+            vec![UML_BOOKWORM; 2],
+            everything().chain(managed()).chain(own_tests()).chain(Check::life_but_router()),
+        ),
         Scene { spread: 2, ..Scene::new(vec![UML_BOOKWORM, UML_TRIXIE], each_program(0, 1).chain(crowds())) },
         Scene::new(vec![UML_TRIXIE, QEMU_TRIXIE], both_ways()),
-        Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(Check::life())),
+        Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(managed()).chain(Check::life())),
         Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
     ]
 }

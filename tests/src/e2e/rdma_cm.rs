@@ -26,6 +26,7 @@ pub static RDMA_CM: &[App] = &[
     ends("ib_send_bw -R -c UD", "ib_send_bw -F -R -p $PORT", "ib_send_bw -F -R -p $PORT $ADDRESS", UD, &[" 1024 "]),
     UDADDY,
     MCKEY,
+    steps("librspreload under netcat", preloaded),
 ];
 
 const RPING: App = ends(
@@ -96,5 +97,27 @@ fn mckey(bed: &Bed) -> Result<String> {
     let end = |nic| format!("timeout 30 stdbuf -oL mckey {flags} -b {}", address_of(nic));
     let output = served(bed, &end(0), "grep -q joined /tmp/served", &format!("{} -s", end(1)))?;
     ensure!(output.matches("data transfers complete").count() == 2, "{output}");
+    Ok(output)
+}
+
+/// Bytes that [`preloaded`] sends.
+const FILE_BYTES: u64 = 8 << 20;
+
+/// A program that knows nothing but TCP sends a file over RDMA (rsockets). Of the common ones few can: librspreload leaves alone what
+/// makes sockets with `SOCK_CLOEXEC` (Perl, Python) or accepts with `accept4` (OpenBSD's netcat).
+fn preloaded(bed: &Bed) -> Result<String> {
+    let nc = "LD_PRELOAD=$(echo /usr/lib/*/rsocket/librspreload.so) timeout 30 nc.traditional -n";
+    let sum = bed.guest(0)?.must(&format!("head -c {FILE_BYTES} /dev/urandom >/tmp/file; sha256sum </tmp/file"))?;
+    let before = bed.router.nics()?[0].counters.send_bytes;
+    let server = format!("{nc} -l -s {} -p 9004 -q 0 </tmp/file", address_of(0));
+    let output = served(
+        bed,
+        &format!("{{ {server}; }}"),
+        "rdma_listens 9004",
+        &format!("{nc} {} 9004 </dev/null | sha256sum; exit ${{PIPESTATUS[0]}}", address_of(0)),
+    )?;
+    let carried = bed.router.nics()?[0].counters.send_bytes - before;
+    ensure!(carried >= FILE_BYTES, "only {carried} bytes went over the virtual NIC\n{output}");
+    ensure!(output.contains(sum.trim()), "checksum {sum}\n{output}");
     Ok(output)
 }
