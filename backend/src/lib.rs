@@ -34,6 +34,6 @@ pub mod wqe;
 
 pub use engine::EngineConfig;
 pub use host::{AddNicError, Host, NicStatus, Objects, QpStatus};
-pub use nic::NicConfig;
+pub use nic::{Mac, NicConfig};
 pub use overlay::{Gid, NicId, Overlay, Place};
 pub use profile::Profile;

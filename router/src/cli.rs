@@ -9,7 +9,7 @@ use freeflow_backend::{NicStatus, QpStatus};
 use serde::Serialize;
 
 use crate::api::{self, Stats};
-use crate::config::{DEFAULT_CONTROL, Mac};
+use crate::config::DEFAULT_CONTROL;
 
 /// Look at the virtual RDMA NICs of this host.
 ///
@@ -110,7 +110,7 @@ fn nics_table(nics: &[NicStatus]) -> Table {
             nic.config.name.clone(),
             nic.config.tenant.clone(),
             addresses.join(" "),
-            Mac(nic.config.mac).to_string(),
+            nic.config.mac.to_string(),
             guest.to_owned(),
             nic.objects.qps.to_string(),
             nic.objects.mrs.to_string(),

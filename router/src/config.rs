@@ -1,13 +1,11 @@
 //! The router's configuration: a TOML file, checked as a whole before anything starts.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
-use freeflow_backend::{EngineConfig, NicConfig, Profile};
+use freeflow_backend::{EngineConfig, Mac, NicConfig, Profile};
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::Security;
@@ -146,8 +144,8 @@ fn one() -> u16 {
 
 impl NicSettings {
     /// Its MAC: the one given, or a locally administered one made from its first address.
-    pub fn mac(&self) -> [u8; 6] {
-        self.mac.map_or_else(|| default_mac(self.ip.first().copied()), |mac| mac.0)
+    pub fn mac(&self) -> Mac {
+        self.mac.unwrap_or_else(|| default_mac(self.ip.first().copied()))
     }
 
     /// For the device.
@@ -171,7 +169,10 @@ impl NicSettings {
         if self.ip.is_empty() {
             return wrong("it needs at least one address (ip = [\"10.0.0.1\"])");
         }
-        if self.mac()[0] & 1 != 0 {
+        if let Some(ip) = repeated(&self.ip) {
+            return wrong(&format!("address {ip} is there twice"));
+        }
+        if self.mac().0[0] & 1 != 0 {
             return wrong("its MAC is a multicast address");
         }
         if !(1..=workers).contains(&usize::from(self.workers)) {
@@ -181,51 +182,19 @@ impl NicSettings {
     }
 }
 
+fn repeated(addresses: &[IpAddr]) -> Option<&IpAddr> {
+    let mut seen = HashSet::new();
+    addresses.iter().find(|ip| !seen.insert(*ip))
+}
+
 /// A MAC that is unlikely to meet another: 02:ff and the last four bytes of the address.
-fn default_mac(ip: Option<IpAddr>) -> [u8; 6] {
+fn default_mac(ip: Option<IpAddr>) -> Mac {
     let [a, b, c, d] = match ip {
         Some(IpAddr::V4(v4)) => v4.octets(),
         Some(IpAddr::V6(v6)) => *v6.octets().last_chunk().expect("16 bytes have a last 4"),
         None => [0; 4],
     };
-    [0x02, 0xff, a, b, c, d]
-}
-
-/// A MAC address, written `02:00:00:00:00:01`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Mac(pub [u8; 6]);
-
-impl FromStr for Mac {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("{text:?} is not a MAC address such as 02:00:00:00:00:01");
-        let bytes: Option<Vec<u8>> =
-            text.split(':').map(|p| (p.len() == 2).then(|| u8::from_str_radix(p, 16).ok()).flatten()).collect();
-        bytes.and_then(|b| b.try_into().ok()).map(Mac).ok_or_else(bad)
-    }
-}
-
-impl TryFrom<String> for Mac {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bytes: Vec<_> = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
-        f.write_str(&bytes.join(":"))
-    }
-}
-
-impl From<Mac> for String {
-    fn from(mac: Mac) -> Self {
-        mac.to_string()
-    }
+    Mac([0x02, 0xff, a, b, c, d])
 }
 
 impl Config {
@@ -271,10 +240,9 @@ impl Config {
             let own = [
                 (String::new(), format!("name {:?}", nic.name)),
                 (String::new(), format!("socket {}", nic.socket.display())),
-                (nic.tenant.clone(), format!("MAC {}", Mac(nic.mac()))),
+                (nic.tenant.clone(), format!("MAC {}", nic.mac())),
             ];
-            let addresses: HashSet<_> = nic.ip.iter().collect();
-            let addresses = addresses.into_iter().map(|ip| (nic.tenant.clone(), format!("address {ip}")));
+            let addresses = nic.ip.iter().map(|ip| (nic.tenant.clone(), format!("address {ip}")));
             for key in own.into_iter().chain(addresses) {
                 if let Some(first) = seen.insert(key.clone(), &nic.name) {
                     let (first, second) = (first.to_owned(), nic.name.clone());
@@ -322,8 +290,8 @@ mod tests {
         parse(TWO).unwrap();
         let config: Config = toml::from_str(TWO).unwrap();
         assert_eq!(config.security, Security { user: Some("freeflow".to_owned()), seccomp: Seccomp::Enforce });
-        assert_eq!(config.nic[0].mac(), [2, 0xff, 10, 0, 0, 1]);
-        assert_eq!(config.nic[1].mac(), [2, 0, 0, 0, 0, 0xb]);
+        assert_eq!(config.nic[0].mac(), Mac([2, 0xff, 10, 0, 0, 1]));
+        assert_eq!(config.nic[1].mac(), Mac([2, 0, 0, 0, 0, 0xb]));
         assert_eq!(config.nic[1].limits, Profile { max_qp: 10, ..Profile::default() });
     }
 
@@ -341,6 +309,7 @@ mod tests {
             ("user = \"freeflow\"", "seccomp = \"kill\"", "unknown variant"),
             ("max_qp = 10", "max_qp = 0", "max_qp"),
             ("[\"10.0.0.1\"]", "[]", "address"),
+            ("fd00::1", "10.0.0.1", "twice"),
             ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),
             ("02:00:00:00:00:0b", "2:0:0:0:0:b", "not a MAC"),
             ("name = \"b\"", "name = \"a\"", "both have name"),

@@ -25,8 +25,9 @@ pub fn run(config: &Config) -> Result<()> {
     let api = api::Server::start(config.control(), router.clone())?;
     sandbox.seal()?;
     log::info!(
-        "serving {} virtual NICs; look with: freeflow --control {} nics",
+        "serving {} virtual NIC{}; look with: freeflow --control {} nics",
         config.nic.len(),
+        if config.nic.len() == 1 { "" } else { "s" },
         config.control().display()
     );
     signals.forever().next();

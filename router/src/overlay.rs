@@ -22,7 +22,7 @@ impl LocalOverlay {
     pub fn add(&self, id: NicId, nic: &NicConfig) {
         let mut tables = self.tables.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         tables.tenants.insert(id, nic.tenant.clone());
-        let gids = nic.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac)]);
+        let gids = nic.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac.0)]);
         for gid in gids {
             tables.places.insert((nic.tenant.clone(), gid), id);
         }
@@ -55,7 +55,7 @@ mod tests {
             name: String::new(),
             tenant: tenant.to_owned(),
             addresses: vec![[10, 0, 0, last].into()],
-            mac: [2, 0, 0, 0, 0, last],
+            mac: freeflow_backend::Mac([2, 0, 0, 0, 0, last]),
             num_vectors: 1,
             num_workers: 1,
             profile: Profile::default(),

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
+use freeflow_backend::Mac;
 use freeflow_backend::{NicStatus, Profile};
-use freeflow_router::config::{Config, EngineSettings, Mac, NicSettings};
+use freeflow_router::config::{Config, EngineSettings, NicSettings};
 
 use crate::bed::eventually;
 use crate::guest::verbs::ip_gid;

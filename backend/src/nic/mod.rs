@@ -7,6 +7,7 @@ pub mod events;
 pub mod gids;
 pub mod keys;
 pub mod log;
+mod mac;
 pub mod stats;
 
 use std::net::IpAddr;
@@ -34,6 +35,8 @@ use crate::qp::Qp;
 use crate::slots::Slots;
 use crate::vhost::vring::Vring;
 
+pub use mac::Mac;
+
 /// What a virtual NIC is created with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicConfig {
@@ -44,7 +47,7 @@ pub struct NicConfig {
     /// Addresses that it may use.
     pub addresses: Vec<IpAddr>,
     /// MAC of the guest's ordinary interface that it rides beside.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// Number of completion vectors, each with an event virtqueue.
     pub num_vectors: u16,
     /// Number of data-path workers that it uses, each with a doorbell virtqueue.
@@ -56,7 +59,7 @@ pub struct NicConfig {
 impl NicConfig {
     /// Whether the guest may use this GID.
     pub fn owns(&self, gid: Gid) -> bool {
-        gid == Gid::link_local(self.mac) || self.addresses.iter().any(|&a| Gid::of(a) == gid)
+        gid == Gid::link_local(self.mac.0) || self.addresses.iter().any(|&a| Gid::of(a) == gid)
     }
 }
 
@@ -141,10 +144,10 @@ impl Nic {
             status: if self.link_up() { STATUS_LINK_UP } else { 0 }.into(),
             num_event_queues: (self.events.len() as u16).into(),
             num_doorbell_queues: (self.doorbells.len() as u16).into(),
-            mac: config.mac,
+            mac: config.mac.0,
             max_mtu: 5,
             active_mtu: 5,
-            node_guid: eui64(config.mac),
+            node_guid: eui64(config.mac.0),
             speed_mbps: config.profile.speed_mbps.into(),
             ..Config::default()
         }

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Parser;
+use freeflow_backend::Mac;
 use freeflow_backend::Profile;
-use freeflow_router::config::{Mac, NicSettings};
+use freeflow_router::config::NicSettings;
 use freeflow_router::sandbox::Seccomp;
 use freeflow_router::{Config, daemon};
 

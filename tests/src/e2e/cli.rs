@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::apps;
@@ -191,6 +191,9 @@ fn run_scenes(scenes: &[Scene], args: &FilterArgs) -> Result<bool> {
         println!("{}", serde_json::to_string_pretty(reporter.outcomes())?);
     }
     let (passed, failed) = reporter.counts();
+    if let (0, 0, Some(filter)) = (passed, failed, &args.filter) {
+        bail!("no check has {filter:?} in its line; `freeflow-e2e test --quick` prints some");
+    }
     println!("{passed} passed, {failed} failed");
     Ok(reporter.is_success())
 }
