@@ -13,6 +13,8 @@ use crate::progress::Steps;
 const SUITES: [&str; 2] = ["trixie", "trixie-backports"];
 const SOURCE: &str = "linux-source-7.2";
 const CONFIG: &str = include_str!("../../assets/uml.config");
+/// Why is said in it.
+const PATCH: &str = include_str!("../../assets/uml-interrupts.patch");
 /// Folders of the source tree that no module build reads, once the kernel is built.
 const UNNEEDED: &str = "Documentation LICENSES block certs crypto drivers fs init io_uring ipc kernel lib mm net rust samples \
     security sound usr virt tools/perf tools/testing linux vmlinux vmlinux.o vmlinux.a vmlinux.unstripped";
@@ -27,7 +29,7 @@ pub struct UmlKernel {
 impl UmlKernel {
     /// Finds or builds it.
     pub fn get(cache: &Cache) -> Result<Self> {
-        let recipe = Recipe::new("uml-kernel").with("1").with(SOURCE).with(CONFIG).with(UNNEEDED);
+        let recipe = Recipe::new("uml-kernel").with("1").with(SOURCE).with(CONFIG).with(PATCH).with(UNNEEDED);
         let dir = cache.get(&recipe, build)?;
         Ok(Self { dir })
     }
@@ -53,6 +55,7 @@ fn build(steps: &Steps, dir: &Path) -> Result<()> {
     apt.unpack(steps, SOURCE, &dir.join("deb"))?;
     let tree = dir.join("build");
     unpack(steps, &dir.join(format!("deb/usr/src/{SOURCE}.tar.xz")), &tree)?;
+    mend(steps, &tree)?;
     configure(steps, &tree)?;
     compile(steps, &tree)?;
     install(steps, &tree, dir)?;
@@ -69,6 +72,13 @@ fn unpack(steps: &Steps, tarball: &Path, tree: &Path) -> Result<()> {
     let mut tar = Command::new("tar");
     tar.arg("-C").arg(tree).args(["--strip-components=1", "--exclude=*/Documentation/*/*", "-xf"]).arg(tarball);
     steps.run(&mut tar)
+}
+
+fn mend(steps: &Steps, tree: &Path) -> Result<()> {
+    steps.step("mending lost interrupts");
+    let patch = tree.join("interrupts.patch");
+    fs::write(&patch, PATCH)?;
+    steps.run(Command::new("patch").args(["-p1", "--forward", "--input=interrupts.patch"]).current_dir(tree))
 }
 
 fn make(tree: &Path, targets: &[&str]) -> Command {
