@@ -71,7 +71,7 @@ impl Scene {
         self.post();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let writer = scope.spawn(|| {
                 while !stop.load(Relaxed) {
                     self.scribble(data);
                 }
@@ -81,6 +81,8 @@ impl Scene {
                 bed.pass(Duration::from_micros(50));
             }
             stop.store(true, Relaxed);
+            // The scope alone would wait for the closure only: what the thread has of its own would look like a leak.
+            writer.join().expect("the writer does not panic");
         });
         // Without a race, too: what is there now is what the device sees.
         self.scribble(data);
