@@ -169,8 +169,9 @@ impl Profile {
             qp_types: Self::QP_TYPES.iter().fold(0u32, |set, kind| set | 1 << kind.to_wire()).into(),
             ring_formats: (1 << Format::Rxe.to_wire()).into(),
             max_msg_size: Self::MAX_MESSAGE.into(),
-            // Atomics are those of the processor, on memory that every guest and worker shares.
-            atomic_cap: AtomicCap::Glob.to_wire().into(),
+            // They are the processor's own, on memory that every guest and worker shares, so `Glob` would be true. But NICs and rxe
+            // say this, and programs (UCX 1.13) take nothing else for atomics.
+            atomic_cap: AtomicCap::Hca.to_wire().into(),
             vendor_id: Self::VENDOR_ID.into(),
             ..DeviceAttr::default()
         }

@@ -111,8 +111,8 @@ const UCX_BANDWIDTH: Reading = (|output| ucx_final(output, 5), "MB/s");
 const fn ucx(name: &'static str, environment: &'static str, flags: &'static str, figure: Reading) -> App {
     let ends = Ends {
         environment,
-        server: "ucx_perftest -P 0 -p $PORT",
-        client: "ucx_perftest -P 0 $ADDRESS -p $PORT",
+        server: "ucx_perftest $(without_mpi) -p $PORT",
+        client: "ucx_perftest $(without_mpi) $ADDRESS -p $PORT",
         flags,
         listens: Listens::Tcp,
         expected: &["Final:"],
@@ -260,7 +260,7 @@ mod tests {
         let [server, client] = ends.scripts(7, "1.2.3.4");
         assert!(server.starts_with("PORT=7 ADDRESS=1.2.3.4 LISTENS=listens\n") && server.ends_with("serve $PORT end"));
         assert!(
-            client.contains("exec ucx_perftest -P 0 $ADDRESS -p $PORT -t tag_lat")
+            client.contains("exec ucx_perftest $(without_mpi) $ADDRESS -p $PORT -t tag_lat")
                 && client.contains("export UCX_TLS=")
         );
     }
