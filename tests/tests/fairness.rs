@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use freeflow_backend::Profile;
 use freeflow_tests::guest::mem::Word64;
-use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, Remote, SendWr, Sge};
+use freeflow_tests::guest::verbs::{MrSpec, MwType, Op, QpSpec, Rc, RcOptions, Remote, SendWr, Sge};
 use freeflow_tests::guest::{Guest, doorbell::DoorbellArea};
 use freeflow_tests::stepped::Stepped;
 use virtio_rdma::ib::{QpState, SendFlags};
@@ -19,7 +19,7 @@ const FAIR: u64 = 95;
 
 /// The victim, its peer, the attacker, its peer.
 fn bed() -> Stepped {
-    Stepped::new(4, &Profile { max_qp: 1024, max_cq: 1024, ..Profile::default() }).unwrap()
+    Stepped::new(4, &Profile { max_qp: 1024, max_cq: 1024, max_mr: 1100, max_mw: 256, ..Profile::default() }).unwrap()
 }
 
 /// WRITEs of one length without end, on some QPs.
@@ -248,6 +248,28 @@ fn changing_states_without_end() {
             for (a, b) in &ends {
                 reconnect(a, b);
             }
+        })
+    });
+}
+
+/// Every table is full, and more is asked for without end.
+#[test]
+fn asking_for_more_than_the_quotas() {
+    assert_fair(|a, b| {
+        let mut busy = Load::new(a, b, 4, 8);
+        let pd = busy.ends[0].0.pd.clone();
+        let spec = MrSpec::whole(&a.alloc(64).unwrap());
+        let cqs: Vec<_> = std::iter::from_fn(|| a.create_cq(1).ok()).collect();
+        let windows: Vec<_> = std::iter::from_fn(|| pd.alloc_mw(MwType::One).ok()).collect();
+        let regions: Vec<_> = std::iter::from_fn(|| pd.reg_spec(spec.clone()).ok()).collect();
+        Box::new(move || {
+            busy.pump();
+            for _ in 0..16 {
+                assert!(
+                    a.create_cq(1).is_err() && pd.alloc_mw(MwType::One).is_err() && pd.reg_spec(spec.clone()).is_err()
+                );
+            }
+            assert!(!cqs.is_empty() && !windows.is_empty() && !regions.is_empty());
         })
     });
 }
