@@ -84,23 +84,31 @@ static inline struct ib_umem *vrdma_umem_get(struct ib_device *ibdev, unsigned l
 #endif
 }
 
-/* FLUSH and ATOMIC WRITE */
+/* ATOMIC_WRITE is part of the device ABI, FLUSH where a region can have access for it */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
-#define VRDMA_ORDERING_CAPS	(IB_DEVICE_FLUSH_GLOBAL | IB_DEVICE_ATOMIC_WRITE)
+static inline u64 vrdma_ordering_caps(u32 access_flags)
+{
+	return IB_DEVICE_ATOMIC_WRITE |
+	       (access_flags & IB_ACCESS_FLUSH_GLOBAL ? IB_DEVICE_FLUSH_GLOBAL : 0);
+}
 #else
-#define VRDMA_ORDERING_CAPS	0
+static inline u64 vrdma_ordering_caps(u32 access_flags)
+{
+	return 0;
+}
 #endif
 
 /* Entry points whose prototypes changed */
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 2, 0)
+#define VRDMA_OP_RESIZE_CQ	resize_user_cq	/* name of the operation */
 static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, unsigned int cqe,
 				     struct ib_udata *udata)
 {
 	return vrdma_resize_cq(ibcq, cqe, udata);
 }
 #else
-#define resize_user_cq	resize_cq	/* the operation's name */
+#define VRDMA_OP_RESIZE_CQ	resize_cq
 static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, int cqe, struct ib_udata *udata)
 {
 	return cqe < 0 ? -EINVAL : vrdma_resize_cq(ibcq, cqe, udata);

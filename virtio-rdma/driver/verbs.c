@@ -100,7 +100,8 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_mr_size = attr->max_mr_size;
 	out->page_size_cap = PAGE_MASK & U32_MAX;
 	out->device_cap_flags = IB_DEVICE_RC_RNR_NAK_GEN | IB_DEVICE_SYS_IMAGE_GUID |
-				IB_DEVICE_PORT_ACTIVE_EVENT | VRDMA_ORDERING_CAPS;
+				IB_DEVICE_PORT_ACTIVE_EVENT |
+				vrdma_ordering_caps(attr->access_flags);
 	out->max_qp = attr->max_qp;
 	out->max_qp_wr = vrdma_ring_limit(attr->max_qp_wr);
 	out->max_send_sge = attr->max_sge;
@@ -286,7 +287,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.reg_user_mr = vrdma_op_reg_user_mr,
 	.req_notify_cq = vrdma_req_notify_cq,
 	.rereg_user_mr = vrdma_rereg_user_mr,
-	.resize_user_cq = vrdma_op_resize_cq,
+	.VRDMA_OP_RESIZE_CQ = vrdma_op_resize_cq,
 
 	INIT_RDMA_OBJ_SIZE(ib_ah, vrdma_ah, ibah),
 	INIT_RDMA_OBJ_SIZE(ib_cq, vrdma_cq, ibcq),
