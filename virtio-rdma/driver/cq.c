@@ -140,27 +140,6 @@ err_ring:
 	return ret;
 }
 
-static int vrdma_cq_resize_on_device(struct vrdma_dev *dev, struct vrdma_cq *cq,
-				     struct vrdma_ring *ring)
-{
-	struct virtio_rdma_resize_cq *req;
-	struct vrdma_cmd *cmd;
-	int ret;
-
-	if (ring->num_extents > vrdma_cmd_max_extents(dev, sizeof(*req)))
-		return -ENOMEM;
-	cmd = vrdma_cmd_alloc(VIRTIO_RDMA_CMD_RESIZE_CQ, sizeof(*req), ring->num_extents, 0);
-	if (!cmd)
-		return -ENOMEM;
-	req = vrdma_cmd_body(cmd);
-	req->cqn = cpu_to_le32(cq->cqn);
-	vrdma_ring_describe(ring, &req->ring);
-	vrdma_pages_extents(&ring->mem, vrdma_cmd_extents(cmd));
-	ret = vrdma_cmd_run(dev, cmd);
-	vrdma_cmd_free(dev, cmd);
-	return ret;
-}
-
 /* As the process sees it: what it makes of the indices is its own */
 static u32 vrdma_cq_unpolled(const struct vrdma_ring *ring)
 {
@@ -210,7 +189,7 @@ int vrdma_resize_cq(struct ib_cq *ibcq, unsigned int cqe, struct ib_udata *udata
 	if (!ret)
 		ret = ib_copy_to_udata(udata, &resp, sizeof(resp));
 	if (!ret)
-		ret = vrdma_cq_resize_on_device(dev, cq, ring);
+		ret = vrdma_ring_exchange(dev, VIRTIO_RDMA_CMD_RESIZE_CQ, cq->cqn, ring);
 	if (!ret)
 		ring = vrdma_cq_exchange(cq, ring);
 	mutex_unlock(&cq->resize_lock);

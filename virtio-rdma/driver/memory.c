@@ -190,6 +190,29 @@ void vrdma_ring_describe(const struct vrdma_ring *ring, struct virtio_rdma_ring_
 	desc->num_extents = cpu_to_le32(ring->num_extents);
 }
 
+/* Has the device use this ring for a CQ or an SRQ, in place of the one that it has */
+int vrdma_ring_exchange(struct vrdma_dev *dev, u16 opcode, u32 number,
+			const struct vrdma_ring *ring)
+{
+	struct virtio_rdma_resize_cq *req;	/* that of an SRQ is the same */
+	struct vrdma_cmd *cmd;
+	int ret;
+
+	static_assert(sizeof(*req) == sizeof(struct virtio_rdma_resize_srq));
+	if (ring->num_extents > vrdma_cmd_max_extents(dev, sizeof(*req)))
+		return -ENOMEM;
+	cmd = vrdma_cmd_alloc(opcode, sizeof(*req), ring->num_extents, 0);
+	if (!cmd)
+		return -ENOMEM;
+	req = vrdma_cmd_body(cmd);
+	req->cqn = cpu_to_le32(number);
+	vrdma_ring_describe(ring, &req->ring);
+	vrdma_pages_extents(&ring->mem, vrdma_cmd_extents(cmd));
+	ret = vrdma_cmd_run(dev, cmd);
+	vrdma_cmd_free(dev, cmd);
+	return ret;
+}
+
 static void vrdma_ring_free(struct kref *ref)
 {
 	struct vrdma_ring *ring = container_of(ref, struct vrdma_ring, ref);

@@ -141,27 +141,6 @@ int vrdma_destroy_srq(struct ib_srq *ibsrq, struct ib_udata *udata)
 	return 0;
 }
 
-static int vrdma_srq_resize_on_device(struct vrdma_dev *dev, struct vrdma_srq *srq,
-				      struct vrdma_ring *ring)
-{
-	struct virtio_rdma_resize_srq *req;
-	struct vrdma_cmd *cmd;
-	int ret;
-
-	if (ring->num_extents > vrdma_cmd_max_extents(dev, sizeof(*req)))
-		return -ENOMEM;
-	cmd = vrdma_cmd_alloc(VIRTIO_RDMA_CMD_RESIZE_SRQ, sizeof(*req), ring->num_extents, 0);
-	if (!cmd)
-		return -ENOMEM;
-	req = vrdma_cmd_body(cmd);
-	req->srqn = cpu_to_le32(srq->srqn);
-	vrdma_ring_describe(ring, &req->ring);
-	vrdma_pages_extents(&ring->mem, vrdma_cmd_extents(cmd));
-	ret = vrdma_cmd_run(dev, cmd);
-	vrdma_cmd_free(dev, cmd);
-	return ret;
-}
-
 /* The provider does not take the answer where answers go, but has its address in the request */
 static int vrdma_srq_tell_ring(struct vrdma_ring *ring, struct ib_udata *udata)
 {
@@ -182,7 +161,7 @@ static int vrdma_srq_tell_ring(struct vrdma_ring *ring, struct ib_udata *udata)
 
 /*
  * The process gets another ring to map, and keeps its posters out meanwhile. It is told before the
- * device is: after that nothing fails.
+ * device is: after that nothing fails. Under the lock of the ring.
  */
 static int vrdma_srq_resize(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 max_wr,
 			    struct ib_udata *udata)
@@ -199,36 +178,47 @@ static int vrdma_srq_resize(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 ma
 				 srq->max_sge * sizeof(struct rxe_sge));
 	if (!ring)
 		return -ENOMEM;
-	mutex_lock(&srq->resize_lock);
 	ret = vrdma_srq_tell_ring(ring, udata);
 	if (!ret)
-		ret = vrdma_srq_resize_on_device(dev, srq, ring);
+		ret = vrdma_ring_exchange(dev, VIRTIO_RDMA_CMD_RESIZE_SRQ, srq->srqn, ring);
 	if (!ret)
 		swap(srq->ring, ring);
-	mutex_unlock(&srq->resize_lock);
 	vrdma_ring_release(dev, ring);
 	return ret;
 }
 
 int vrdma_modify_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr, enum ib_srq_attr_mask mask,
 		     struct ib_udata *udata)
+static int vrdma_srq_set_limit(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 limit)
+{
+	struct virtio_rdma_modify_srq req = {
+		.srqn = cpu_to_le32(srq->srqn),
+		.limit = cpu_to_le32(limit),
+	};
+
+	return vrdma_ctrl_call(dev, VIRTIO_RDMA_CMD_MODIFY_SRQ, &req, sizeof(req), NULL, 0);
+}
+
+/* What a limit is held to, before anything is changed: the size that was asked for, as it counts */
+static u32 vrdma_srq_room(const struct vrdma_srq *srq, const struct ib_srq_attr *attr, int mask)
+{
+	return mask & IB_SRQ_MAX_WR ? attr->max_wr : srq->ring->entries - 1;
+}
+
 {
 	struct vrdma_dev *dev = to_vdev(ibsrq->device);
 	struct vrdma_srq *srq = to_vsrq(ibsrq);
-	struct virtio_rdma_modify_srq req = {
-		.srqn = cpu_to_le32(srq->srqn),
-		.limit = cpu_to_le32(attr->srq_limit),
-	};
-	int ret;
+	int ret = 0;
 
-	if (mask & IB_SRQ_MAX_WR) {
+	mutex_lock(&srq->resize_lock);
+	if ((mask & IB_SRQ_LIMIT) && attr->srq_limit > vrdma_srq_room(srq, attr, mask))
+		ret = -EINVAL;
+	if (!ret && (mask & IB_SRQ_MAX_WR))
 		ret = vrdma_srq_resize(dev, srq, attr->max_wr, udata);
-		if (ret)
-			return ret;
-	}
-	if (!(mask & IB_SRQ_LIMIT))
-		return 0;
-	return vrdma_ctrl_call(dev, VIRTIO_RDMA_CMD_MODIFY_SRQ, &req, sizeof(req), NULL, 0);
+	if (!ret && (mask & IB_SRQ_LIMIT))
+		ret = vrdma_srq_set_limit(dev, srq, attr->srq_limit);
+	mutex_unlock(&srq->resize_lock);
+	return ret;
 }
 
 int vrdma_query_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr)

@@ -302,6 +302,8 @@ void vrdma_ring_describe(const struct vrdma_ring *ring, struct virtio_rdma_ring_
 int vrdma_ring_map(struct vrdma_ring *ring, struct ib_udata *udata, struct mminfo *info);
 void vrdma_ring_release(struct vrdma_dev *dev, struct vrdma_ring *ring);
 int vrdma_ring_vmap(struct vrdma_ring *ring);
+int vrdma_ring_exchange(struct vrdma_dev *dev, u16 opcode, u32 number,
+			const struct vrdma_ring *ring);
 struct rxe_queue_buf *vrdma_ring_header(const struct vrdma_ring *ring);
 int vrdma_mmap(struct ib_ucontext *ibuc, struct vm_area_struct *vma);
 void vrdma_mmap_free(struct rdma_user_mmap_entry *entry);
