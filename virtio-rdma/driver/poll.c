@@ -55,6 +55,8 @@ static bool vrdma_wc_fill(struct vrdma_dev *dev, const struct ib_uverbs_wc *cqe,
 		return false;
 	wc->wr_id = cqe->wr_id;
 	wc->status = cqe->status;
+	if (wc->status != IB_WC_SUCCESS)
+		vrdma_qp_failed(dev, cqe->qp_num);
 	wc->opcode = vrdma_wc_opcode(cqe->opcode);
 	wc->vendor_err = cqe->vendor_err;
 	wc->byte_len = cqe->byte_len;

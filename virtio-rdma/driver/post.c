@@ -170,21 +170,19 @@ int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
 {
 	struct vrdma_qp *qp = to_vqp(ibqp);
 	unsigned long flags;
+	bool ready;
 	int ret = 0;
 
+	*bad_wr = wr;
 	if (wr && !qp->sq->header)
-		ret = -EOPNOTSUPP;
-	else if (READ_ONCE(qp->state) < IB_QPS_RTS)
-		ret = -EINVAL;
-	if (ret) {
-		*bad_wr = wr;
-		return ret;
-	}
-	if (wr) {
-		spin_lock_irqsave(&qp->sq_lock, flags);
+		return -EOPNOTSUPP;
+	spin_lock_irqsave(&qp->sq_lock, flags);
+	ready = qp->state >= IB_QPS_RTS;
+	if (ready && wr)
 		ret = vrdma_write_sends(qp, wr, bad_wr);
-		spin_unlock_irqrestore(&qp->sq_lock, flags);
-	}
+	spin_unlock_irqrestore(&qp->sq_lock, flags);
+	if (!ready)
+		return -EINVAL;
 	vrdma_doorbell_ring(qp->dbq, qp->doorbell);
 	return ret;
 }
@@ -229,21 +227,44 @@ static int vrdma_write_recvs(struct vrdma_ring *ring, const struct ib_pd *pd, u3
  * A receive of a QP in error is to be flushed, on which ib_drain_rq() waits. The device does not
  * look at receives by itself.
  */
+static bool vrdma_flushes(const struct vrdma_qp *qp, enum ib_qp_state state)
+{
+	/* After the receive, as vrdma_qp_failed() rings the doorbell after the flag */
+	smp_mb();
+	return state == IB_QPS_ERR || READ_ONCE(qp->failed);
+}
+
+/* The receives posted so far are flushed, and those to come. Called for each failed completion. */
+void vrdma_qp_failed(struct vrdma_dev *dev, u32 qpn)
+{
+	struct vrdma_qp *qp = vrdma_qp_get(dev, qpn);
+
+	if (!qp)
+		return;
+	if (qp->rq && !READ_ONCE(qp->failed)) {
+		WRITE_ONCE(qp->failed, true);
+		vrdma_doorbell_ring(qp->dbq, qp->doorbell);
+	}
+	vrdma_qp_put(qp);
+}
+
 int vrdma_post_recv(struct ib_qp *ibqp, const struct ib_recv_wr *wr,
 		    const struct ib_recv_wr **bad_wr)
 {
 	struct vrdma_qp *qp = to_vqp(ibqp);
+	enum ib_qp_state state;
 	unsigned long flags;
-	int ret;
+	int ret = -EINVAL;
 
-	if (!qp->rq || !qp->rq->header || READ_ONCE(qp->state) < IB_QPS_INIT) {
-		*bad_wr = wr;
-		return -EINVAL;
-	}
+	*bad_wr = wr;
+	if (!qp->rq || !qp->rq->header)
+		return ret;
 	spin_lock_irqsave(&qp->rq_lock, flags);
-	ret = vrdma_write_recvs(qp->rq, ibqp->pd, qp->cap.max_recv_sge, wr, bad_wr);
+	state = qp->state;
+	if (state >= IB_QPS_INIT)
+		ret = vrdma_write_recvs(qp->rq, ibqp->pd, qp->cap.max_recv_sge, wr, bad_wr);
 	spin_unlock_irqrestore(&qp->rq_lock, flags);
-	if (READ_ONCE(qp->state) == IB_QPS_ERR)
+	if (vrdma_flushes(qp, state))
 		vrdma_doorbell_ring(qp->dbq, qp->doorbell);
 	return ret;
 }

@@ -90,6 +90,11 @@ static int vrdma_qp_vmap_rings(struct vrdma_qp *qp)
 	return ret || !qp->rq ? ret : vrdma_ring_vmap(qp->rq);
 }
 
+static bool vrdma_qp_is_kernel(const struct vrdma_qp *qp)
+{
+	return qp->sq->header;
+}
+
 static void vrdma_qp_release_rings(struct vrdma_dev *dev, struct vrdma_qp *qp)
 {
 	vrdma_ring_release(dev, qp->sq);
@@ -102,7 +107,7 @@ static void vrdma_qp_fill_request(struct vrdma_qp *qp, const struct ib_qp_init_a
 	struct virtio_rdma_create_qp *req = vrdma_cmd_body(cmd);
 	struct virtio_rdma_extent *extents = vrdma_cmd_extents(cmd);
 
-	req->flags = cpu_to_le16(qp->sq->header ? VIRTIO_RDMA_QP_KERNEL : 0);
+	req->flags = cpu_to_le16(vrdma_qp_is_kernel(qp) ? VIRTIO_RDMA_QP_KERNEL : 0);
 	req->pdn = cpu_to_le32(to_vpd(qp->ibqp.pd)->pdn);
 	req->qp_type = init->qp_type;
 	req->sq_sig_all = init->sq_sig_type == IB_SIGNAL_ALL_WR;
@@ -333,11 +338,33 @@ static void vrdma_qp_attr_from_wire(const struct virtio_rdma_qp_attr *wire,
 
 int vrdma_modify_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 		    struct ib_udata *udata)
+/* Who posts beside this has either posted before it, or sees the new state */
+static void vrdma_qp_set_state(struct vrdma_qp *qp, enum ib_qp_state state)
+{
+	spin_lock_irq(&qp->sq_lock);
+	spin_lock(&qp->rq_lock);
+	qp->state = state;
+	if (state == IB_QPS_RESET)
+		qp->failed = false;
+	spin_unlock(&qp->rq_lock);
+	spin_unlock_irq(&qp->sq_lock);
+}
+
+/*
+ * States that the driver enters before the device does. RESET empties the rings: a request that is
+ * posted after that would publish an index of before. ERR flushes them: a receive that is posted
+ * after that needs the doorbell.
+ */
+static bool vrdma_qp_ends(enum ib_qp_state next)
+{
+	return next == IB_QPS_RESET || next == IB_QPS_ERR;
+}
+
 {
 	struct vrdma_dev *dev = to_vdev(ibqp->device);
 	struct virtio_rdma_modify_qp req = {};
 	struct vrdma_qp *qp = to_vqp(ibqp);
-	enum ib_qp_state cur, next;
+	enum ib_qp_state before, cur, next;
 	int ret;
 
 	if (mask & ~IB_QP_ATTR_STANDARD_BITS)
@@ -349,14 +376,17 @@ int vrdma_modify_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 		return ret;
 
 	mutex_lock(&qp->modify_lock);
-	cur = mask & IB_QP_CUR_STATE ? attr->cur_qp_state : qp->state;
+	before = qp->state;
+	cur = mask & IB_QP_CUR_STATE ? attr->cur_qp_state : before;
 	next = mask & IB_QP_STATE ? attr->qp_state : cur;
-	if (ib_modify_qp_is_ok(cur, next, ibqp->qp_type, mask))
+	if (ib_modify_qp_is_ok(cur, next, ibqp->qp_type, mask)) {
+		if (vrdma_qp_ends(next))
+			vrdma_qp_set_state(qp, next);
 		ret = vrdma_ctrl_call(dev, VIRTIO_RDMA_CMD_MODIFY_QP, &req, sizeof(req), NULL, 0);
-	else
+		vrdma_qp_set_state(qp, ret ? before : next);
+	} else {
 		ret = -EINVAL;
-	if (!ret)
-		WRITE_ONCE(qp->state, next);
+	}
 	mutex_unlock(&qp->modify_lock);
 	return ret;
 }
@@ -374,7 +404,7 @@ int vrdma_query_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 	ret = vrdma_ctrl_call(dev, VIRTIO_RDMA_CMD_QUERY_QP, &req, sizeof(req), &wire,
 			      sizeof(wire));
 	if (!ret)
-		WRITE_ONCE(qp->state, wire.qp_state);
+		vrdma_qp_set_state(qp, wire.qp_state);
 	mutex_unlock(&qp->modify_lock);
 	if (ret)
 		return ret;

@@ -219,8 +219,9 @@ struct vrdma_qp {
 	struct vrdma_ring *rq;	/* NULL with an SRQ */
 	spinlock_t sq_lock;	/* posting to a kernel's rings */
 	spinlock_t rq_lock;
-	struct mutex modify_lock;	/* state follows the device's */
-	enum ib_qp_state state;
+	struct mutex modify_lock;	/* changes of state, and asking for it */
+	enum ib_qp_state state;		/* changed under the locks of both queues */
+	bool failed;			/* completions say that the device moved it to ERR */
 	struct ib_qp_cap cap;
 	enum ib_sig_type sq_sig_type;
 	refcount_t ref;
@@ -301,9 +302,9 @@ struct vrdma_ring *vrdma_ring_create(u32 min_entries, u32 elem_size);
 void vrdma_ring_describe(const struct vrdma_ring *ring, struct virtio_rdma_ring_desc *desc);
 int vrdma_ring_map(struct vrdma_ring *ring, struct ib_udata *udata, struct mminfo *info);
 void vrdma_ring_release(struct vrdma_dev *dev, struct vrdma_ring *ring);
-int vrdma_ring_vmap(struct vrdma_ring *ring);
 int vrdma_ring_exchange(struct vrdma_dev *dev, u16 opcode, u32 number,
 			const struct vrdma_ring *ring);
+int vrdma_ring_vmap(struct vrdma_ring *ring);
 struct rxe_queue_buf *vrdma_ring_header(const struct vrdma_ring *ring);
 int vrdma_mmap(struct ib_ucontext *ibuc, struct vm_area_struct *vma);
 void vrdma_mmap_free(struct rdma_user_mmap_entry *entry);
@@ -383,6 +384,7 @@ void vrdma_qp_put(struct vrdma_qp *qp);
 
 /* post.c */
 int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
+void vrdma_qp_failed(struct vrdma_dev *dev, u32 qpn);
 		    const struct ib_send_wr **bad_wr);
 int vrdma_post_recv(struct ib_qp *ibqp, const struct ib_recv_wr *wr,
 		    const struct ib_recv_wr **bad_wr);
