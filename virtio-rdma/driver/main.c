@@ -209,6 +209,26 @@ static int vrdma_start(struct vrdma_dev *dev)
 	return vrdma_create_areas(dev);
 }
 
+/*
+ * Memory that the core or a user in the kernel gave to the device cannot be kept as that of
+ * processes is: they free it when a QP was stopped or a region has gone. A device that was given
+ * up is reset before they do. Not sooner, since a VMM may wait for its device meanwhile, and with
+ * it the guest.
+ *
+ * virtio_uml is the exception: it stops the device with its virtqueues, and not on a reset.
+ */
+void vrdma_dev_silence(struct vrdma_dev *dev)
+{
+	if (!vrdma_is_dead(dev))
+		return;
+	mutex_lock(&dev->silence_lock);
+	if (!test_and_set_bit(VRDMA_SILENT, &dev->state)) {
+		virtio_break_device(dev->vdev);
+		virtio_reset_device(dev->vdev);
+	}
+	mutex_unlock(&dev->silence_lock);
+}
+
 /* After this the device knows no memory of ours, and nothing is called back */
 static void vrdma_stop(struct vrdma_dev *dev)
 {
@@ -256,6 +276,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	INIT_LIST_HEAD(&dev->ctrl.drained);
 	spin_lock_init(&dev->netdev_lock);
 	INIT_LIST_HEAD(&dev->old_netdevs);
+	mutex_init(&dev->silence_lock);
 	mutex_init(&dev->parked_lock);
 	INIT_LIST_HEAD(&dev->parked_rings);
 	INIT_LIST_HEAD(&dev->parked_umems);

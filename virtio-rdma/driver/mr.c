@@ -336,6 +336,8 @@ int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata)
 		return ret;
 	if (mr->umem)
 		vrdma_umem_release(dev, mr->umem);
+	else
+		vrdma_dev_silence(dev);
 	kfree(mr->extents);
 	kfree(mr);
 	return 0;

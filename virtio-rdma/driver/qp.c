@@ -233,6 +233,8 @@ int vrdma_destroy_qp(struct ib_qp *ibqp, struct ib_udata *udata)
 
 	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_QP, ibqp->qp_num);
 	vrdma_qp_withdraw(dev, qp);
+	if (vrdma_qp_is_kernel(qp))
+		vrdma_dev_silence(dev);
 	vrdma_qp_release_rings(dev, qp);
 	return 0;
 }
@@ -336,8 +338,6 @@ static void vrdma_qp_attr_from_wire(const struct virtio_rdma_qp_attr *wire,
 	vrdma_av_from_wire(&wire->av, wire->port_num, &attr->ah_attr);
 }
 
-int vrdma_modify_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
-		    struct ib_udata *udata)
 /* Who posts beside this has either posted before it, or sees the new state */
 static void vrdma_qp_set_state(struct vrdma_qp *qp, enum ib_qp_state state)
 {
@@ -360,6 +360,8 @@ static bool vrdma_qp_ends(enum ib_qp_state next)
 	return next == IB_QPS_RESET || next == IB_QPS_ERR;
 }
 
+int vrdma_modify_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
+		    struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibqp->device);
 	struct virtio_rdma_modify_qp req = {};
@@ -388,6 +390,9 @@ static bool vrdma_qp_ends(enum ib_qp_state next)
 		ret = -EINVAL;
 	}
 	mutex_unlock(&qp->modify_lock);
+	/* Whoever drains a QP frees its memory next */
+	if (ret && vrdma_qp_is_kernel(qp))
+		vrdma_dev_silence(dev);
 	return ret;
 }
 

@@ -137,6 +137,8 @@ int vrdma_destroy_srq(struct ib_srq *ibsrq, struct ib_udata *udata)
 
 	vrdma_ctrl_destroy(dev, VIRTIO_RDMA_CMD_DESTROY_SRQ, srq->srqn);
 	vrdma_srq_withdraw(dev, srq);
+	if (srq->ring->header)
+		vrdma_dev_silence(dev);
 	vrdma_ring_release(dev, srq->ring);
 	return 0;
 }
@@ -187,8 +189,6 @@ static int vrdma_srq_resize(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 ma
 	return ret;
 }
 
-int vrdma_modify_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr, enum ib_srq_attr_mask mask,
-		     struct ib_udata *udata)
 static int vrdma_srq_set_limit(struct vrdma_dev *dev, struct vrdma_srq *srq, u32 limit)
 {
 	struct virtio_rdma_modify_srq req = {
@@ -205,6 +205,8 @@ static u32 vrdma_srq_room(const struct vrdma_srq *srq, const struct ib_srq_attr 
 	return mask & IB_SRQ_MAX_WR ? attr->max_wr : srq->ring->entries - 1;
 }
 
+int vrdma_modify_srq(struct ib_srq *ibsrq, struct ib_srq_attr *attr, enum ib_srq_attr_mask mask,
+		     struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibsrq->device);
 	struct vrdma_srq *srq = to_vsrq(ibsrq);

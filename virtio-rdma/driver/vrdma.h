@@ -144,6 +144,7 @@ struct vrdma_dev {
 	enum ib_port_state port_state;	/* as last told to applications */
 
 	unsigned long state;
+	struct mutex silence_lock;	/* only one resets a dead device */
 	struct mutex parked_lock;	/* the two lists */
 	struct list_head parked_rings;
 	struct list_head parked_umems;
@@ -153,6 +154,7 @@ struct vrdma_dev {
 enum {
 	VRDMA_DEAD,		/* the device does not answer and may still use our memory */
 	VRDMA_REMOVING,
+	VRDMA_SILENT,		/* it is dead, and was reset */
 };
 
 /* Bits of vrdma_dev.port_flags */
@@ -300,10 +302,10 @@ int vrdma_area_create(struct vrdma_dev *dev, struct vrdma_area *area, u16 kind, 
 void vrdma_area_free(struct vrdma_area *area);
 struct vrdma_ring *vrdma_ring_create(u32 min_entries, u32 elem_size);
 void vrdma_ring_describe(const struct vrdma_ring *ring, struct virtio_rdma_ring_desc *desc);
-int vrdma_ring_map(struct vrdma_ring *ring, struct ib_udata *udata, struct mminfo *info);
-void vrdma_ring_release(struct vrdma_dev *dev, struct vrdma_ring *ring);
 int vrdma_ring_exchange(struct vrdma_dev *dev, u16 opcode, u32 number,
 			const struct vrdma_ring *ring);
+int vrdma_ring_map(struct vrdma_ring *ring, struct ib_udata *udata, struct mminfo *info);
+void vrdma_ring_release(struct vrdma_dev *dev, struct vrdma_ring *ring);
 int vrdma_ring_vmap(struct vrdma_ring *ring);
 struct rxe_queue_buf *vrdma_ring_header(const struct vrdma_ring *ring);
 int vrdma_mmap(struct ib_ucontext *ibuc, struct vm_area_struct *vma);
@@ -326,6 +328,7 @@ struct net_device *vrdma_get_netdev(struct ib_device *ibdev, u32 port);
 enum ib_port_state vrdma_port_state(struct vrdma_dev *dev, bool *enabled);
 
 /* main.c */
+void vrdma_dev_silence(struct vrdma_dev *dev);
 void vrdma_dealloc_driver(struct ib_device *ibdev);
 
 /* verbs.c */
@@ -381,10 +384,10 @@ int vrdma_query_qp(struct ib_qp *ibqp, struct ib_qp_attr *attr, int mask,
 int vrdma_destroy_qp(struct ib_qp *ibqp, struct ib_udata *udata);
 struct vrdma_qp *vrdma_qp_get(struct vrdma_dev *dev, u32 qpn);
 void vrdma_qp_put(struct vrdma_qp *qp);
+void vrdma_qp_failed(struct vrdma_dev *dev, u32 qpn);
 
 /* post.c */
 int vrdma_post_send(struct ib_qp *ibqp, const struct ib_send_wr *wr,
-void vrdma_qp_failed(struct vrdma_dev *dev, u32 qpn);
 		    const struct ib_send_wr **bad_wr);
 int vrdma_post_recv(struct ib_qp *ibqp, const struct ib_recv_wr *wr,
 		    const struct ib_recv_wr **bad_wr);
