@@ -101,14 +101,13 @@ static inline u64 vrdma_ordering_caps(u32 access_flags)
 /* Entry points whose prototypes changed */
 
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 2, 0)
-#define VRDMA_OP_RESIZE_CQ	resize_user_cq	/* name of the operation */
 static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, unsigned int cqe,
 				     struct ib_udata *udata)
 {
 	return vrdma_resize_cq(ibcq, cqe, udata);
 }
 #else
-#define VRDMA_OP_RESIZE_CQ	resize_cq
+#define resize_user_cq	resize_cq	/* the name of the operation before */
 static inline int vrdma_op_resize_cq(struct ib_cq *ibcq, int cqe, struct ib_udata *udata)
 {
 	return cqe < 0 ? -EINVAL : vrdma_resize_cq(ibcq, cqe, udata);

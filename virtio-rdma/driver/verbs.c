@@ -287,7 +287,7 @@ static const struct ib_device_ops vrdma_ops = {
 	.reg_user_mr = vrdma_op_reg_user_mr,
 	.req_notify_cq = vrdma_req_notify_cq,
 	.rereg_user_mr = vrdma_rereg_user_mr,
-	.VRDMA_OP_RESIZE_CQ = vrdma_op_resize_cq,
+	.resize_user_cq = vrdma_op_resize_cq,
 
 	INIT_RDMA_OBJ_SIZE(ib_ah, vrdma_ah, ibah),
 	INIT_RDMA_OBJ_SIZE(ib_cq, vrdma_cq, ibcq),
