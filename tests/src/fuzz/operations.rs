@@ -75,8 +75,8 @@ struct End {
     recv_cq: Cq,
     /// Whether it is in RTS; else in ERR.
     works: bool,
-    /// Receives posted: region, offset in it, length.
-    receives: VecDeque<Piece>,
+    /// Receives posted, each with the key that its region had then.
+    receives: VecDeque<(Piece, u32)>,
 }
 
 /// Bytes of a region, maybe beyond its end.
@@ -221,7 +221,7 @@ impl World {
         // In ERR nobody would look at it: receives ring no doorbell.
         if end.works && end.receives.len() < 8 {
             end.qp.post_recv(0, &[sge]).expect("room for receives");
-            end.receives.push_back(piece);
+            end.receives.push_back((piece, sge.lkey));
         }
     }
 
@@ -331,14 +331,15 @@ impl World {
     fn predict_send(&mut self, (from, pair): (usize, usize), own: std::ops::Range<usize>) -> Outcome {
         let bytes = self.sides[from].memory[own].to_vec();
         let b = &mut self.sides[1 - from];
-        let Some(&receive) = b.ends[pair].receives.front() else {
+        let Some(&(receive, key)) = b.ends[pair].receives.front() else {
             return Outcome::local(WcStatus::RnrRetryExcErr);
         };
         if bytes.len() > receive.len {
             return Outcome::receive(WcStatus::RemInvReqErr, WcStatus::LocLenErr);
         }
         // All of the receive must be there, whatever of it is needed.
-        match b.find(receive, Access::LOCAL_WRITE) {
+        let place = b.find(receive, Access::LOCAL_WRITE).filter(|_| b.regions[receive.region].mr.key() == key);
+        match place {
             _ if receive.len == 0 => {}
             Some(place) => b.memory[place][..bytes.len()].copy_from_slice(&bytes),
             None => return Outcome::receive(WcStatus::RemOpErr, WcStatus::LocProtErr),
