@@ -22,6 +22,7 @@ pub mod key_table;
 pub mod mem;
 pub mod mr;
 pub mod nic;
+pub mod on_demand;
 pub mod overlay;
 pub mod profile;
 pub mod qp;

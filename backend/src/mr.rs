@@ -8,6 +8,7 @@ use virtio_rdma::ib::Access;
 
 use crate::control::parse::RawExtent;
 use crate::mem::{Extent, Map, Seg};
+use crate::on_demand::{Missing, OnDemand};
 use crate::profile::Profile;
 
 /// Why a key, address and length were refused. The guest sees a protection or access error.
@@ -35,6 +36,9 @@ pub enum KeyError {
         /// Bytes.
         len: u64,
     },
+    /// The guest's driver could not give a page of the region.
+    #[error("a page of the region of key {0:#x} cannot be had")]
+    NoPage(u32),
 }
 
 /// Why guest memory does not make a region.
@@ -82,6 +86,8 @@ enum Memory {
     Pieces(Arc<Layout>),
     /// All guest memory, at its guest-physical addresses.
     Guest(Arc<Map>),
+    /// Where the guest's driver says, page by page, while it says so.
+    OnDemand(Arc<OnDemand>),
 }
 
 /// Who may use a key.
@@ -125,7 +131,7 @@ impl Layout {
     /// # Errors
     /// What is wrong with it.
     pub fn append(&mut self, map: &Map, extents: &[RawExtent], total: u64, most: usize) -> Result<usize, LayoutError> {
-        if !is_paged(extents, self.length, total) {
+        if !is_cut_at_ends(extents, self.length, total) {
             return Err(LayoutError::CutPage);
         }
         let mut found = Vec::with_capacity(extents.len());
@@ -204,6 +210,12 @@ impl Mr {
         Self { key, pdn, access, iova: 0, length: u64::MAX, memory, offset: 0, reach: Reach::Region }
     }
 
+    /// A region whose pages come and go.
+    pub fn on_demand(pdn: u32, access: Access, iova: u64, pages: Arc<OnDemand>) -> Self {
+        let (key, length, memory) = (pages.key(), pages.length(), Memory::OnDemand(pages));
+        Self { key, pdn, access, iova, length, memory, offset: 0, reach: Reach::Region }
+    }
+
     /// A window over part of this region, if that allows it (IBA 10.6.6.2.5; what rxe checks, and that the bytes of a zero-based window
     /// are in the region too).
     pub fn window(&self, key: u32, part: &WindowPart) -> Option<Self> {
@@ -240,6 +252,8 @@ impl Mr {
         match &self.memory {
             Memory::Pieces(layout) => layout.is_in(map),
             Memory::Guest(known) => Arc::ptr_eq(known, map),
+            // Pages of memory that goes are taken away one by one.
+            Memory::OnDemand(_) => true,
         }
     }
 
@@ -286,19 +300,33 @@ impl Mr {
         let start = addr.checked_sub(self.iova);
         let inside = start.and_then(|o| o.checked_add(len)).is_some_and(|end| end <= self.length);
         match &self.memory {
-            Memory::Pieces(_) => inside,
+            Memory::Pieces(_) | Memory::OnDemand(_) => inside,
             // A window over guest memory has its offset there.
             Memory::Guest(map) => inside && map.covers(addr - self.iova + self.offset, len),
         }
     }
 
-    /// Appends where `len` bytes at `addr` are. They were checked before.
-    pub fn segments(&self, addr: u64, len: u64, out: &mut Vec<Seg>) {
+    /// Appends where `len` bytes at `addr` are, to be used as `need` says. They were checked before.
+    ///
+    /// # Errors
+    /// When some of them have no page now: whose, and which.
+    pub fn segments(
+        &self,
+        need: Access,
+        addr: u64,
+        len: u64,
+        out: &mut Vec<Seg>,
+    ) -> Result<(), (&Arc<OnDemand>, Missing)> {
         let at = addr - self.iova + self.offset;
         match &self.memory {
             Memory::Pieces(layout) => layout.segments(at, len, out),
             Memory::Guest(map) => map.segments(at, len, out),
+            Memory::OnDemand(pages) => {
+                let write = need.intersects(Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
+                return pages.segments(at, len, write, out).map_err(|missing| (pages, missing));
+            }
         }
+        Ok(())
     }
 }
 
@@ -329,8 +357,13 @@ pub fn check_range(access: Access, iova: u64, length: u64) -> Result<(), &'stati
     Ok(())
 }
 
+/// Whether all of these are whole pages.
+pub fn is_paged(extents: &[RawExtent]) -> bool {
+    extents.iter().all(|&(addr, len)| addr.is_multiple_of(PAGE_SIZE as u64) && len.is_multiple_of(PAGE_SIZE as u64))
+}
+
 /// Whether only the first and the last page of a region of `length` bytes are cut; `before` bytes were described before.
-fn is_paged(extents: &[RawExtent], before: u64, length: u64) -> bool {
+fn is_cut_at_ends(extents: &[RawExtent], before: u64, length: u64) -> bool {
     let mut offset = before;
     extents.iter().all(|&(addr, len)| {
         let first = offset == 0;

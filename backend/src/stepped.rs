@@ -38,7 +38,7 @@ impl SteppedHost {
         Ok(Self { engine, workers, tenants: Tenants::default() })
     }
 
-    /// Adds a virtual NIC, served by the first workers.
+    /// Adds a virtual NIC, served by the first workers, whose driver accepts all features.
     pub fn add_nic(&mut self, id: NicId, config: NicConfig) -> SteppedNic {
         let count = NUM_CTRL_QUEUES + usize::from(config.num_vectors) + usize::from(config.num_workers);
         let vrings: Vec<_> = (0..count).map(|_| Arc::new(Mutex::new(Vring::new()))).collect();
@@ -47,7 +47,9 @@ impl SteppedHost {
         let groups = self.tenants.groups(&config.tenant);
         let nic = Arc::new(Nic::new(id, config, groups, &workers, events));
         self.engine.add_nic(&nic);
-        SteppedNic { control: Control::new(nic.clone(), self.engine.clone()), nic, vrings, map: Arc::default() }
+        let mut control = Control::new(nic.clone(), self.engine.clone());
+        control.set_on_demand(true);
+        SteppedNic { control, nic, vrings, map: Arc::default() }
     }
 
     /// A worker looks everywhere once, at this time. True if there was something to do; with how long that takes on a nominal

@@ -114,7 +114,7 @@ fn is_inside(mr: &Mr, addr: u64, len: u64) -> bool {
 /// The bytes that a region or window gives.
 fn given(mr: &Mr, addr: u64, len: u64) -> Vec<u8> {
     let mut segs = Vec::new();
-    mr.segments(addr, len, &mut segs);
+    mr.segments(Access::empty(), addr, len, &mut segs).unwrap();
     bytes_of(&segs)
 }
 

@@ -37,7 +37,7 @@ fn object(number: u32) -> ObjectRequest {
 }
 
 /// Bytes of each command's structure, as far as it is fixed.
-const SIZES: [(Opcode, usize); 26] = [
+const SIZES: [(Opcode, usize); 29] = [
     (Opcode::Reset, 0),
     (Opcode::QueryDevice, 0),
     (Opcode::SetArea, 8),
@@ -50,6 +50,9 @@ const SIZES: [(Opcode, usize); 26] = [
     (Opcode::ReregMr, 40),
     (Opcode::DeregMr, 8),
     (Opcode::AllocMr, 8),
+    (Opcode::MapPages, 16),
+    (Opcode::UnmapPages, 16),
+    (Opcode::DenyPages, 16),
     (Opcode::CreateCq, 24),
     (Opcode::DestroyCq, 8),
     (Opcode::ResizeCq, 24),

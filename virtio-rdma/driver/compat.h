@@ -84,6 +84,33 @@ static inline struct ib_umem *vrdma_umem_get(struct ib_device *ibdev, unsigned l
 #endif
 }
 
+#if IS_ENABLED(CONFIG_INFINIBAND_ON_DEMAND_PAGING)
+#include <rdma/ib_umem_odp.h>
+
+/* How a umem is asked for pages, and where it has them */
+#ifdef ODP_WRITE_ALLOWED_BIT
+#define VRDMA_UMEM_READ		ODP_READ_ALLOWED_BIT
+#define VRDMA_UMEM_WRITE	ODP_WRITE_ALLOWED_BIT
+static inline const unsigned long *vrdma_umem_pfns(const struct ib_umem_odp *umem)
+{
+	return umem->pfn_list;
+}
+#else
+#define VRDMA_UMEM_READ		0
+#define VRDMA_UMEM_WRITE	HMM_PFN_WRITE
+static inline const unsigned long *vrdma_umem_pfns(const struct ib_umem_odp *umem)
+{
+	return umem->map.pfn_list;
+}
+#endif
+
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
+#define VRDMA_ODP_ORDERING	(IB_ODP_SUPPORT_FLUSH | IB_ODP_SUPPORT_ATOMIC_WRITE)
+#else
+#define VRDMA_ODP_ORDERING	0
+#endif
+#endif
+
 /* ATOMIC_WRITE is part of the device ABI, FLUSH where a region can have access for it */
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
 static inline u64 vrdma_ordering_caps(u32 access_flags)

@@ -144,6 +144,15 @@ const void *vrdma_cmd_result(const struct vrdma_cmd *cmd)
 	return cmd->resp + 1;
 }
 
+/* Has a small command that was not submitted end after so many extents */
+void vrdma_cmd_shrink(struct vrdma_cmd *cmd, u32 num_extents)
+{
+	cmd->req_len = sizeof(*cmd->req) + cmd->body_len +
+		       num_extents * sizeof(struct virtio_rdma_extent);
+	cmd->req->length = cpu_to_le32(cmd->req_len);
+	cmd->sg[0].length = cmd->req_len;
+}
+
 /* How many extents fit into one request beside this structure */
 u32 vrdma_cmd_max_extents(struct vrdma_dev *dev, size_t body_len)
 {
@@ -340,6 +349,17 @@ int vrdma_cmd_run(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 	if (ret)
 		return ret;
 	return vrdma_cmd_wait(dev, cmd);
+}
+
+/* Runs a command once more, after the last time has ended; allocates nothing */
+int vrdma_cmd_again(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
+{
+	/* The device may have it still */
+	if (vrdma_is_dead(dev))
+		return -EIO;
+	reinit_completion(&cmd->done);
+	cmd->written = 0;
+	return vrdma_cmd_run(dev, cmd);
 }
 
 /* One command without extents */

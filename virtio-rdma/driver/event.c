@@ -122,6 +122,9 @@ static void vrdma_handle_event(struct vrdma_dev *dev, const struct virtio_rdma_e
 	case VIRTIO_RDMA_EVENT_SRQ_LIMIT:
 		vrdma_srq_event(dev, number, IB_EVENT_SRQ_LIMIT_REACHED);
 		break;
+	case VIRTIO_RDMA_EVENT_PAGE_FAULT:
+		vrdma_odp_fault(dev, event);
+		break;
 	case VIRTIO_RDMA_EVENT_DEVICE_FATAL:
 		vrdma_device_fatal(dev);
 		break;

@@ -22,7 +22,7 @@ struct vrdma_rebind {
 	struct virtio_device *vdev;
 };
 
-static struct workqueue_struct *vrdma_wq;
+struct workqueue_struct *vrdma_wq;
 
 static void vrdma_rebind_work(struct work_struct *work)
 {
@@ -248,6 +248,7 @@ static void vrdma_free(struct vrdma_dev *dev)
 	unsigned int i;
 
 	vrdma_unpark(dev);
+	vrdma_odp_exit(dev);
 	if (dev->eventqs)
 		vrdma_events_free(dev);
 	for (i = 0; dev->doorbellqs && i < dev->num_doorbellqs; i++)
@@ -258,6 +259,7 @@ static void vrdma_free(struct vrdma_dev *dev)
 	xa_destroy(&dev->cqs);
 	xa_destroy(&dev->qps);
 	xa_destroy(&dev->srqs);
+	xa_destroy(&dev->odps);
 	kfree(dev->doorbellqs);
 	kfree(dev->eventqs);
 	kfree(dev->vqs);
@@ -284,6 +286,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	xa_init_flags(&dev->cqs, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&dev->qps, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&dev->srqs, XA_FLAGS_LOCK_IRQ);
+	xa_init_flags(&dev->odps, XA_FLAGS_LOCK_IRQ);
 	vdev->priv = dev;
 	return dev;
 }
@@ -372,10 +375,18 @@ static const struct virtio_device_id vrdma_ids[] = {
 };
 MODULE_DEVICE_TABLE(virtio, vrdma_ids);
 
+static const unsigned int vrdma_features[] = {
+	VIRTIO_RDMA_F_ON_DEMAND,
+};
+
 static struct virtio_driver vrdma_driver = {
 	.driver.name = VRDMA_DRV_NAME,
 	.driver.owner = THIS_MODULE,
 	.id_table = vrdma_ids,
+	.feature_table = vrdma_features,
+	/* The only one depends on the kernel */
+	.feature_table_size = IS_ENABLED(CONFIG_INFINIBAND_ON_DEMAND_PAGING) ?
+			      ARRAY_SIZE(vrdma_features) : 0,
 	.validate = vrdma_validate,
 	.probe = vrdma_probe,
 	.remove = vrdma_remove,

@@ -183,18 +183,25 @@ struct ib_mr *vrdma_reg_user_mr(struct ib_pd *ibpd, u64 start, u64 length, u64 i
 				struct ib_udata *udata)
 {
 	struct vrdma_dev *dev = to_vdev(ibpd->device);
+	bool on_demand = dev->on_demand && (access & IB_ACCESS_ON_DEMAND);
 	struct vrdma_mr *mr;
 	int ret;
 
 	if (length > dev->attr.max_mr_size)
 		return ERR_PTR(-EINVAL);
-	ret = vrdma_mr_access(dev, access);
+	ret = vrdma_mr_access(dev, on_demand ? access & ~IB_ACCESS_ON_DEMAND : access);
 	if (ret < 0)
 		return ERR_PTR(ret);
 	mr = kzalloc(sizeof(*mr), GFP_KERNEL);
 	if (!mr)
 		return ERR_PTR(-ENOMEM);
 	mr->access = ret;
+	if (on_demand) {
+		ret = vrdma_odp_reg(dev, mr, to_vpd(ibpd)->pdn, start, length, iova, access);
+		if (ret)
+			goto err_free;
+		return &mr->ibmr;
+	}
 	mr->umem = vrdma_umem_get(&dev->ibdev, start, length, access);
 	if (IS_ERR(mr->umem)) {
 		ret = PTR_ERR(mr->umem);
@@ -295,12 +302,16 @@ struct ib_mr *vrdma_rereg_user_mr(struct ib_mr *ibmr, int flags, u64 start, u64 
 	if (flags & ~(IB_MR_REREG_TRANS | IB_MR_REREG_PD | IB_MR_REREG_ACCESS))
 		return ERR_PTR(-EOPNOTSUPP);
 	if (flags & IB_MR_REREG_ACCESS) {
-		re.access = vrdma_mr_access(dev, access);
+		re.access = vrdma_mr_access(dev, mr->odp ? access & ~IB_ACCESS_ON_DEMAND : access);
 		if (re.access < 0)
 			return ERR_PTR(re.access);
 	}
+	if (mr->odp && ((flags & IB_MR_REREG_TRANS) || (re.access & IB_ZERO_BASED) ||
+			((flags & IB_MR_REREG_ACCESS) && !(access & IB_ACCESS_ON_DEMAND)) ||
+			(ib_access_writable(re.access) && !vrdma_odp_writable(mr))))
+		return ERR_PTR(-EOPNOTSUPP);
 	/* Pages that were pinned to be read, or whose addresses start elsewhere, are pinned anew */
-	if (!(flags & IB_MR_REREG_TRANS) &&
+	if (!mr->odp && !(flags & IB_MR_REREG_TRANS) &&
 	    ((ib_access_writable(re.access) && !mr->umem->writable) ||
 	     ((re.access ^ mr->access) & IB_ZERO_BASED))) {
 		if (mr->umem->owning_mm != current->mm)
@@ -331,12 +342,13 @@ int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata)
 	int ret;
 
 	/* Windows may be bound to it */
-	ret = vrdma_ctrl_destroy_unused(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
+	ret = mr->odp ? vrdma_odp_dereg(dev, mr) :
+	      vrdma_ctrl_destroy_unused(dev, VIRTIO_RDMA_CMD_DEREG_MR, ibmr->lkey);
 	if (ret)
 		return ret;
 	if (mr->umem)
 		vrdma_umem_release(dev, mr->umem);
-	else
+	else if (!mr->odp)
 		vrdma_dev_silence(dev);
 	kfree(mr->extents);
 	kfree(mr);

@@ -132,6 +132,7 @@ static int vrdma_query_device(struct ib_device *ibdev, struct ib_device_attr *ou
 	out->max_fast_reg_page_list_len = min_t(u32, attr->max_fast_reg, VRDMA_MAX_FAST_REG);
 	if (attr->max_fast_reg)
 		out->device_cap_flags |= IB_DEVICE_MEM_MGT_EXTENSIONS;
+	vrdma_odp_query(dev, out);
 	out->max_pkeys = 1;
 	out->local_ca_ack_delay = 15;
 	return 0;
@@ -309,5 +310,6 @@ void vrdma_set_ops(struct vrdma_dev *dev)
 	ibdev->uverbs_cmd_mask |= BIT_ULL(IB_USER_VERBS_CMD_POST_SEND) |
 				  BIT_ULL(IB_USER_VERBS_CMD_REQ_NOTIFY_CQ);
 	ib_set_device_ops(ibdev, &vrdma_ops);
+	vrdma_odp_init(dev);
 	vrdma_keep_name(ibdev);
 }

@@ -14,8 +14,9 @@
 #define VIRTIO_RDMA_ID			42	/* reserved by the virtio specification */
 #define VIRTIO_RDMA_ID_ALT		38	/* for VMMs that have no name for 42 */
 #define VIRTIO_RDMA_MAGIC		0x41445246	/* "FRDA" */
-#define VIRTIO_RDMA_ABI_VERSION		5
+#define VIRTIO_RDMA_ABI_VERSION		6
 #define VIRTIO_RDMA_PAGE_SIZE		4096
+#define VIRTIO_RDMA_F_ON_DEMAND		0	/* number of a feature bit */
 #define VIRTIO_RDMA_CONFIG_LINK_UP	1	/* bit of virtio_rdma_config.status */
 
 #define VIRTIO_RDMA_MAX_REQUEST		65536	/* bytes of a control request */
@@ -34,6 +35,9 @@ enum {
 	VIRTIO_RDMA_CMD_REREG_MR = 0x0203,
 	VIRTIO_RDMA_CMD_DEREG_MR = 0x0204,
 	VIRTIO_RDMA_CMD_ALLOC_MR = 0x0205,
+	VIRTIO_RDMA_CMD_MAP_PAGES = 0x0206,
+	VIRTIO_RDMA_CMD_UNMAP_PAGES = 0x0207,
+	VIRTIO_RDMA_CMD_DENY_PAGES = 0x0208,
 	VIRTIO_RDMA_CMD_CREATE_CQ = 0x0301,
 	VIRTIO_RDMA_CMD_DESTROY_CQ = 0x0302,
 	VIRTIO_RDMA_CMD_RESIZE_CQ = 0x0303,
@@ -81,6 +85,7 @@ enum {
 	VIRTIO_RDMA_EVENT_LAST_WQE_REACHED = 21,
 	VIRTIO_RDMA_EVENT_SRQ_ERROR = 32,
 	VIRTIO_RDMA_EVENT_SRQ_LIMIT = 33,
+	VIRTIO_RDMA_EVENT_PAGE_FAULT = 48,
 	VIRTIO_RDMA_EVENT_DEVICE_FATAL = 64,
 };
 
@@ -100,7 +105,14 @@ enum {
 
 /* Bits of virtio_rdma_reg_mr.flags, virtio_rdma_create_qp.flags */
 #define VIRTIO_RDMA_REG_DMA		1
+#define VIRTIO_RDMA_REG_ON_DEMAND	2
 #define VIRTIO_RDMA_QP_KERNEL		1
+
+/* Pages of an on-demand region, those that are cut at its ends included */
+#define VIRTIO_RDMA_MAX_ON_DEMAND_PAGES	0x80000000U
+
+/* Bit of virtio_rdma_map_pages.flags, virtio_rdma_page_range.flags */
+#define VIRTIO_RDMA_PAGES_WRITE		1
 
 /* Values of virtio_rdma_alloc_mw.kind */
 #define VIRTIO_RDMA_MW_TYPE_1		1
@@ -250,7 +262,24 @@ struct virtio_rdma_reg_mr {
 	__le64 iova;
 	__le64 length;	/* Bytes */
 	__le32 num_extents;	/* Number of extents that follow */
-	__le32 flags;	/* REG_DMA: iova, length and num_extents are zero with it */
+	/* REG_DMA: iova, length and num_extents are zero with it; REG_ON_DEMAND: num_extents is */
+	__le32 flags;
+};
+
+/* `MAP_PAGES`: gives an on-demand region pages */
+struct virtio_rdma_map_pages {
+	__le32 key;	/* Key of the region */
+	__le32 flags;	/* PAGES_WRITE, without which the pages may only be read */
+	__le32 first;	/* First page; page 0 is that of the region's first byte */
+	__le32 num_extents;	/* Number of extents of whole pages that follow */
+};
+
+/* `UNMAP_PAGES`, `DENY_PAGES`: pages of an on-demand region */
+struct virtio_rdma_page_range {
+	__le32 key;	/* Key of the region */
+	__le32 flags;	/* With DENY_PAGES: PAGES_WRITE, with which they can be had to be read */
+	__le32 first;	/* First page */
+	__le32 count;	/* Number of pages, not zero */
 };
 
 /* `ALLOC_MR`: a region that `REG_MR` work requests give memory to */
@@ -441,11 +470,11 @@ struct virtio_rdma_ah {
 /* One event */
 struct virtio_rdma_event {
 	__le16 kind;	/* An EventType */
-	__le16 reserved0;
-	/* Number of the object: a CQ number, QP number, SRQ number or port, by kind */
+	__le16 write;	/* Of a page fault, 1 if the pages are to be written; else zero */
+	/* Number of the object: a CQ number, QP number, SRQ number, key or port, by kind */
 	__le32 number;
-	__le32 data;	/* More about it, by kind; zero where nothing is said */
-	__le32 reserved1;
+	__le32 page;	/* Of a page fault, the first page; else zero */
+	__le32 count;	/* Of a page fault, how many pages; else zero */
 };
 
 #endif

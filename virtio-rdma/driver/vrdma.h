@@ -134,6 +134,9 @@ struct vrdma_dev {
 	struct xarray cqs;
 	struct xarray qps;
 	struct xarray srqs;
+	struct xarray odps;		/* regions with on-demand paging */
+	bool on_demand;			/* the device offers it */
+	void *zeros;			/* a page of them, for the device to read */
 
 	struct notifier_block netdev_nb;
 	spinlock_t netdev_lock;		/* the two below */
@@ -185,6 +188,7 @@ struct vrdma_mr {
 	struct virtio_rdma_extent *extents;	/* of a region for fast registration */
 	u32 num_extents;
 	u32 max_extents;
+	struct vrdma_odp *odp;	/* of a region with on-demand paging, which has no umem of its own */
 };
 
 struct vrdma_mw {
@@ -283,6 +287,8 @@ struct virtio_rdma_extent *vrdma_cmd_extents(struct vrdma_cmd *cmd);
 const void *vrdma_cmd_result(const struct vrdma_cmd *cmd);
 int vrdma_cmd_submit(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
 int vrdma_cmd_wait(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
+int vrdma_cmd_again(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
+void vrdma_cmd_shrink(struct vrdma_cmd *cmd, u32 num_extents);
 int vrdma_cmd_run(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
 void vrdma_cmd_free(struct vrdma_dev *dev, struct vrdma_cmd *cmd);
 u32 vrdma_cmd_max_extents(struct vrdma_dev *dev, size_t body_len);
@@ -329,6 +335,7 @@ enum ib_port_state vrdma_port_state(struct vrdma_dev *dev, bool *enabled);
 
 /* main.c */
 void vrdma_dev_silence(struct vrdma_dev *dev);
+extern struct workqueue_struct *vrdma_wq;
 void vrdma_dealloc_driver(struct ib_device *ibdev);
 
 /* verbs.c */
@@ -355,6 +362,50 @@ struct ib_mr *vrdma_reg_user_mr(struct ib_pd *ibpd, u64 start, u64 length, u64 i
 struct ib_mr *vrdma_rereg_user_mr(struct ib_mr *ibmr, int flags, u64 start, u64 length, u64 iova,
 				  int access, struct ib_pd *ibpd, struct ib_udata *udata);
 int vrdma_dereg_mr(struct ib_mr *ibmr, struct ib_udata *udata);
+
+/* odp.c */
+#if IS_ENABLED(CONFIG_INFINIBAND_ON_DEMAND_PAGING)
+void vrdma_odp_init(struct vrdma_dev *dev);
+void vrdma_odp_exit(struct vrdma_dev *dev);
+void vrdma_odp_query(struct vrdma_dev *dev, struct ib_device_attr *attr);
+void vrdma_odp_fault(struct vrdma_dev *dev, const struct virtio_rdma_event *event);
+int vrdma_odp_reg(struct vrdma_dev *dev, struct vrdma_mr *mr, u32 pdn, u64 start, u64 length,
+		  u64 iova, int access);
+int vrdma_odp_dereg(struct vrdma_dev *dev, struct vrdma_mr *mr);
+bool vrdma_odp_writable(const struct vrdma_mr *mr);
+#else
+static inline void vrdma_odp_init(struct vrdma_dev *dev)
+{
+}
+
+static inline void vrdma_odp_exit(struct vrdma_dev *dev)
+{
+}
+
+static inline void vrdma_odp_query(struct vrdma_dev *dev, struct ib_device_attr *attr)
+{
+}
+
+static inline void vrdma_odp_fault(struct vrdma_dev *dev, const struct virtio_rdma_event *event)
+{
+}
+
+static inline int vrdma_odp_reg(struct vrdma_dev *dev, struct vrdma_mr *mr, u32 pdn, u64 start,
+				u64 length, u64 iova, int access)
+{
+	return -EOPNOTSUPP;
+}
+
+static inline int vrdma_odp_dereg(struct vrdma_dev *dev, struct vrdma_mr *mr)
+{
+	return 0;
+}
+
+static inline bool vrdma_odp_writable(const struct vrdma_mr *mr)
+{
+	return false;
+}
+#endif
 
 /* kmr.c */
 struct ib_mr *vrdma_get_dma_mr(struct ib_pd *ibpd, int access);

@@ -8,6 +8,8 @@ use crate::wire::wire;
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FRDA");
 /// Bit of [`Config::status`]: the port is up.
 pub const STATUS_LINK_UP: u16 = 1;
+/// Number of the feature bit of on-demand paging: [`crate::ctrl::REG_ON_DEMAND`] and the commands on pages.
+pub const F_ON_DEMAND: u32 = 0;
 /// Number of control virtqueues; they come first.
 pub const NUM_CTRL_QUEUES: usize = 1;
 

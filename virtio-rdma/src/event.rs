@@ -10,14 +10,14 @@ wire! {
     Event = "virtio_rdma_event", 16 {
         /// An [`EventType`].
         kind: U16,
-        /// Zero.
-        reserved0: U16,
-        /// Number of the object: a CQ number, QP number, SRQ number or port, by `kind`.
+        /// Of a page fault, 1 if the pages are to be written; else zero.
+        write: U16,
+        /// Number of the object: a CQ number, QP number, SRQ number, key or port, by `kind`.
         number: U32,
-        /// More about it, by `kind`; zero where nothing is said.
-        data: U32,
-        /// Zero.
-        reserved1: U32,
+        /// Of a page fault, the first page; else zero.
+        page: U32,
+        /// Of a page fault, how many pages; else zero.
+        count: U32,
     }
 }
 
@@ -44,6 +44,8 @@ wire_enum! {
         SrqError = 32,
         /// SRQ limit reached (`IB_EVENT_SRQ_LIMIT_REACHED`).
         SrqLimit = 33,
+        /// A request needs pages of an on-demand region; `number` is its key.
+        PageFault = 48,
         /// The device can do no more until it is reset (`IB_EVENT_DEVICE_FATAL`).
         DeviceFatal = 64,
     }

@@ -25,6 +25,6 @@ pub const VIRTIO_ID_RDMA: u32 = 42;
 /// Virtio device id used with VMMs that have no name for 42 (QEMU's `vhost-user-test-device-pci`).
 pub const VIRTIO_ID_RDMA_ALT: u32 = 38;
 /// Version of this ABI; any change of a layout or of a meaning increments it.
-pub const ABI_VERSION: u16 = 5;
+pub const ABI_VERSION: u16 = 6;
 /// Size of the pages in which rings and shared areas are described, in bytes.
 pub const PAGE_SIZE: usize = 4096;

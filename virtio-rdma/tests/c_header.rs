@@ -86,6 +86,8 @@ fn structures_agree_with_the_drivers_header() {
     structure::<ReregMr>(&mut c);
     structure::<AllocMr>(&mut c);
     structure::<AllocMw>(&mut c);
+    structure::<MapPages>(&mut c);
+    structure::<PageRange>(&mut c);
     structure::<RegMrPart>(&mut c);
     structure::<ResizeCq>(&mut c);
     structure::<ResizeSrq>(&mut c);
@@ -123,6 +125,10 @@ fn numbers_agree_with_the_drivers_header() {
         ("VIRTIO_RDMA_REREG_PD", ctrl::REREG_PD as usize),
         ("VIRTIO_RDMA_REREG_ACCESS", ctrl::REREG_ACCESS as usize),
         ("VIRTIO_RDMA_REG_DMA", ctrl::REG_DMA as usize),
+        ("VIRTIO_RDMA_REG_ON_DEMAND", ctrl::REG_ON_DEMAND as usize),
+        ("VIRTIO_RDMA_MAX_ON_DEMAND_PAGES", ctrl::MAX_ON_DEMAND_PAGES as usize),
+        ("VIRTIO_RDMA_PAGES_WRITE", ctrl::PAGES_WRITE as usize),
+        ("VIRTIO_RDMA_F_ON_DEMAND", config::F_ON_DEMAND as usize),
         ("VIRTIO_RDMA_QP_KERNEL", ctrl::QP_KERNEL as usize),
         ("VIRTIO_RDMA_MW_TYPE_1", ctrl::MW_TYPE_1 as usize),
         ("VIRTIO_RDMA_MW_TYPE_2", ctrl::MW_TYPE_2 as usize),

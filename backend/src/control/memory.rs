@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use virtio_rdma::ctrl::{
-    AllocMr, AllocMw, MW_TYPE_1, MW_TYPE_2, ObjectResponse, REG_DMA, REREG_ACCESS, REREG_PD, REREG_TRANS, RegMr,
-    ReregMr,
+    AllocMr, AllocMw, MW_TYPE_1, MW_TYPE_2, ObjectResponse, REG_DMA, REG_ON_DEMAND, REREG_ACCESS, REREG_PD,
+    REREG_TRANS, RegMr, ReregMr,
 };
 use virtio_rdma::ib::Access;
 
@@ -13,6 +13,7 @@ use super::parse::RawExtent;
 use super::{Answer, Control, Refusal, answer, nothing};
 use crate::key_table::{WindowKind, index};
 use crate::mr::{Layout, LayoutError, Mr, check_access, check_range};
+use crate::on_demand::OnDemand;
 
 /// Regions that exist, working or not, and the number of windows.
 #[derive(Debug, Default)]
@@ -62,6 +63,8 @@ pub(super) enum Memory {
     Guest,
     /// What work requests give it.
     Fast,
+    /// What the driver gives it, page by page.
+    OnDemand(Arc<OnDemand>),
 }
 
 impl Region {
@@ -71,15 +74,17 @@ impl Region {
 
     /// Whether its memory is described by extents of commands.
     fn is_described(&self) -> bool {
-        !matches!(self.memory, Memory::Fast | Memory::Guest)
+        !matches!(self.memory, Memory::Fast | Memory::Guest | Memory::OnDemand(_))
     }
 }
 
 impl Control {
     pub(super) fn reg_mr(&mut self, args: &RegMr, extents: &[RawExtent]) -> Answer {
         let (pdn, iova, length) = (args.pdn.get(), args.iova.get(), args.length.get());
-        if args.flags.get() & !REG_DMA != 0 {
-            return Err(Refusal::Value("flags"));
+        match args.flags.get() {
+            REG_ON_DEMAND if self.on_demand => return self.reg_on_demand(args, extents),
+            0 | REG_DMA => {}
+            _ => return Err(Refusal::Value("flags")),
         }
         self.check_pd(pdn)?;
         let access = check_access(args.access.get()).map_err(Refusal::Value)?;
@@ -100,14 +105,42 @@ impl Control {
         Ok(self.add_region(region, None))
     }
 
-    fn check_room_for_region(&self) -> Result<(), Refusal> {
+    pub(super) fn check_room_for_region(&self) -> Result<(), Refusal> {
         let full = self.regions.len() >= self.nic.config.profile.max_mr as usize;
         if full { Err(Refusal::Quota("memory regions")) } else { Ok(()) }
     }
 
     fn add_region(&mut self, mut region: Region, fast: Option<usize>) -> Vec<u8> {
-        let key = self.nic.keys.add_region(region.pdn, fast);
-        region.key = key;
+        region.key = self.nic.keys.add_region(region.pdn, fast);
+        self.insert_region(region)
+    }
+
+    /// An on-demand region, whose key is in the table already.
+    pub(super) fn insert_on_demand(&mut self, pages: OnDemand, pdn: u32, access: Access, iova: u64) -> Vec<u8> {
+        let (key, length) = (pages.key(), pages.length());
+        let memory = Memory::OnDemand(Arc::new(pages));
+        self.insert_region(Region { key, pdn, access, iova, length, extents: 0, memory })
+    }
+
+    /// The pages of a region, if they come and go.
+    pub(super) fn on_demand_region(&self, key: u32) -> Result<Arc<OnDemand>, Refusal> {
+        match &self.regions.get(key)?.memory {
+            Memory::OnDemand(pages) => Ok(pages.clone()),
+            _ => Err(Refusal::State("not an on-demand region")),
+        }
+    }
+
+    /// Some of the pages of a region have come or gone.
+    pub(super) fn count_runs(&mut self, pages: &OnDemand) {
+        if let Some(region) = self.regions.by_index.get_mut(&index(pages.key())) {
+            self.regions.extents -= region.extents;
+            region.extents = pages.num_runs() as u64;
+            self.regions.extents += region.extents;
+        }
+    }
+
+    fn insert_region(&mut self, mut region: Region) -> Vec<u8> {
+        let key = region.key;
         self.publish(&mut region);
         self.enter_pd(region.pdn);
         self.regions.by_index.insert(index(key), region);
@@ -176,7 +209,8 @@ impl Control {
             return Err(Refusal::Reserved);
         }
         let region = self.regions.get(key)?;
-        if !region.is_described() {
+        let stays = matches!(region.memory, Memory::OnDemand(_)) && !translate;
+        if !region.is_described() && !stays {
             return Err(Refusal::State("not a region that can be changed"));
         }
         let old_pd = region.pdn;
@@ -260,7 +294,7 @@ impl Control {
         result.map(|()| nothing())
     }
 
-    fn check_room_for_extents(&self, count: u64) -> Result<(), Refusal> {
+    pub(super) fn check_room_for_extents(&self, count: u64) -> Result<(), Refusal> {
         let max = u64::from(self.nic.config.profile.max_extents);
         if self.regions.extents + count > max { Err(Refusal::Quota("extents")) } else { Ok(()) }
     }
@@ -294,6 +328,7 @@ impl Control {
         let live = match &region.memory {
             Memory::Live(layout) => Some(Mr::new(key, pdn, access, iova, layout.clone())),
             Memory::Guest => Some(Mr::of_guest(key, pdn, access, self.map.clone())),
+            Memory::OnDemand(pages) => Some(Mr::on_demand(pdn, access, iova, pages.clone())),
             Memory::Draft(_) | Memory::Lost => None,
             Memory::Fast => return,
         };
@@ -302,17 +337,24 @@ impl Control {
 
     /// Regions whose memory is gone work no longer. Returns what is to be freed when no worker uses it any more.
     pub(super) fn drop_lost_regions(&mut self) -> impl Sized + use<> {
-        let mut freed = Vec::new();
+        let (mut freed, mut freed_pages) = (Vec::new(), Vec::new());
         for region in self.regions.by_index.values_mut() {
             let lost = match &region.memory {
                 Memory::Draft(layout) => !layout.is_in(&self.map),
                 Memory::Live(layout) => !layout.is_in(&self.map),
+                Memory::OnDemand(pages) => {
+                    freed_pages.extend(pages.drop_lost(&self.map));
+                    self.regions.extents -= region.extents;
+                    region.extents = pages.num_runs() as u64;
+                    self.regions.extents += region.extents;
+                    false
+                }
                 Memory::Lost | Memory::Guest | Memory::Fast => false,
             };
             if lost {
                 freed.push(std::mem::replace(&mut region.memory, Memory::Lost));
             }
         }
-        (freed, self.nic.keys.set_map(&self.map))
+        (freed, freed_pages, self.nic.keys.set_map(&self.map))
     }
 }

@@ -6,6 +6,7 @@
 mod area;
 mod mcast;
 mod memory;
+mod pages;
 pub mod parse;
 mod queues;
 mod shared;
@@ -107,6 +108,8 @@ pub struct Control {
     cqs: Slots<Arc<Cq>>,
     srqs: Slots<Arc<Srq>>,
     memberships: Memberships,
+    /// Whether the driver accepted on-demand paging.
+    on_demand: bool,
     arm: Option<Arc<Pages>>,
     /// Bytes of guest memory that all rings take.
     ring_bytes: u64,
@@ -127,10 +130,16 @@ impl Control {
             cqs: Slots::default(),
             srqs: Slots::default(),
             memberships: Memberships::default(),
+            on_demand: false,
             arm: None,
             ring_bytes: 0,
             qps_created: 0,
         }
+    }
+
+    /// Whether the driver has accepted on-demand paging.
+    pub fn set_on_demand(&mut self, accepted: bool) {
+        self.on_demand = accepted;
     }
 
     /// Executes one request and returns the bytes of the response, of which there is room for `room`; without room for as much
@@ -185,6 +194,9 @@ impl Control {
             Command::ExtendMr(key, extents) => self.extend_mr(key, &extents),
             Command::ReregMr(args, extents) => self.rereg_mr(&args, &extents),
             Command::DeregMr(key) => self.dereg_mr(key),
+            Command::MapPages(args, extents) => self.map_pages(args, &extents),
+            Command::UnmapPages(args) => self.unmap_pages(args),
+            Command::DenyPages(args) => self.deny_pages(args),
             Command::CreateCq(args, extents) => self.create_cq(&args, &extents),
             Command::DestroyCq(cqn) => self.destroy_cq(cqn),
             Command::CreateQp(args, sq, rq) => self.create_qp(&args, &sq, &rq),

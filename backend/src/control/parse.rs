@@ -3,8 +3,8 @@
 use virtio_rdma::area::AreaKind;
 use virtio_rdma::ctrl::{
     AddGid, AllocMr, AllocMw, CreateCq, CreateQp, CreateQpResponse, CreateSrq, DelGid, DeviceAttr, ExtendMr, Extent,
-    Header, MAX_REQUEST, Mcast, ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, QpAttr, RegMr, ReregMr,
-    ResizeCq, ResizeSrq, SetArea, SrqAttr,
+    Header, MAX_REQUEST, MapPages, Mcast, ModifyQp, ModifySrq, ObjectRequest, ObjectResponse, Opcode, PageRange,
+    QpAttr, RegMr, ReregMr, ResizeCq, ResizeSrq, SetArea, SrqAttr,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -40,6 +40,12 @@ pub enum Command {
     DeregMr(u32),
     /// `ALLOC_MR`
     AllocMr(AllocMr),
+    /// `MAP_PAGES`
+    MapPages(MapPages, Vec<RawExtent>),
+    /// `UNMAP_PAGES`
+    UnmapPages(PageRange),
+    /// `DENY_PAGES`
+    DenyPages(PageRange),
     /// `CREATE_CQ`
     CreateCq(CreateCq, Vec<RawExtent>),
     /// `DESTROY_CQ`
@@ -143,6 +149,12 @@ impl Body<'_> {
             }
             Opcode::DeregMr => Command::DeregMr(self.object()?),
             Opcode::AllocMr => Command::AllocMr(self.take()?),
+            Opcode::MapPages => {
+                let args: MapPages = self.take()?;
+                Command::MapPages(args, self.extents(args.num_extents.get())?)
+            }
+            Opcode::UnmapPages => Command::UnmapPages(self.take()?),
+            Opcode::DenyPages => Command::DenyPages(self.take()?),
             Opcode::CreateCq => {
                 let args: CreateCq = self.take()?;
                 Command::CreateCq(args, self.extents(args.ring.num_extents.get())?)

@@ -8,12 +8,11 @@ use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
 use super::complete::{RecvDone, Word, complete_recv, fatal, note_limit};
-use super::context::{Budget, Context, Gather, Remote, Side};
+use super::context::{Budget, Context, Gather, Remote, Side, Unreachable};
 use super::cost;
 use super::job::Job;
 use crate::key_table::Actor;
 use crate::mem::{self, AtomicOp, Source};
-use crate::mr::KeyError;
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::profile::Profile;
@@ -30,10 +29,19 @@ pub(super) enum Progress {
     NotThere,
     /// The peer has no receive posted; with its RNR timer code.
     NotReady(u8),
+    /// Memory of this side is missing a page.
+    Paging(Whose),
     /// The requester's own fault.
     Local(WcStatus),
     /// The responder does not take it.
     Refused(Binding, Fault),
+}
+
+/// One of the two sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    Own,
+    Peers,
 }
 
 /// Takes a work request one piece further.
@@ -45,14 +53,14 @@ pub(super) fn step(
     job: &mut Job,
     budget: &mut Budget,
 ) -> Progress {
-    if !job.started {
-        if send.wait.is_some() {
-            // The first time it was charged when it was fetched.
-            ctx.charge_lookups(budget, job.wqe.lookups());
-        }
-        if let Err(status) = check_local(ctx, nic, qp, job) {
-            return Progress::Local(status);
-        }
+    if send.wait.is_some() {
+        // The first time it was charged when it was fetched.
+        ctx.charge_lookups(budget, job.wqe.lookups());
+    }
+    if !job.started
+        && let Err(status) = check_local(ctx, nic, qp, job)
+    {
+        return Progress::Local(status);
     }
     let Some(peer) = bind(ctx, nic, qp, send) else {
         return Progress::NotThere;
@@ -64,6 +72,7 @@ pub(super) fn step(
     let progress = match result {
         Ok(progress) => progress,
         Err(Failure::Local(status)) => Progress::Local(status),
+        Err(Failure::Paging(whose)) => Progress::Paging(whose),
         Err(Failure::Remote(fault)) => return Progress::Refused(peer, fault),
     };
     job.rest_receive();
@@ -75,6 +84,8 @@ pub(super) fn step(
 enum Failure {
     Local(WcStatus),
     Remote(Fault),
+    /// Nobody: a page is missing.
+    Paging(Whose),
 }
 
 /// Goes on with a peer that is there.
@@ -373,8 +384,18 @@ fn inline_piece(job: &Job, len: u64) -> &[u8] {
     &job.wqe.inline[job.done as usize..][..len as usize]
 }
 
-fn local(_: KeyError) -> Failure {
-    Failure::Local(WcStatus::LocProtErr)
+fn local(reason: Unreachable) -> Failure {
+    match reason {
+        Unreachable::Refused(_) => Failure::Local(WcStatus::LocProtErr),
+        Unreachable::Paging => Failure::Paging(Whose::Own),
+    }
+}
+
+fn remote(reason: Unreachable, fault: Fault) -> Failure {
+    match reason {
+        Unreachable::Refused(_) => Failure::Remote(fault),
+        Unreachable::Paging => Failure::Paging(Whose::Peers),
+    }
 }
 
 /// Finds where the next `len` bytes come from and go to.
@@ -397,8 +418,7 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
             source(ctx, job, &own(Access::empty()))?;
             let (pdn, sges) = (peer.qp.id.recv_pdn(), job.recv.sges.as_slice());
             let target = Gather { nic: &peer.nic, pdn, need: Access::LOCAL_WRITE, sges, from: job.done, len };
-            let gone = |_: KeyError| Failure::Remote(Fault::OPERATION);
-            ctx.gather(Side::Destination, &target).map_err(gone)?;
+            ctx.gather(Side::Destination, &target).map_err(|reason| remote(reason, Fault::OPERATION))?;
         }
     }
     Ok(())
@@ -413,7 +433,7 @@ fn source(ctx: &mut Context, job: &Job, sges: &Gather<'_>) -> Result<(), Failure
 
 /// Appends memory of the peer that a key gives access to.
 fn reach(ctx: &mut Context, peer: &Binding, side: Side, at: Remote, len: u64) -> Result<(), Failure> {
-    ctx.reach(side, &peer.nic, &peer.qp.id, at, len).map_err(|_| Failure::Remote(Fault::ACCESS))
+    ctx.reach(side, &peer.nic, &peer.qp.id, at, len).map_err(|reason| remote(reason, Fault::ACCESS))
 }
 
 fn received(job: &Job) -> RecvDone {

@@ -16,6 +16,7 @@ use crate::mem::Seg;
 use crate::mr::{KeyError, Mr};
 use crate::nic::Nic;
 use crate::nic::stats::Counter;
+use crate::on_demand::{Fault, Missing, OnDemand};
 use crate::overlay::NicId;
 use crate::qp::Identity;
 use crate::wqe::Sge;
@@ -85,6 +86,8 @@ pub struct Context {
     pub src: Vec<Seg>,
     /// Destination of the present copy.
     pub dst: Vec<Seg>,
+    /// What the present request waits for, if it does for a page.
+    pub paging: Paging,
     keys: KeyCache,
     #[expect(clippy::vec_box, reason = "jobs move between here and queues, and are large")]
     spare: Vec<Box<Job>>,
@@ -114,6 +117,7 @@ impl Context {
             now: Instant::now(),
             src: Vec::new(),
             dst: Vec::new(),
+            paging: Paging::default(),
             keys: KeyCache::default(),
             spare: Vec::new(),
             touched: Vec::new(),
@@ -137,7 +141,7 @@ impl Context {
 
     /// What was done since the last call cost this much.
     pub fn take_spent(&mut self) -> u64 {
-        std::mem::take(&mut self.spent)
+        std::mem::take(&mut self.spent) + std::mem::take(&mut self.paging.spent)
     }
 
     /// A cleared job.
@@ -170,16 +174,16 @@ impl Context {
     /// Appends where bytes of a responder are that a key gives its peer access to.
     ///
     /// # Errors
-    /// What does not hold.
-    pub fn reach(&mut self, side: Side, nic: &Nic, qp: &Identity, at: Remote, len: u64) -> Result<(), KeyError> {
+    /// What does not hold, or that a page is missing.
+    pub fn reach(&mut self, side: Side, nic: &Nic, qp: &Identity, at: Remote, len: u64) -> Result<(), Unreachable> {
         let mr = self.keys.get(nic, at.rkey)?;
         mr.check_remote((qp.pdn, qp.qpn), at.need, at.addr, len)?;
         let out = match side {
             Side::Source => &mut self.src,
             Side::Destination => &mut self.dst,
         };
-        mr.segments(at.addr, len, out);
-        Ok(())
+        let found = mr.segments(at.need, at.addr, len, out);
+        found.map_err(|(pages, missing)| self.paging.miss(nic, pages, missing, self.now))
     }
 
     /// Checks every key of an SGE list.
@@ -196,8 +200,8 @@ impl Context {
     /// Appends where bytes `from` to `from + len` of an SGE list are, checking keys again: they may have gone since the request started.
     ///
     /// # Errors
-    /// What does not hold.
-    pub fn gather(&mut self, side: Side, list: &Gather<'_>) -> Result<(), KeyError> {
+    /// What does not hold, or that a page is missing.
+    pub fn gather(&mut self, side: Side, list: &Gather<'_>) -> Result<(), Unreachable> {
         let out = match side {
             Side::Source => &mut self.src,
             Side::Destination => &mut self.dst,
@@ -216,7 +220,8 @@ impl Context {
             let mr = self.keys.get(list.nic, sge.lkey)?;
             let addr = sge.addr.wrapping_add(skip);
             mr.check(list.pdn, list.need, addr, len)?;
-            mr.segments(addr, len, out);
+            let found = mr.segments(list.need, addr, len, out);
+            found.map_err(|(pages, missing)| self.paging.miss(list.nic, pages, missing, self.now))?;
             left -= len;
             skip = 0;
         }
@@ -303,6 +308,42 @@ fn sent(nic: &Nic) -> (&Counter, &Counter) {
 
 fn received(nic: &Nic) -> (&Counter, &Counter) {
     (&nic.counters.recv_wqes, &nic.counters.recv_bytes)
+}
+
+/// The page fault that a request waits for.
+#[derive(Debug, Default)]
+pub struct Paging {
+    /// The fault.
+    pub fault: Option<Arc<Fault>>,
+    /// Cost of telling guests.
+    spent: u64,
+}
+
+impl Paging {
+    /// A page is missing: its guest is told, and the request waits unless that has been denied.
+    #[cold]
+    fn miss(&mut self, nic: &Nic, pages: &OnDemand, missing: Missing, now: Instant) -> Unreachable {
+        let Ok((fault, tell)) = pages.fault(self.fault.take(), missing, now) else {
+            return KeyError::NoPage(pages.key()).into();
+        };
+        if tell {
+            self.spent += cost::EVENT;
+            nic.raise_fault(pages.key(), missing);
+        }
+        self.fault = Some(fault);
+        Unreachable::Paging
+    }
+}
+
+/// Why bytes are not to be had now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unreachable {
+    /// They may not be.
+    #[error(transparent)]
+    Refused(#[from] KeyError),
+    /// A page is missing: the request waits for it ([`Context::paging`]).
+    #[error("a page is missing")]
+    Paging,
 }
 
 /// Which list of segments to append to.

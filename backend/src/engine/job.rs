@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::mcast::Cast;
 use super::quiesce::Grace;
+use crate::on_demand::Fault;
 use crate::qp::{Qp, Ticket};
 use crate::wqe::{Recv, Send};
 
@@ -22,6 +23,8 @@ pub struct Job {
     pub done: u64,
     /// A datagram to a group, on its way.
     pub cast: Option<Box<Cast>>,
+    /// The page fault that it waits for.
+    pub fault: Option<Arc<Fault>>,
     /// It has taken access away and waits for those who had it.
     pub grace: Option<Grace>,
 }
@@ -33,6 +36,7 @@ impl Job {
         self.started = false;
         self.done = 0;
         self.cast = None;
+        self.fault = None;
         self.grace = None;
     }
 

@@ -6,11 +6,14 @@ use std::time::Duration;
 use virtio_rdma::ib::WcStatus;
 
 use super::complete::{RecvDone, Step, complete_recv};
-use super::connected::{self, Fault, Progress};
+use super::connected::{self, Fault, Progress, Whose};
 use super::context::{Budget, Context};
 use super::job::Job;
 use crate::nic::Nic;
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};
+
+/// How long each try of a message waits at least for pages of the peer's memory, which may have to come from a disk.
+pub(super) const PAGE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Takes a work request one piece further.
 pub(super) fn step(
@@ -24,6 +27,11 @@ pub(super) fn step(
     let step = match connected::step(ctx, nic, qp, send, job, budget) {
         Progress::NotThere => return Step::Wait(WaitKind::Lost, ack_timeout(qp.attrs.lock().attr.timeout)),
         Progress::NotReady(code) => return Step::Wait(WaitKind::Rnr, rnr_timer(code)),
+        Progress::Paging(Whose::Own) => return Step::Wait(WaitKind::Page, PAGE_PATIENCE),
+        Progress::Paging(Whose::Peers) => {
+            let timeout = ack_timeout(qp.attrs.lock().attr.timeout);
+            return Step::Wait(WaitKind::PeerPage, timeout.max(PAGE_PATIENCE));
+        }
         Progress::Done => Step::Done,
         Progress::Paused => Step::Paused,
         Progress::Local(status) => Step::Failed(status),

@@ -136,6 +136,7 @@ fn advance(
     if job.wqe.length >= LONG {
         ctx.publish();
     }
+    ctx.paging.fault = job.fault.take();
     let step = match job.wqe.op {
         Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
         Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job, budget),
@@ -143,6 +144,7 @@ fn advance(
         _ if qp.id.kind == QpType::Uc => uc::step(ctx, nic, qp, send, &mut job, budget),
         _ => rc::step(ctx, nic, qp, send, &mut job, budget),
     };
+    let fault = ctx.paging.fault.take();
     match step {
         Step::Done => {
             send.bytes += job.wqe.length;
@@ -151,10 +153,14 @@ fn advance(
             (!pushed).then(|| give_up(nic, qp, OVERFLOW))
         }
         Step::Paused => {
+            send.wait = None;
             send.job = Some(job);
             Some(Next::Again)
         }
-        Step::Wait(kind, period) => wait(ctx, nic, qp, send, job, kind, period),
+        Step::Wait(kind, period) => {
+            job.fault = fault;
+            wait(ctx, nic, qp, send, job, kind, period)
+        }
         Step::Failed(status) => Some(fail(ctx, nic, qp, send, job, status)),
     }
 }
@@ -180,7 +186,7 @@ fn wait(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    job: Box<Job>,
+    mut job: Box<Job>,
     kind: WaitKind,
     period: Duration,
 ) -> Option<Next> {
@@ -190,8 +196,9 @@ fn wait(
             Some(Next::At(at))
         }
         Err(None) => {
-            // A datagram whose destination had no receive: dropped, which its sender never learns.
+            // An unreliable message whose destination had no receive, or no memory for it: dropped, which its sender never learns.
             ud::starve(ctx, nic, qp, &job);
+            job.put_back_receive();
             nic.counters.messages_dropped.add(1);
             let pushed = complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);
@@ -214,7 +221,10 @@ fn count_wait(
         let attr = &qp.attrs.lock().attr;
         match kind {
             WaitKind::Rnr => (attr.rnr_retry, attr.rnr_retry == 7, Some(WcStatus::RnrRetryExcErr)),
-            WaitKind::Lost => (attr.retry_cnt, attr.timeout == 0, Some(WcStatus::RetryExcErr)),
+            WaitKind::PeerPage if qp.id.kind != QpType::Rc => (0, false, None),
+            WaitKind::Lost | WaitKind::PeerPage => (attr.retry_cnt, attr.timeout == 0, Some(WcStatus::RetryExcErr)),
+            // Its own guest's matter alone: until that answers, or takes the QP back.
+            WaitKind::Page => (0, true, None),
             WaitKind::Datagram => (0, false, None),
         }
     };
@@ -232,14 +242,20 @@ fn count_wait(
         }
         before => {
             // A wait of another kind was a try too, or a peer that alternates would be waited for without end.
-            if let Some(wait) = before {
+            if let Some(wait) = before
+                && wait.kind != WaitKind::Page
+                && kind != WaitKind::Page
+            {
                 send.count_retry(wait.kind);
             }
             if spent(send) > limit && !forever && status.is_some() {
                 return Err(status);
             }
-            let counter = if kind == WaitKind::Lost { &nic.counters.lost_waits } else { &nic.counters.rnr_waits };
-            counter.add(1);
+            match kind {
+                WaitKind::Lost => nic.counters.lost_waits.add(1),
+                WaitKind::Rnr | WaitKind::Datagram => nic.counters.rnr_waits.add(1),
+                WaitKind::Page | WaitKind::PeerPage => {}
+            }
             send.wait = Some(Wait::new(kind, now, period));
             return Ok(now + Wait::SHORTEST_LOOK);
         }

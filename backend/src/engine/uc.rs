@@ -5,12 +5,12 @@ use std::sync::Arc;
 use virtio_rdma::ib::WcStatus;
 
 use super::complete::Step;
-use super::connected::{self, Progress};
+use super::connected::{self, Progress, Whose};
 use super::context::{Budget, Context};
 use super::job::Job;
-use super::rc::fail_responder;
+use super::rc::{PAGE_PATIENCE, fail_responder};
 use crate::nic::Nic;
-use crate::qp::{Qp, SendQueue};
+use crate::qp::{Qp, SendQueue, WaitKind};
 
 /// Takes a work request one piece further.
 pub(super) fn step(
@@ -28,6 +28,8 @@ pub(super) fn step(
         Progress::Done => Step::Done,
         Progress::Paused => Step::Paused,
         Progress::Local(status) => Step::Failed(status),
+        Progress::Paging(Whose::Own) => Step::Wait(WaitKind::Page, PAGE_PATIENCE),
+        Progress::Paging(Whose::Peers) => Step::Wait(WaitKind::PeerPage, PAGE_PATIENCE),
         Progress::NotThere | Progress::NotReady(_) => drop_it(nic, job),
         Progress::Refused(peer, fault) => {
             if fault.own {

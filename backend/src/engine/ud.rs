@@ -9,12 +9,12 @@ use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlag
 use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
 
 use super::complete::{RecvDone, Step, Word, complete_recv, fatal, note_limit};
-use super::context::{Budget, Context, Gather, Side};
+use super::context::{Budget, Context, Gather, Side, Unreachable};
 use super::cost;
 use super::job::Job;
 use super::mcast::{self, Cast};
+use super::rc;
 use crate::mem::{self, Source};
-use crate::mr::KeyError;
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::qp::{Qp, Taken, WaitKind};
@@ -24,6 +24,9 @@ use crate::wqe::Op;
 const MTU: u64 = 4096;
 
 const IPV4_HEADER: u16 = 20;
+
+/// How many times longer than for a receive a datagram waits for the memory of one.
+const PAGE_PATIENCE: u32 = 10;
 
 /// Where a datagram goes, as its address handle says.
 struct Route {
@@ -54,7 +57,10 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     if let Some(cast) = job.cast.take() {
         return match gather_source(ctx, nic, qp, job) {
             Ok(()) => mcast::step(ctx, nic, qp, job, cast, datagram, budget),
-            Err(_) => Step::Failed(WcStatus::LocProtErr),
+            Err(reason) => {
+                job.cast = Some(cast);
+                unsent(reason)
+            }
         };
     }
     let Some(route) = route(nic, qp, ah) else {
@@ -68,8 +74,8 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
         return drop_it(nic);
     }
     // Before a receive is taken for it: what is the sender's fault must not cost the receiver one.
-    if gather_source(ctx, nic, qp, job).is_err() {
-        return Step::Failed(WcStatus::LocProtErr);
+    if let Err(reason) = gather_source(ctx, nic, qp, job) {
+        return unsent(reason);
     }
     let header = route.header(job.wqe.length as u16, imm);
     if qpn == MULTICAST_QPN && route.destination.is_multicast() {
@@ -86,7 +92,10 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
         Offered::NoReceive if !peer.recv.lock().starved => {
             Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience)
         }
-        Offered::NoReceive | Offered::Refused => drop_it(nic),
+        Offered::Paging if !peer.recv.lock().starved => {
+            Step::Wait(WaitKind::PeerPage, ctx.engine.config().datagram_patience * PAGE_PATIENCE)
+        }
+        Offered::NoReceive | Offered::Paging | Offered::Refused => drop_it(nic),
     }
 }
 
@@ -97,6 +106,8 @@ pub(super) enum Offered {
     Delivered,
     /// No receive is posted.
     NoReceive,
+    /// The memory of its receive is missing a page; the receive is for the next.
+    Paging,
     /// The destination cannot take it.
     Refused,
 }
@@ -111,7 +122,7 @@ pub(super) fn offer(
     imm: bool,
 ) -> Offered {
     ctx.charge(cost::VISIT);
-    let taken = peer.recv.lock().take(Some(GRH_SIZE as u64 + job.wqe.length), &mut job.recv);
+    let (taken, ticket) = peer.recv.lock().take_datagram(GRH_SIZE as u64 + job.wqe.length, &mut job.recv);
     note_limit(peer_nic, peer);
     match taken {
         Taken::Empty => return Offered::NoReceive,
@@ -127,9 +138,20 @@ pub(super) fn offer(
         }
         Taken::Yes => {}
     }
-    if !place(ctx, (peer_nic, peer), job, header) {
-        refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
-        return Offered::Refused;
+    match place(ctx, (peer_nic, peer), job, header) {
+        Ok(()) => {}
+        Err(Unreachable::Refused(_)) => {
+            refuse(ctx, peer_nic, peer, job.recv.wr_id, WcStatus::LocProtErr);
+            return Offered::Refused;
+        }
+        Err(Unreachable::Paging) => {
+            peer.recv.lock().give_back(ticket, std::mem::take(&mut job.recv));
+            if !peer.responds() {
+                // It may have been flushed just before.
+                ctx.engine.attend(peer_nic, peer);
+            }
+            return Offered::Paging;
+        }
     }
     let done = RecvDone {
         wr_id: job.recv.wr_id,
@@ -151,18 +173,21 @@ fn header_kind(header: &[u8; GRH_SIZE]) -> u8 {
     if header[0] >> 4 == 6 { SL_ROCE_V2_IPV6 } else { SL_ROCE_V2_IPV4 }
 }
 
-/// Copies header and payload into the receive. False if the receive's memory is not what it says.
-fn place(ctx: &mut Context, (nic, qp): (&Arc<Nic>, &Arc<Qp>), job: &Job, header: &[u8; GRH_SIZE]) -> bool {
+/// Copies header and payload into the receive.
+fn place(
+    ctx: &mut Context,
+    (nic, qp): (&Arc<Nic>, &Arc<Qp>),
+    job: &Job,
+    header: &[u8; GRH_SIZE],
+) -> Result<(), Unreachable> {
     ctx.dst.clear();
     let len = GRH_SIZE as u64 + job.wqe.length;
     let sges = job.recv.sges.as_slice();
     ctx.charge(cost::LOOKUP * sges.len() as u64 + cost::bytes(len));
     let to = Gather { nic, pdn: qp.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
-    if ctx.gather(Side::Destination, &to).is_err() {
-        return false;
-    }
+    ctx.gather(Side::Destination, &to)?;
     mem::copy(Source { own: &[header, &job.wqe.inline], guest: &ctx.src }, &ctx.dst);
-    true
+    Ok(())
 }
 
 /// Patience with this datagram's destination has ended: until it posts a receive nobody waits for it again, since what is queued
@@ -178,7 +203,15 @@ pub(super) fn starve(ctx: &Context, nic: &Nic, qp: &Qp, job: &Job) {
     }
 }
 
-fn gather_source(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), KeyError> {
+/// What becomes of a datagram whose payload is not to be had now.
+fn unsent(reason: Unreachable) -> Step {
+    match reason {
+        Unreachable::Refused(_) => Step::Failed(WcStatus::LocProtErr),
+        Unreachable::Paging => Step::Wait(WaitKind::Page, rc::PAGE_PATIENCE),
+    }
+}
+
+fn gather_source(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), Unreachable> {
     ctx.src.clear();
     let (pdn, len) = (qp.id.pdn, job.wqe.length);
     let sges = job.wqe.sges.as_slice();

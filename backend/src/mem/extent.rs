@@ -38,6 +38,15 @@ impl Extent {
         self.seg.slice(offset as usize, usize::try_from(len).unwrap_or(usize::MAX))
     }
 
+    /// Keeps the first `len` bytes, fewer than all and not none, and returns the others.
+    #[must_use]
+    pub(crate) fn split_off(&mut self, len: u64) -> Self {
+        assert!(len > 0 && len < self.len(), "an extent is never empty");
+        let rest = Self { seg: self.slice(len, u64::MAX), region: self.region.clone() };
+        self.seg = self.slice(0, len);
+        rest
+    }
+
     /// Whether `next` starts where this one ends, so that the two can be one.
     pub fn touches(&self, next: &Self) -> bool {
         Arc::ptr_eq(&self.region, &next.region) && self.seg.ptr.wrapping_add(self.seg.len) == next.seg.ptr
@@ -79,6 +88,12 @@ impl Seg {
     /// Whether it is one aligned word of 8 bytes, which is stored as one.
     pub fn is_word(&self) -> bool {
         self.len == size_of::<u64>() && self.ptr.addr().is_multiple_of(size_of::<u64>())
+    }
+
+    /// Bytes from the start of `first` to that of this one.
+    #[cfg(test)]
+    pub fn distance(&self, first: &Self) -> u64 {
+        (self.ptr.addr() - first.ptr.addr()) as u64
     }
 
     /// `len` bytes from `offset` on; both clipped.

@@ -8,6 +8,7 @@ use virtio_rdma::event::{Event, EventType};
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
+use crate::on_demand::Missing;
 use crate::vhost::vring::{Given, Vring};
 
 /// Something that happened to an object.
@@ -17,6 +18,8 @@ pub struct Notice {
     pub kind: EventType,
     /// Number of the object.
     pub number: u32,
+    /// Of a page fault, the pages.
+    pub pages: Option<Missing>,
 }
 
 /// Notices kept for one queue while the guest has no buffer for them. A guest that gives none loses only its own.
@@ -113,5 +116,15 @@ impl Pending {
 }
 
 fn wire(notice: Notice) -> Event {
-    Event { kind: notice.kind.to_wire().into(), number: notice.number.into(), ..Event::default() }
+    let kind = notice.kind.to_wire();
+    let Some(pages) = notice.pages else {
+        return Event { kind: kind.into(), number: notice.number.into(), ..Event::default() };
+    };
+    Event {
+        kind: kind.into(),
+        write: u16::from(pages.write).into(),
+        number: notice.number.into(),
+        page: pages.page.into(),
+        count: pages.count.into(),
+    }
 }

@@ -29,6 +29,7 @@ use self::stats::Counters;
 use crate::groups::Groups;
 use crate::key_table::KeyTable;
 use crate::mem::Map;
+use crate::on_demand::Missing;
 use crate::overlay::{Gid, NicId, eui64};
 use crate::profile::Profile;
 use crate::qp::Qp;
@@ -192,7 +193,17 @@ impl Nic {
 
     /// Tells it on the event queue of a completion vector.
     pub fn raise_on(&self, vector: usize, kind: EventType, number: u32) {
-        if self.events[vector].raise(Notice { kind, number }) {
+        self.give(vector, Notice { kind, number, pages: None });
+    }
+
+    /// Asks for pages of an on-demand region.
+    pub fn raise_fault(&self, key: u32, pages: Missing) {
+        self.counters.page_faults.add(1);
+        self.give(0, Notice { kind: EventType::PageFault, number: key, pages: Some(pages) });
+    }
+
+    fn give(&self, vector: usize, notice: Notice) {
+        if self.events[vector].raise(notice) {
             self.counters.events.add(1);
         }
     }

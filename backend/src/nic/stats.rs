@@ -42,6 +42,8 @@ counters! {
     rnr_waits,
     /// Waits for a peer that did not answer.
     lost_waits,
+    /// Pages of on-demand regions that the guest was asked for.
+    page_faults,
     /// Datagrams dropped: no such destination, `Q_Key`, or receive.
     messages_dropped,
     /// Events given to the guest.

@@ -1,5 +1,6 @@
 //! The receive queue of a QP.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::mem::Map;
@@ -203,8 +204,10 @@ pub struct RecvQueue {
     source: RecvSource,
     tickets: u64,
     filling: Option<Filling>,
-    /// A receive whose message was dropped: the next one to be taken.
-    held: Option<Box<Recv>>,
+    /// Receives whose messages were dropped: the next ones to be taken. No more than there are workers.
+    held: VecDeque<Recv>,
+    /// How often all of this was forgotten.
+    life: u64,
     /// A datagram was dropped after waiting for a receive, and none was posted since.
     pub starved: bool,
     /// ERR, with an SRQ: the guest was told that no more of its receives will complete here.
@@ -214,13 +217,13 @@ pub struct RecvQueue {
 impl RecvQueue {
     /// With receives from there.
     pub fn new(source: RecvSource) -> Self {
-        Self { source, tickets: 0, filling: None, held: None, starved: false, last_told: false }
+        Self { source, tickets: 0, filling: None, held: VecDeque::new(), life: 0, starved: false, last_told: false }
     }
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
-        if let Some(held) = self.held.take() {
-            *out = *held;
+        if let Some(held) = self.held.pop_front() {
+            *out = held;
             return Taken::Yes;
         }
         let taken = match &mut self.source {
@@ -271,7 +274,19 @@ impl RecvQueue {
     /// The message was dropped: its receive is for the next one.
     pub fn put_back(&mut self, ticket: Ticket, recv: Recv) {
         if self.finish(ticket) {
-            self.held = Some(Box::new(recv));
+            self.held.push_back(recv);
+        }
+    }
+
+    /// Takes the next receive for a datagram; with what names it to [`give_back`](Self::give_back).
+    pub fn take_datagram(&mut self, at_least: u64, out: &mut Recv) -> (Taken, Ticket) {
+        (self.take(Some(at_least), out), Ticket(self.life))
+    }
+
+    /// A datagram cannot get into its receive now: it is for the next one.
+    pub fn give_back(&mut self, ticket: Ticket, recv: Recv) {
+        if ticket == Ticket(self.life) {
+            self.held.push_back(recv);
         }
     }
 
@@ -290,8 +305,8 @@ impl RecvQueue {
             }
             None => {}
         }
-        if let Some(held) = self.held.take() {
-            *out = *held;
+        if let Some(held) = self.held.pop_front() {
+            *out = held;
             return Flush::Yes;
         }
         // What is in a shared queue is for its other QPs.
@@ -335,7 +350,8 @@ impl RecvQueue {
 
     fn forget(&mut self) {
         self.filling = None;
-        self.held = None;
+        self.held.clear();
+        self.life += 1;
         self.starved = false;
         self.last_told = false;
     }

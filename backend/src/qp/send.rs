@@ -17,6 +17,10 @@ pub enum WaitKind {
     Rnr,
     /// The peer does not answer: not there, not ready, or not the one we were connected to.
     Lost,
+    /// Its own memory: a page of an on-demand region is missing.
+    Page,
+    /// The peer's memory: the same there. As long as the peer would be waited for that does not answer.
+    PeerPage,
     /// A datagram's destination has no receive posted; patience before it is dropped.
     Datagram,
 }

@@ -14,7 +14,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::QueueT;
-use virtio_rdma::config::{Config, NUM_CTRL_QUEUES};
+use virtio_rdma::config::{Config, F_ON_DEMAND, NUM_CTRL_QUEUES};
 use virtio_rdma::zerocopy::IntoBytes;
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -151,6 +151,7 @@ impl Session {
             drop(old);
         }
         self.features = 0;
+        self.control.set_on_demand(false);
     }
 
     fn stop_vring(&mut self, index: usize) -> u16 {
@@ -261,7 +262,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        Ok(1 << VIRTIO_F_VERSION_1 | 1 << F_ON_DEMAND | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
@@ -269,6 +270,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(invalid("features that were not offered"));
         }
         self.features = features;
+        self.control.set_on_demand(features & 1 << F_ON_DEMAND != 0);
         Ok(())
     }
 

@@ -80,7 +80,7 @@ impl Daemon {
     fn guest(&self, nic: usize) -> Result<Guest> {
         let name = ["a", "b"][nic];
         let gids = vec![crate::guest::verbs::ip_gid(std::net::Ipv4Addr::new(10, 0, 0, nic as u8 + 1).into())];
-        let config = GuestConfig { memory_size: MEMORY, gids, rings: Placement::Contiguous, memory: None };
+        let config = GuestConfig { memory_size: MEMORY, gids, rings: Placement::Contiguous, memory: None, declined: 0 };
         Ok(Guest::connect(&self.dir.path().join(name), config)?)
     }
 

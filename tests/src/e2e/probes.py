@@ -19,6 +19,7 @@ from pyverbs.pd import PD, ParentDomain, ParentDomainInitAttr
 from pyverbs.pyverbs_error import PyverbsError, PyverbsRDMAError
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.srq import SRQ, SrqInitAttrEx
+from pyverbs.wr import SGE
 from pyverbs.wq import WQ, WQInitAttr
 from pyverbs.xrcd import XRCD, XRCDInitAttr
 
@@ -69,8 +70,12 @@ class Probes:
     def parent_domain(self):
         ParentDomain(self._ctx, attr=ParentDomainInitAttr(pd=self._pd))
 
-    def on_demand_paging(self):
-        self._mr(e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_ON_DEMAND)
+    def implicit_on_demand(self):
+        MR(self._pd, 0, e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_ON_DEMAND, implicit=True)
+
+    def advise_mr(self):
+        mr = self._mr(e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_ON_DEMAND)
+        self._pd.advise_mr(e._IBV_ADVISE_MR_ADVICE_PREFETCH, 0, [SGE(mr.buf, 64, mr.lkey)])
 
     def rereg_mr(self):
         self._mr().rereg(e.IBV_REREG_MR_CHANGE_ACCESS, access=e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_READ)

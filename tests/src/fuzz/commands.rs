@@ -30,6 +30,12 @@ pub fn commands(data: &[u8]) {
     });
 }
 
+/// The commands, later ones last: inputs that were kept go on meaning what they did.
+fn opcodes() -> impl Iterator<Item = Opcode> {
+    const LATER: [Opcode; 3] = [Opcode::MapPages, Opcode::UnmapPages, Opcode::DenyPages];
+    Opcode::ALL.iter().copied().filter(|opcode| !LATER.contains(opcode)).chain(LATER)
+}
+
 fn request(input: &mut Input<'_>, numbers: &[u32]) -> Vec<u8> {
     let kind = input.byte();
     let len = usize::from(input.byte()) * 4;
@@ -40,7 +46,7 @@ fn request(input: &mut Input<'_>, numbers: &[u32]) -> Vec<u8> {
             word.copy_from_slice(&numbers[which % numbers.len()].to_le_bytes());
         }
     }
-    let Some(opcode) = Opcode::ALL.get(usize::from(kind)) else {
+    let Some(opcode) = opcodes().nth(kind.into()) else {
         // As it is, without a header of ours.
         return body;
     };

@@ -46,11 +46,13 @@ pub struct GuestConfig {
     pub gids: Vec<Gid>,
     /// How rings and areas lie in memory.
     pub rings: Placement,
+    /// Feature bits that are not accepted.
+    pub declined: u64,
 }
 
 impl Default for GuestConfig {
     fn default() -> Self {
-        Self { memory_size: 64 << 20, memory: None, gids: Vec::new(), rings: Placement::Contiguous }
+        Self { memory_size: 64 << 20, memory: None, gids: Vec::new(), rings: Placement::Contiguous, declined: 0 }
     }
 }
 

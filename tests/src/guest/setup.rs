@@ -80,7 +80,7 @@ fn memory_of(config: &GuestConfig) -> Result<Arc<GuestMemory>> {
 /// Connects, starts the virtqueues, resets the device and asks for its limits.
 pub(super) fn connect(socket: &Path, config: GuestConfig) -> Result<Inner> {
     let memory = memory_of(&config)?;
-    let mut connection = Connection::open(socket)?;
+    let mut connection = Connection::open(socket, config.declined)?;
     let space = connection.config()?;
     check(&space, connection.num_queues()?)?;
     connection.set_memory(&memory.regions())?;

@@ -11,7 +11,7 @@ use ::vhost::vhost_user::message::{
 };
 use ::vhost::vhost_user::{Frontend, VhostUserFrontend};
 use ::vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use virtio_rdma::config::Config;
+use virtio_rdma::config::{Config, F_ON_DEMAND};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::mem::Region;
@@ -42,8 +42,8 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Connects to a virtual NIC's socket and negotiates features.
-    pub fn open(socket: &Path) -> Result<Self> {
+    /// Connects to a virtual NIC's socket and negotiates features: all that the device offers but for those declined.
+    pub fn open(socket: &Path, declined: u64) -> Result<Self> {
         let stream = connect(socket)?;
         stream.set_read_timeout(Some(ANSWER))?;
         let mut frontend = Frontend::from_stream(stream.try_clone()?, 256);
@@ -52,7 +52,8 @@ impl Connection {
         if offered & VERSION_1 == 0 {
             return Err(Error::NotOurs("VIRTIO_F_VERSION_1 is not offered"));
         }
-        let features = VERSION_1 | (offered & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
+        let known = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | 1 << F_ON_DEMAND;
+        let features = VERSION_1 | (offered & known & !declined);
         let wanted = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK

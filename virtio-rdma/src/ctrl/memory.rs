@@ -7,6 +7,10 @@ use crate::wire::wire;
 /// Bit of [`RegMr::flags`]: all guest memory, also what comes later, at its guest-physical addresses. For protection domains of
 /// the guest's kernel alone.
 pub const REG_DMA: u32 = 1;
+/// Bit of [`RegMr::flags`]: a region whose pages come and go. It has none at first.
+pub const REG_ON_DEMAND: u32 = 2;
+/// Most pages of an on-demand region, those that are cut at its ends included.
+pub const MAX_ON_DEMAND_PAGES: u32 = 1 << 31;
 
 wire! {
     /// `REG_MR`: registers memory. Followed by `num_extents` byte-granular [`Extent`](super::Extent)s in the order of their addresses.
@@ -24,8 +28,39 @@ wire! {
         length: U64,
         /// Number of extents that follow.
         num_extents: U32,
-        /// Bits, [`REG_DMA`]: `iova`, `length` and `num_extents` are zero with it.
+        /// [`REG_DMA`]: `iova`, `length` and `num_extents` are zero with it. [`REG_ON_DEMAND`]: `num_extents` is zero with it.
         flags: U32,
+    }
+}
+
+/// Bit of [`MapPages::flags`] and [`PageRange::flags`]: to be written.
+pub const PAGES_WRITE: u32 = 1;
+
+wire! {
+    /// `MAP_PAGES`: gives an on-demand region pages. Followed by `num_extents` extents of whole pages.
+    MapPages = "virtio_rdma_map_pages", 16 {
+        /// Key of the region.
+        key: U32,
+        /// Bits: [`PAGES_WRITE`], without which the pages may only be read.
+        flags: U32,
+        /// First page; page 0 is that of the region's first byte.
+        first: U32,
+        /// Number of extents that follow.
+        num_extents: U32,
+    }
+}
+
+wire! {
+    /// `UNMAP_PAGES`, `DENY_PAGES`: pages of an on-demand region.
+    PageRange = "virtio_rdma_page_range", 16 {
+        /// Key of the region.
+        key: U32,
+        /// Bits, with `DENY_PAGES`: [`PAGES_WRITE`], with which they can be had to be read.
+        flags: U32,
+        /// First page.
+        first: U32,
+        /// Number of pages, not zero.
+        count: U32,
     }
 }
 

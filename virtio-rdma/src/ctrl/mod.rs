@@ -82,6 +82,12 @@ wire_enum! {
         DeregMr = 0x0204,
         /// New region for fast registration, without memory yet: [`AllocMr`](super::AllocMr).
         AllocMr = 0x0205,
+        /// Give an on-demand region pages: [`MapPages`](super::MapPages).
+        MapPages = 0x0206,
+        /// Take pages of an on-demand region away: [`PageRange`](super::PageRange).
+        UnmapPages = 0x0207,
+        /// Pages of an on-demand region cannot be given: [`PageRange`](super::PageRange).
+        DenyPages = 0x0208,
         /// New completion queue: [`CreateCq`](super::CreateCq).
         CreateCq = 0x0301,
         /// Free a completion queue.

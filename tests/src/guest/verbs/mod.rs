@@ -5,6 +5,7 @@ mod connect;
 mod cq;
 mod mr;
 mod mw;
+mod paged;
 mod pd;
 mod qp;
 mod ring;
@@ -17,6 +18,7 @@ pub use connect::{RC_INIT, RC_RTR, RC_RTS, Rc, RcOptions, UD_INIT, connect, conn
 pub use cq::{Cq, Wc};
 pub use mr::{MAX_EXTENTS, Mr, MrSpec};
 pub use mw::{Bind, FastMr, GuestMr, Mw, MwType, next_key};
+pub use paged::{Fault, PagedMr};
 pub use pd::Pd;
 pub use qp::{Qp, QpSpec};
 pub use ring::Ring;
