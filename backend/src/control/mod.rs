@@ -219,7 +219,6 @@ impl Control {
 
     /// Frees every object. When it returns no worker touches anything that was there.
     pub fn reset(&mut self) {
-        let keys = self.nic.keys.take();
         let qps: Vec<_> = self.nic.qps.write().drain().map(|(_, qp)| qp).collect();
         for queue in &self.nic.doorbells {
             drop(queue.slots.write().take_all());
@@ -239,6 +238,8 @@ impl Control {
             srq.close();
         }
         self.engine.quiesce().wait();
+        // Not before: a peer would be told of wrong keys, whose messages are to be lost. Without QPs no worker looks for any.
+        let keys = self.nic.keys.take();
         for queue in &self.nic.events {
             queue.clear();
         }
