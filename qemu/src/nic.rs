@@ -76,30 +76,35 @@ fn read_config(socket: &Path) -> Result<Vec<u8>> {
     let frontend = Frontend::from_stream(stream, 1);
     // The frontend waits for ever on a silent device: hang up when it takes too long.
     thread::scope(|scope| {
-        scope.spawn(move || {
-            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+        let watch = scope.spawn(move || {
+            let silent = ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
+            if silent {
                 // Hung up already if that fails.
                 let _ = line.shutdown(Shutdown::Both);
             }
+            silent
         });
         let config = ask(frontend);
         drop(done);
-        config
+        let silent = watch.join().unwrap_or(false);
+        config.context(if silent { BUSY } else { STRANGER })
     })
 }
 
+const BUSY: &str = "no answer: does another guest have this virtual NIC?";
+const STRANGER: &str = "what listens there is no virtual RDMA NIC (`freeflow nics` shows their sockets)";
+
 fn ask(mut frontend: Frontend) -> Result<Vec<u8>> {
-    let busy = "no answer: does another guest have this virtual NIC?";
-    frontend.set_owner().context(busy)?;
-    let offered = frontend.get_features().context(busy)?;
+    frontend.set_owner()?;
+    let offered = frontend.get_features()?;
     let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     if offered & protocol_bit == 0 {
-        bail!("what listens there is no vhost-user device with protocol features");
+        bail!("no vhost-user device with protocol features");
     }
     frontend.set_features(protocol_bit)?;
     let protocol = frontend.get_protocol_features()?;
     if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
-        bail!("the vhost-user device there has no configuration space");
+        bail!("no vhost-user device with a configuration space");
     }
     frontend.set_protocol_features(VhostUserProtocolFeatures::CONFIG)?;
     let buffer = [0; size_of::<Config>()];

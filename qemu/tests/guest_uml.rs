@@ -59,6 +59,14 @@ fn a_timeout_ends_the_guest() {
 
 #[test]
 #[ignore = "boots guests"]
+fn cpus_that_are_not_there_are_named() {
+    let output = run("t-pin", &[&UML[..], &["--pin", "0,1023"]].concat(), &["true"]);
+    assert_eq!(output.status.code(), Some(125));
+    assert!(texts(&output).1.contains("no CPU 1023"), "{}", texts(&output).1);
+}
+
+#[test]
+#[ignore = "boots guests"]
 fn an_ended_launcher_leaves_nothing() {
     for (signal, code) in [(Signal::SIGINT, Some(130)), (Signal::SIGTERM, Some(143)), (Signal::SIGKILL, None)] {
         let mut child = start("t-ended", &UML);

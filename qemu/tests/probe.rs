@@ -93,3 +93,17 @@ fn a_busy_device_is_not_waited_for_long() {
     let error = nic::probe(&dir.path().join("s")).unwrap_err();
     assert!(format!("{error:#}").contains("no answer"), "{error:#}");
 }
+
+#[test]
+fn a_service_of_another_kind_is_told_from_a_busy_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            // The other end may be gone.
+            let _ = stream.unwrap().write_all(b"{\"error\":\"no request\"}\n");
+        }
+    });
+    let error = nic::probe(&dir.path().join("s")).unwrap_err();
+    assert!(format!("{error:#}").contains("what listens there is no virtual RDMA NIC"), "{error:#}");
+}

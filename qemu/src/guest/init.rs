@@ -60,13 +60,14 @@ fn isolate(plan: &Plan) -> Result<()> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).context("cannot detach the mounts")?;
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("cannot mount /proc")?;
-    if plan.cpus.is_empty() {
-        return Ok(());
-    }
+    if plan.cpus.is_empty() { Ok(()) } else { run_on(&plan.cpus).context("cannot keep the guest on its CPUs") }
+}
+
+/// Keeps this thread, and what it starts, on these CPUs.
+pub fn run_on(cpus: &[usize]) -> nix::Result<()> {
     let mut set = CpuSet::new();
-    plan.cpus.iter().try_for_each(|cpu| set.set(*cpu))?;
+    cpus.iter().try_for_each(|cpu| set.set(*cpu))?;
     sched_setaffinity(Pid::from_raw(0), &set)
-        .with_context(|| format!("this machine has not all of the CPUs {:?}", plan.cpus))
 }
 
 fn command(plan: &Plan) -> Result<Command> {

@@ -19,7 +19,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::accel::Accel;
 use crate::cache::Cache;
-use crate::cli::GuestArgs;
+use crate::cli::{CpuList, GuestArgs};
 use crate::driver;
 use crate::net::port_name;
 use crate::nic::{self, Mac, Nic};
@@ -98,9 +98,22 @@ fn check_host(args: &GuestArgs) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("guests need root: for network namespaces, tap interfaces and mounts of their own");
     }
+    if let Some(CpuList(list)) = &args.pin {
+        check_cpus(list)?;
+    }
     match &args.share {
         Some(dir) if !dir.is_dir() => bail!("--share {}: not a folder", dir.display()),
         _ => Ok(()),
+    }
+}
+
+/// Each by itself, as the kernel takes a list in which only some are there.
+fn check_cpus(list: &[usize]) -> Result<()> {
+    let is_there =
+        |cpu: usize| std::thread::spawn(move || init::run_on(&[cpu])).join().is_ok_and(|result| result.is_ok());
+    match list.iter().find(|&&cpu| !is_there(cpu)) {
+        Some(cpu) => bail!("--pin: this machine has no CPU {cpu} that may be used (`nproc` tells how many there are)"),
+        None => Ok(()),
     }
 }
 
@@ -149,6 +162,10 @@ fn boot(
     };
     let supervisor = Supervisor::new(&workspace, deadline, args.verbose)?;
     let terminal = spec.shell.then(Terminal::open).transpose()?;
+    if spec.shell {
+        // Every key is the guest's from here on, Ctrl-C too.
+        say(&format!("booting; what ends a guest that shows no prompt: kill {}", std::process::id()));
+    }
     let (child, lifeline) = start(&plan, &workspace, terminal.as_ref())?;
     let ending = supervisor.wait(child)?;
     drop((lifeline, terminal));
