@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freeflow_backend::Profile;
-use freeflow_tests::bed::Bed;
+use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::Guest;
 use freeflow_tests::guest::mem::{Buf, Placement};
-use freeflow_tests::guest::verbs::{Bind, FastMr, MwType, Op, QpSpec, Rc, RcOptions, Remote, SendWr, next_key};
+use freeflow_tests::guest::verbs::{
+    Bind, FastMr, MwType, Op, QpSpec, Rc, RcOptions, Remote, SendWr, connect, next_key,
+};
 use freeflow_tests::router::RouterSpec;
 use virtio_rdma::ctrl::{Extent, Status};
-use virtio_rdma::ib::{Access, QpState, WcFlags, WcOpcode, WcStatus};
+use virtio_rdma::ib::{Access, QpState, SendFlags, WcFlags, WcOpcode, WcStatus};
 
 const IOVA: u64 = 0xffff_8880_0001_0800;
 const LEN: usize = 20_000;
@@ -76,6 +78,45 @@ fn the_peer_invalidates() {
     assert_eq!((wc.flags(), wc.0.imm_data.get()), (WcFlags::WITH_INV, mr.key));
     assert_eq!(post(&b, Op::LocalInv(mr.key)), WcStatus::Success, "what is free may be made free again");
     assert_eq!(write(&a, Remote { addr: IOVA, rkey: mr.key }, 8), WcStatus::RemAccessErr);
+}
+
+/// One end writes without pause, on its own worker, while a peer of another QP, on another, sends that the key is free: who has received that
+/// has the memory for itself. It is what `NVMe` over RDMA relies on.
+#[test]
+fn after_a_peer_has_invalidated_nobody_writes() {
+    const LEN: usize = 1 << 20;
+    let bed = Bed::new(2);
+    let (a, b) = bed.two();
+    let spec = QpSpec::kernel();
+    let (a, b) = Rc::pair_with(a, b, &spec, LEN, &RcOptions::default()).unwrap();
+    // QPs take turns on the workers: one of these is on another than the writer.
+    let siblings = [(); 2].map(|()| Rc::sibling((&a, &b), &spec, 64).unwrap());
+    let buf = b.pd.guest().alloc(LEN).unwrap();
+    let mut mr = b.pd.alloc_fast_mr(16).unwrap();
+    a.mr.fill(0, LEN, 0xaa);
+    for round in 0..40u8 {
+        let (c, d) = &siblings[usize::from(round) % 2];
+        assert_eq!(post(d, mr.register(&buf, (0, LEN), IOVA & !0xfff, ALL)), WcStatus::Success);
+        let to = Remote { addr: IOVA & !0xfff, rkey: mr.key };
+        for id in 0..120 {
+            let sges = [a.mr.sge(0, LEN)];
+            a.qp.post(SendWr::new(id, Op::Write(to), &sges).flags(SendFlags::empty())).unwrap();
+        }
+        eventually("a write", Duration::from_secs(5), || buf.read_vec(0, 1) == [0xaa]);
+        d.qp.post_recv(3, &[d.mr.sge(0, 8)]).unwrap();
+        c.qp.post(SendWr::inline(1, Op::SendInv(mr.key), b"yours")).unwrap();
+        assert_eq!(d.cq.next().ok().flags(), WcFlags::WITH_INV);
+        buf.fill(0, LEN, round);
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(buf.read_vec(0, LEN).iter().all(|&byte| byte == round), "written to after it was invalidated");
+        c.cq.next().ok();
+        // The rest was refused, or all had been written.
+        for end in [&a, &b] {
+            end.qp.modify_state(QpState::Reset).unwrap();
+            while end.cq.poll().is_some() {}
+        }
+        connect(&a.qp, &b.qp, &RcOptions { psn: 1000 + u32::from(round), ..RcOptions::default() }).unwrap();
+    }
 }
 
 #[test]

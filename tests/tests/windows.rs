@@ -38,14 +38,7 @@ impl Stage {
 
     /// A second connected pair whose ends share protection domains with the first.
     fn sibling(&self) -> (Rc, Rc) {
-        let end = |rc: &Rc| {
-            let cq = rc.pd.guest().create_cq(255).unwrap();
-            let qp = rc.pd.create_qp(QpSpec::rc(), &cq).unwrap();
-            Rc { qp, cq, mr: rc.pd.reg_new(64).unwrap(), pd: rc.pd.clone() }
-        };
-        let ends = (end(&self.a), end(&self.b));
-        connect(&ends.0.qp, &ends.1.qp, &RcOptions { psn: 77, ..RcOptions::default() }).unwrap();
-        ends
+        Rc::sibling((&self.a, &self.b), &QpSpec::rc(), 64).unwrap()
     }
 
     fn window(&self, kind: MwType) -> Mw {

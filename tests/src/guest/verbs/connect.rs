@@ -222,4 +222,16 @@ impl Rc {
         connect(&ends.0.qp, &ends.1.qp, o)?;
         Ok(ends)
     }
+
+    /// A second connected pair, whose ends share their protection domains with these.
+    pub fn sibling(of: (&Self, &Self), spec: &QpSpec, len: usize) -> Result<(Self, Self)> {
+        let end = |rc: &Self| -> Result<Self> {
+            let cq = rc.pd.guest().create_cq(255)?;
+            let qp = rc.pd.create_qp(spec.clone(), &cq)?;
+            Ok(Self { qp, cq, mr: rc.pd.reg_new(len)?, pd: rc.pd.clone() })
+        };
+        let ends = (end(of.0)?, end(of.1)?);
+        connect(&ends.0.qp, &ends.1.qp, &RcOptions { psn: 77, ..RcOptions::default() })?;
+        Ok(ends)
+    }
 }
