@@ -17,7 +17,7 @@ use crate::progress::Steps;
 const GUEST_PACKAGES: &str = "mount,kmod,procps,iproute2,iputils-ping,ethtool,strace,rdma-core,ibverbs-utils,\
     ibverbs-providers,rdmacm-utils,perftest,python3-pyverbs";
 /// What comes on top of that for [`Software::Apps`].
-const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,iperf3,e2fsprogs,netcat-traditional";
+const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,openmpi-bin,python3-mpi4py,iperf3,e2fsprogs,netcat-traditional";
 
 /// A Debian release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -52,7 +52,7 @@ impl std::fmt::Display for Distro {
 pub enum Software {
     /// rdma-core, perftest and what they are used with.
     Base,
-    /// The same and UCX, libfabric, and programs to run over the network (80 MB more).
+    /// The same and UCX, libfabric, Open MPI, and programs to run over the network (up to 280 MB more).
     Apps,
 }
 

@@ -1,6 +1,6 @@
 //! Libraries, programs and kernel users of RDMA that applications build on: `freeflow-e2e apps`, one list.
 //!
-//! To add a program, add it to [`APPS`], to [`RDMA_CM`] or to [`KERNEL_USERS`].
+//! To add a program, add it to [`APPS`], to [`MPI`], to [`RDMA_CM`] or to [`KERNEL_USERS`].
 
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::bed::Bed;
 use super::guest::{Distro, Kind, Software, Vmm};
 use super::kernel_users::KERNEL_USERS;
+use super::mpi::MPI;
 use super::pair::Pair;
 use super::rdma_cm::RDMA_CM;
 use super::report::{Figure, Outcome};
@@ -151,7 +152,7 @@ fn pingpong_last(output: &str) -> Option<f64> {
 
 /// All of them.
 fn all() -> impl Iterator<Item = &'static App> {
-    APPS.iter().chain(RDMA_CM).chain(KERNEL_USERS)
+    APPS.iter().chain(MPI).chain(RDMA_CM).chain(KERNEL_USERS)
 }
 
 /// All entries in two guests of a distribution.

@@ -5,7 +5,7 @@
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
 //! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
 //!   [`probes`] what is not offered, [`processes`] forks and threads.
-//!   [`rdma_cm`] and [`kernel_users`] among it.
+//!   [`mpi`], [`rdma_cm`] and [`kernel_users`] among it.
 
 pub mod apps;
 pub mod bed;
@@ -18,6 +18,7 @@ pub mod interrupt;
 pub mod kernel_users;
 pub mod life;
 pub mod lists;
+pub mod mpi;
 pub mod pair;
 pub mod perf;
 pub mod probes;
