@@ -50,8 +50,9 @@ pub fn matrix() -> Vec<Scene> {
     let kinds = [UML_TRIXIE, UML_BOOKWORM, QEMU_TRIXIE, QEMU_BOOKWORM];
     let beds = kinds.iter().flat_map(|a| kinds.iter().map(move |b| [*a, *b]));
     let scene = |[a, b]: [Kind; 2]| {
-        let within = (a == b).then(|| Check::solos(0).chain(product(0, 0)));
-        let checks = within.into_iter().flatten().chain(product(0, 1)).chain(Check::life());
+        let old = [a, b].iter().any(|kind| kind.distro == Distro::Bookworm);
+        let within = (a == b).then(|| Check::solos(0).chain(product(0, 0, old)));
+        let checks = within.into_iter().flatten().chain(product(0, 1, old)).chain(Check::life());
         Scene::new(vec![a, b], checks)
     };
     beds.map(scene).collect()
@@ -129,10 +130,11 @@ fn crowds() -> impl Iterator<Item = Check> {
     .into_iter()
 }
 
-/// Every combination of flags and sizes that a program knows.
-fn product(server: usize, client: usize) -> impl Iterator<Item = Check> {
+/// Every combination of flags and sizes that a program knows; `old` if the perftest of Debian 12 is at one end.
+fn product(server: usize, client: usize, old: bool) -> impl Iterator<Item = Check> {
     let more = MORE_TOOLS.into_iter().map(usual);
-    let programs = TOOLS.into_iter().flat_map(combinations).chain(more).map(Program::from);
+    let runs = TOOLS.into_iter().flat_map(combinations).filter(move |perf| !old || !forgets_completions(perf));
+    let programs = runs.chain(more).map(Program::from);
     programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
 }
 
@@ -161,6 +163,12 @@ fn sizes(tool: Tool) -> Vec<(Sizes, u32)> {
         sizes.extend([(Sizes::One(65_537), 1000), (Sizes::One(8 << 20), 100)]);
     }
     sizes
+}
+
+/// perftest before 23.07 (commit 14955fe) looks for a bounded number of completions after each event, and then waits for the next one:
+/// when the last of several queue pairs complete at once, it waits for ever. On rxe they complete too slowly for that.
+fn forgets_completions(perf: &Perf) -> bool {
+    perf.events && perf.tool.is_bandwidth() && perf.qps > if perf.both_ways { 1 } else { 2 }
 }
 
 /// perftest has a buffer of twice the greatest size for each queue pair: a guest's memory must hold them.
