@@ -27,7 +27,11 @@ pub fn full() -> Vec<Scene> {
     vec![
         Scene::new(
             vec![UML_TRIXIE; 2],
-            everything().chain(managed()).chain(own_tests()).chain([Check::Conformance]).chain(Check::life()),
+            everything()
+                .chain(managed())
+                .chain(own_tests())
+                .chain([Check::Conformance, ten_thousand_qps()])
+                .chain(Check::life()),
         ),
         Scene::new(
             vec![UML_BOOKWORM; 2],
@@ -38,6 +42,11 @@ pub fn full() -> Vec<Scene> {
         Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(managed()).chain(Check::life())),
         Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
     ]
+}
+
+/// In one guest, each connected to one in another.
+fn ten_thousand_qps() -> Check {
+    Check::pair(0, 1, Perf { qps: 10_000, ..Perf::new(WRITE_BW, 8, 5) })
 }
 
 /// A few programs that use the connection manager.
