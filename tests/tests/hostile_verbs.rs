@@ -9,7 +9,7 @@ use freeflow_backend::Profile;
 use freeflow_tests::attack::Attack;
 use freeflow_tests::bed::Bed;
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect, ip_gid};
+use freeflow_tests::guest::verbs::{Ah, AhAttr, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect, ip_gid};
 use freeflow_tests::guest::{Gid, Guest};
 use freeflow_tests::rng::Rng;
 use freeflow_tests::router::RouterSpec;
@@ -38,11 +38,13 @@ fn members(guest: &Guest, count: usize) -> Vec<Rc> {
     all
 }
 
-fn post_to_group(from: &Rc, bytes: &[u8]) {
+/// Until the message is sent, what is returned must live.
+#[must_use]
+fn post_to_group(from: &Rc, bytes: &[u8]) -> Ah {
     let ah = from.pd.create_ah(AhAttr::to(group(), 1)).unwrap();
     let op = Op::UdSend { ah: ah.number(), qpn: MULTICAST_QPN, qkey: QKEY, imm: None };
     from.qp.post(SendWr::inline(1, op, bytes)).unwrap();
-    std::mem::forget(ah);
+    ah
 }
 
 /// A word is stored as one, or not at all: what the visit has moved before must not cut it.
@@ -76,7 +78,7 @@ fn who_has_left_a_group_gets_nothing_of_what_is_under_way() {
         end.qp.post_recv(9, &[end.mr.sge(0, 4096)]).unwrap();
     }
     other.0.qp.post(SendWr::inline(1, Op::Write(other.1.mr.remote(0)), b"work")).unwrap();
-    post_to_group(&sender, &[7; 32]);
+    let _ah = post_to_group(&sender, &[7; 32]);
     while members.iter().all(|end| end.cq.poll().is_none()) {
         assert!(bed.step());
     }
@@ -90,9 +92,9 @@ fn who_has_left_a_group_gets_nothing_of_what_is_under_way() {
 }
 
 /// How long the worker would take for what `post` gives it, on a nominal machine: what virtual NICs are charged with.
-fn cost(bed: &mut Stepped, post: impl FnOnce()) -> Duration {
+fn cost<T>(bed: &mut Stepped, post: impl FnOnce() -> T) -> Duration {
     bed.settle();
-    post();
+    let _lives = post();
     bed.work()
 }
 
