@@ -68,6 +68,14 @@ pub struct SteppedNic {
     map: Arc<Map>,
 }
 
+impl Drop for SteppedNic {
+    /// As at the end of a session: objects hold each other (QPs their peers, groups their members) until they are taken away.
+    fn drop(&mut self) {
+        self.nic.set_running(false);
+        self.control.reset();
+    }
+}
+
 /// Where a virtqueue lies: guest-physical addresses.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueAddresses {
