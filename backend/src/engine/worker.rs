@@ -78,6 +78,10 @@ struct Worker {
     spent: u64,
     /// Whether the last round served anybody.
     served: bool,
+    /// Everybody has all the credit there is: a round that finds nothing to do leaves it so.
+    all_rich: bool,
+    /// Whether any virtual NIC may have timers.
+    timed: bool,
 }
 
 /// One virtual NIC as this worker sees it.
@@ -88,6 +92,8 @@ struct Port {
     area: Option<Arc<DoorbellArea>>,
     /// Summary bits taken but not followed yet.
     pending: Vec<u64>,
+    /// Whether there are any.
+    is_pending: bool,
     /// QPs with something to do.
     run: VecDeque<Arc<Qp>>,
     /// QPs with something to do later.
@@ -104,8 +110,18 @@ struct Port {
 impl Worker {
     fn new(engine: Arc<Engine>, index: usize) -> Self {
         let ctx = Context::new(engine.clone(), index);
-        let last_work = Instant::now();
-        Self { engine, index, ctx, ports: Vec::new(), version: 0, last_work, spent: 0, served: false }
+        Self {
+            engine,
+            index,
+            ctx,
+            ports: Vec::new(),
+            version: 0,
+            last_work: Instant::now(),
+            spent: 0,
+            served: false,
+            all_rich: false,
+            timed: false,
+        }
     }
 
     fn run(&mut self) {
@@ -133,6 +149,7 @@ impl Worker {
         let mut worked = self.enter();
         worked |= self.take_posts();
         worked |= self.take_timers();
+        self.all_rich &= !worked;
         self.grant();
         let mut port = 0;
         while port < self.ports.len() {
@@ -140,15 +157,21 @@ impl Worker {
             port += 1;
         }
         self.leave();
+        self.all_rich &= !worked;
         worked
     }
 
     /// A new round: everybody gets the same credit. Where nobody had any left, that is as much as the first one needs.
     fn grant(&mut self) {
+        if self.all_rich {
+            return;
+        }
         let waiting = self.ports.iter().filter(|port| port.is_in_debt() && !port.is_quiet());
         let debt = if self.served { 0 } else { waiting.map(|port| -port.credit).min().unwrap_or(0) };
+        self.all_rich = true;
         for port in &mut self.ports {
             port.credit = (port.credit + debt + cost::QUANTUM).min(cost::QUANTUM);
+            self.all_rich &= port.credit == cost::QUANTUM;
         }
         self.served = false;
     }
@@ -210,6 +233,8 @@ impl Worker {
             }
         }
         drop(old);
+        // Those that are new have no credit yet.
+        self.all_rich = false;
         self.engine.seen[self.index].store(version, Ordering::Release);
         true
     }
@@ -227,9 +252,17 @@ impl Worker {
     }
 
     fn take_timers(&mut self) -> bool {
+        if !self.timed {
+            return false;
+        }
         let now = self.ctx.now;
-        // All of them, not only up to the first that has some.
-        self.ports.iter_mut().filter_map(|port| port.take_timers(now).then_some(())).count() > 0
+        let mut any = false;
+        self.timed = false;
+        for port in &mut self.ports {
+            any |= port.take_timers(now);
+            self.timed |= port.timers.next().is_some();
+        }
+        any
     }
 
     fn schedule(&mut self, nic: NicId, qp: Arc<Qp>) {
@@ -262,7 +295,10 @@ impl Worker {
         match next {
             Next::Idle => port.hot = Some(qp),
             Next::Again => port.schedule(qp),
-            Next::At(at) => port.timers.push(at, qp),
+            Next::At(at) => {
+                port.timers.push(at, qp);
+                self.timed = true;
+            }
         }
         true
     }
@@ -303,6 +339,8 @@ impl Worker {
 
     /// Whether any doorbell is waiting.
     fn rung(&mut self) -> bool {
+        // Taking doorbells costs credit.
+        self.all_rich = false;
         let mut ports = self.ports.iter_mut().filter(|p| p.nic.is_running());
         ports.any(|port| port.take_doorbells() || !port.run.is_empty())
     }
@@ -324,12 +362,13 @@ impl Port {
         match old.filter(|port| Arc::ptr_eq(&port.nic, nic)) {
             Some(port) if same(&port) => port,
             // QPs that wait to be visited still do.
-            Some(port) => Self { area, pending: vec![0; words], ..port },
+            Some(port) => Self { area, pending: vec![0; words], is_pending: false, ..port },
             None => Self {
                 nic: nic.clone(),
                 queue,
                 area,
                 pending: vec![0; words],
+                is_pending: false,
                 run: VecDeque::new(),
                 timers: Timers::new(now),
                 credit: 0,
@@ -371,7 +410,7 @@ impl Port {
     /// The QP that was visited last, if it has more and nobody else is known to wait. Its doorbell is left as it is for a few visits: taking
     /// it each time would cost both sides a cache line there and back.
     fn next_hot(&mut self) -> Option<Arc<Qp>> {
-        let quiet = self.run.is_empty() && self.pending.iter().all(|&p| p == 0);
+        let quiet = self.run.is_empty() && !self.is_pending;
         if self.streak < STREAK && quiet && self.hot.as_ref().is_some_and(|qp| qp.has_posted()) {
             self.streak += 1;
             return self.hot.take();
@@ -394,12 +433,19 @@ impl Port {
         if !self.nic.is_running() {
             return true;
         }
-        let rung = |area: &Arc<DoorbellArea>| (0..self.pending.len()).any(|i| area.has_summary(i));
-        self.run.is_empty() && self.pending.iter().all(|&p| p == 0) && !self.area.as_ref().is_some_and(rung)
+        self.run.is_empty() && !self.is_pending && !self.is_rung()
+    }
+
+    fn is_rung(&self) -> bool {
+        self.area.as_ref().is_some_and(|area| area.is_rung())
     }
 
     /// Follows doorbells to their QPs. True if there were any.
     fn take_doorbells(&mut self) -> bool {
+        // Every round asks this of every virtual NIC: one that is quiet is to cost little.
+        if !self.is_pending && !self.is_rung() {
+            return false;
+        }
         // Taken out while it is used, so that nothing is counted on this hot path.
         let Some(area) = self.area.take() else {
             return false;
@@ -425,7 +471,8 @@ impl Port {
                 any = true;
             }
         }
-        any || self.pending.iter().any(|&p| p != 0)
+        self.is_pending = self.pending.iter().any(|&p| p != 0);
+        any || self.is_pending
     }
 
     fn follow(&mut self, word: usize, mut doorbells: u64) {

@@ -2,7 +2,7 @@
 //! Rings and areas: guest pages that the device uses as one stretch of bytes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use virtio_rdma::PAGE_SIZE;
 
@@ -105,6 +105,25 @@ impl Pages {
         assert!(offset.is_multiple_of(8) && seg.len() == 8, "misplaced word");
         // SAFETY: as in `u32`.
         unsafe { AtomicU64::from_ptr(seg.ptr.cast()) }
+    }
+
+    /// Whether any of `count` 64-bit words from `offset` on is not zero. Finds the page once, not for each word.
+    ///
+    /// # Panics
+    /// When `offset` is not a multiple of 8, or a word is outside.
+    pub fn any(&self, offset: usize, count: usize) -> bool {
+        assert!(offset.is_multiple_of(8), "misplaced words");
+        let (mut at, end) = (offset, offset + count * 8);
+        while at < end {
+            let seg = self.at(at, end - at);
+            // SAFETY: `seg` is aligned words inside one page of a mapping that `self` keeps alive; atomics as in `u64`.
+            let word = |n| unsafe { AtomicU64::from_ptr(seg.ptr.wrapping_add(n * 8).cast()) };
+            if (0..seg.len() / 8).any(|n| word(n).load(Ordering::Relaxed) != 0) {
+                return true;
+            }
+            at += seg.len();
+        }
+        false
     }
 
     /// Up to `len` bytes at `offset` that lie in one page.

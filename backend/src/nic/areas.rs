@@ -1,7 +1,5 @@
 //! Areas that the guest's driver shares with the device (`docs/device.md`, 4).
 
-use std::sync::atomic::Ordering;
-
 use virtio_rdma::area::{AH_STRIDE, AddressHandle, DoorbellLayout};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -43,9 +41,9 @@ impl DoorbellArea {
         handshake::take(self.pages.u64(DoorbellLayout::SUMMARY + word * 8))
     }
 
-    /// Whether a summary word names any doorbells.
-    pub fn has_summary(&self, word: usize) -> bool {
-        self.pages.u64(DoorbellLayout::SUMMARY + word * 8).load(Ordering::Relaxed) != 0
+    /// Whether the summary names any doorbells.
+    pub fn is_rung(&self) -> bool {
+        self.pages.any(DoorbellLayout::SUMMARY, self.summary_words())
     }
 
     /// Takes a bitmap word: each bit is a doorbell. Zero for words beyond the bitmap.
