@@ -65,7 +65,7 @@ pub(super) fn step(
     let Some(peer) = bind(ctx, nic, qp, send) else {
         return Progress::NotThere;
     };
-    if !job.resume_receive() {
+    if !job.resume_receive(&peer.qp) {
         return Progress::NotThere;
     }
     let result = exchange(ctx, nic, qp, &peer, job, budget);
@@ -73,9 +73,12 @@ pub(super) fn step(
         Ok(progress) => progress,
         Err(Failure::Local(status)) => Progress::Local(status),
         Err(Failure::Paging(whose)) => Progress::Paging(whose),
-        Err(Failure::Remote(fault)) => return Progress::Refused(peer, fault),
+        Err(Failure::Remote(fault)) => {
+            job.keep_receive(&peer.qp);
+            return Progress::Refused(peer, fault);
+        }
     };
-    job.rest_receive();
+    job.rest_receive(&peer.qp);
     send.binding = Some(peer);
     progress
 }
@@ -285,10 +288,10 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut B
             return Err(Fault::OPERATION);
         }
         Taken::Malformed => {
-            job.recv_of = Some((peer.qp.clone(), ticket));
+            job.begin_receive(ticket);
             return Err(Fault::MALFORMED);
         }
-        Taken::Yes => job.recv_of = Some((peer.qp.clone(), ticket)),
+        Taken::Yes => job.begin_receive(ticket),
     }
     ctx.charge_lookups(budget, job.recv.sges.as_slice().len());
     if matches!(job.wqe.op, Op::Write { .. }) {
@@ -332,7 +335,7 @@ fn move_piece(
     if !last || !invalidate(ctx, peer, job)? {
         return Ok(Progress::Paused);
     }
-    if job.finish_receive() && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
+    if job.finish_receive(&peer.qp) && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
         return Err(Failure::Remote(Fault::OPERATION));
     }
     Ok(Progress::Done)

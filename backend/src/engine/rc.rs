@@ -44,7 +44,7 @@ pub(super) fn step(
 /// The responder fails: its receive completes in error or it gets an event, and its QP goes to ERR. Returns what the requester is told.
 pub(super) fn fail_responder(ctx: &mut Context, peer: &Binding, job: &mut Job, fault: &Fault) -> WcStatus {
     peer.nic.warn(format_args!("QP {:#x} refused a message: {:?}", peer.qp.id.qpn, fault.requester));
-    if job.finish_receive() {
+    if job.finish_receive(&peer.qp) {
         complete_recv(ctx, &peer.nic, &peer.qp, &RecvDone::error(job.recv.wr_id, fault.responder));
     } else if peer.qp.responds() {
         peer.nic.raise(fault.event, peer.qp.id.qpn);
