@@ -184,7 +184,16 @@ impl Layout {
     }
 
     /// Appends the segments of `len` bytes from `offset` on, which the caller has checked to be inside.
+    #[inline]
     fn segments(&self, offset: u64, len: u64, out: &mut Vec<Seg>) {
+        match &self.extents[..] {
+            [extent] if len > 0 => out.push(extent.slice(offset, len)),
+            _ => self.many_segments(offset, len, out),
+        }
+    }
+
+    #[inline(never)]
+    fn many_segments(&self, offset: u64, len: u64, out: &mut Vec<Seg>) {
         let (mut at, mut left) = (offset, len);
         let mut index = self.starts.partition_point(|&s| s <= at).saturating_sub(1);
         while left > 0 {
@@ -268,34 +277,44 @@ impl Mr {
     ///
     /// # Errors
     /// What does not hold.
+    #[inline]
     pub fn check(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Result<(), KeyError> {
-        if self.reach != Reach::Region {
-            return Err(KeyError::NoSuchKey(self.key));
+        if self.reach == Reach::Region && self.allows(pdn, need, addr, len) {
+            return Ok(());
         }
-        self.check_bytes(pdn, need, addr, len)
+        Err(if self.is_window() { KeyError::NoSuchKey(self.key) } else { self.why_not(pdn, need, addr, len) })
     }
 
     /// Checks that the peer of queue pair `qpn` of protection domain `pdn` may access `len` bytes at `addr` this way.
     ///
     /// # Errors
     /// What does not hold.
+    #[inline]
     pub fn check_remote(&self, (pdn, qpn): (u32, u32), need: Access, addr: u64, len: u64) -> Result<(), KeyError> {
         if matches!(self.reach, Reach::QueuePair(only) if only != qpn) {
             return Err(KeyError::WrongQp(self.key));
         }
-        self.check_bytes(pdn, need, addr, len)
+        if self.allows(pdn, need, addr, len) { Ok(()) } else { Err(self.why_not(pdn, need, addr, len)) }
     }
 
-    fn check_bytes(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Result<(), KeyError> {
+    /// Asked several times for each request: why not is found out when it is not.
+    #[inline]
+    fn allows(&self, pdn: u32, need: Access, addr: u64, len: u64) -> bool {
+        self.pdn == pdn && self.access.contains(need) && self.contains(addr, len)
+    }
+
+    #[cold]
+    fn why_not(&self, pdn: u32, need: Access, addr: u64, len: u64) -> KeyError {
         if self.pdn != pdn {
-            return Err(KeyError::WrongPd(self.key));
+            KeyError::WrongPd(self.key)
+        } else if !self.access.contains(need) {
+            KeyError::Access(self.key)
+        } else {
+            KeyError::OutOfBounds { key: self.key, addr, len }
         }
-        if !self.access.contains(need) {
-            return Err(KeyError::Access(self.key));
-        }
-        if self.contains(addr, len) { Ok(()) } else { Err(KeyError::OutOfBounds { key: self.key, addr, len }) }
     }
 
+    #[inline]
     fn contains(&self, addr: u64, len: u64) -> bool {
         let start = addr.checked_sub(self.iova);
         let inside = start.and_then(|o| o.checked_add(len)).is_some_and(|end| end <= self.length);
@@ -310,6 +329,7 @@ impl Mr {
     ///
     /// # Errors
     /// When some of them have no page now: whose, and which.
+    #[inline]
     pub fn segments(
         &self,
         need: Access,
@@ -321,13 +341,22 @@ impl Mr {
         match &self.memory {
             Memory::Pieces(layout) => layout.segments(at, len, out),
             Memory::Guest(map) => map.segments(at, len, out),
-            Memory::OnDemand(pages) => {
-                let write = need.intersects(Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
-                return pages.segments(at, len, write, out).map_err(|missing| (pages, missing));
-            }
+            Memory::OnDemand(pages) => return on_demand_segments(pages, need, at, len, out),
         }
         Ok(())
     }
+}
+
+#[inline(never)]
+fn on_demand_segments<'a>(
+    pages: &'a Arc<OnDemand>,
+    need: Access,
+    at: u64,
+    len: u64,
+    out: &mut Vec<Seg>,
+) -> Result<(), (&'a Arc<OnDemand>, Missing)> {
+    let write = need.intersects(Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
+    pages.segments(at, len, write, out).map_err(|missing| (pages, missing))
 }
 
 /// Checks access flags of a region.

@@ -36,13 +36,19 @@ fn flushed(ids: std::ops::Range<u64>) -> Vec<(u64, WcStatus)> {
     ids.map(|id| (id, WcStatus::WrFlushErr)).collect()
 }
 
+/// Queue pairs take turns on the two workers: with another one first, those of a pair are on different ones.
+fn turn(bed: &Bed, apart: bool) -> Option<Rc> {
+    apart.then(|| Rc::new(&bed.guests[0], QpSpec::rc(), 64).unwrap())
+}
+
 #[test]
 fn a_receive_that_is_being_filled_is_flushed_first() {
     let impatient = RcOptions { timeout: 12, retry_cnt: 1, ..RcOptions::default() };
     let patient = RcOptions { timeout: 0, ..RcOptions::default() };
-    for options in [impatient, patient] {
+    for (options, apart) in [(&impatient, false), (&patient, false), (&impatient, true), (&patient, true)] {
         let bed = Bed::new(2);
-        let (_a, b) = half_a_message(&bed, &options, 4);
+        let _other = turn(&bed, apart);
+        let (_a, b) = half_a_message(&bed, options, 4);
         b.qp.modify_state(QpState::Err).unwrap();
         assert_eq!(completions(&b.cq, Duration::from_millis(500)), flushed(100..104));
     }
@@ -50,7 +56,12 @@ fn a_receive_that_is_being_filled_is_flushed_first() {
 
 #[test]
 fn a_receive_of_one_life_does_not_complete_in_the_next() {
+    [false, true].into_iter().for_each(receive_of_one_life);
+}
+
+fn receive_of_one_life(apart: bool) {
     let bed = Bed::new(2);
+    let _other = turn(&bed, apart);
     let (a, b) = half_a_message(&bed, &RcOptions { timeout: 12, retry_cnt: 1, ..RcOptions::default() }, 1);
     b.qp.modify_state(QpState::Reset).unwrap();
     assert_eq!(a.cq.next().status(), WcStatus::RetryExcErr);
@@ -64,24 +75,31 @@ fn a_receive_of_one_life_does_not_complete_in_the_next() {
 
 #[test]
 fn nothing_happens_after_reset_was_answered() {
-    const LEN: usize = 512 << 10;
+    // The larger one takes several visits.
+    for (len, apart) in [(512 << 10, false), (512 << 10, true), (4 << 10, false), (4 << 10, true)] {
+        nothing_after_reset(len, apart);
+    }
+}
+
+fn nothing_after_reset(len: usize, apart: bool) {
     let bed = Bed::new(2);
+    let _other = turn(&bed, apart);
     let (guest_a, guest_b) = bed.two();
-    let (a, b) = (Rc::new(guest_a, QpSpec::rc(), LEN).unwrap(), Rc::new(guest_b, QpSpec::rc(), LEN).unwrap());
-    for round in 0..300 {
+    let (a, b) = (Rc::new(guest_a, QpSpec::rc(), len).unwrap(), Rc::new(guest_b, QpSpec::rc(), len).unwrap());
+    for round in 0..100 {
         let options = RcOptions { timeout: 1, retry_cnt: 0, psn: 5 + round, ..RcOptions::default() };
         connect(&a.qp, &b.qp, &options).unwrap();
-        b.qp.post_recv(100, &[b.mr.sge(0, LEN)]).unwrap();
-        a.mr.fill(LEN - 1, 1, 1);
-        b.mr.fill(LEN - 1, 1, 0);
-        a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, LEN)])).unwrap();
+        b.qp.post_recv(100, &[b.mr.sge(0, len)]).unwrap();
+        a.mr.fill(len - 1, 1, 1);
+        b.mr.fill(len - 1, 1, 0);
+        a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, len)])).unwrap();
         let start = Instant::now();
         while start.elapsed() < Duration::from_micros(u64::from(round % 40)) {}
         b.qp.modify_state(QpState::Reset).unwrap();
-        let (completed, byte) = (b.cq.poll().is_some(), b.mr.read(LEN - 1, 1));
+        let (completed, byte) = (b.cq.poll().is_some(), b.mr.read(len - 1, 1));
         std::thread::sleep(Duration::from_millis(1));
         assert!(b.cq.poll().is_none() || completed, "a completion after the answer");
-        assert_eq!(b.mr.read(LEN - 1, 1), byte, "data after the answer");
+        assert_eq!(b.mr.read(len - 1, 1), byte, "data after the answer");
         a.qp.modify_state(QpState::Reset).unwrap();
         while a.cq.poll().is_some() {}
     }

@@ -16,7 +16,7 @@ use crate::mem::{self, AtomicOp, Source};
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::profile::Profile;
-use crate::qp::{Binding, Qp, SendQueue, Taken};
+use crate::qp::{Binding, Qp, SendQueue, Taken, Ticket};
 use crate::wqe::{Flush, Op};
 
 /// How far a message came.
@@ -57,10 +57,8 @@ pub(super) fn step(
         // The first time it was charged when it was fetched.
         ctx.charge_lookups(budget, job.wqe.lookups());
     }
-    if !job.started
-        && let Err(status) = check_local(ctx, nic, qp, job)
-    {
-        return Progress::Local(status);
+    if let Err(failure) = check_local(ctx, nic, qp, job, budget) {
+        return failure.into();
     }
     let Some(peer) = bind(ctx, nic, qp, send) else {
         return Progress::NotThere;
@@ -68,11 +66,10 @@ pub(super) fn step(
     if !job.resume_receive(&peer.qp) {
         return Progress::NotThere;
     }
-    let result = exchange(ctx, nic, qp, &peer, job, budget);
-    let progress = match result {
+    let progress = match exchange(ctx, nic, qp, &peer, job, budget) {
         Ok(progress) => progress,
-        Err(Failure::Local(status)) => Progress::Local(status),
-        Err(Failure::Paging(whose)) => Progress::Paging(whose),
+        Err(Failure::Own(failure)) => failure.into(),
+        Err(Failure::Paging) => Progress::Paging(Whose::Peers),
         Err(Failure::Remote(fault)) => {
             job.keep_receive(&peer.qp);
             return Progress::Refused(peer, fault);
@@ -83,12 +80,27 @@ pub(super) fn step(
     progress
 }
 
-/// Who is at fault.
+/// Why a message does not get further.
 enum Failure {
-    Local(WcStatus),
+    Own(OwnFailure),
     Remote(Fault),
-    /// Nobody: a page is missing.
-    Paging(Whose),
+    /// A page of the peer's is missing.
+    Paging,
+}
+
+/// The same where it is on this side.
+enum OwnFailure {
+    Refused(WcStatus),
+    Paging,
+}
+
+impl From<OwnFailure> for Progress {
+    fn from(failure: OwnFailure) -> Self {
+        match failure {
+            OwnFailure::Refused(status) => Self::Local(status),
+            OwnFailure::Paging => Self::Paging(Whose::Own),
+        }
+    }
 }
 
 /// Goes on with a peer that is there.
@@ -112,23 +124,52 @@ fn exchange(
     move_piece(ctx, nic, qp, peer, job, budget)
 }
 
-/// Checks what is the requester's own.
-fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) -> Result<(), WcStatus> {
-    if job.wqe.length > u64::from(Profile::MAX_MESSAGE) {
-        return Err(WcStatus::LocLenErr);
+/// Checks what is the requester's own, and finds where the next piece of its payload comes from: what is wrong with that must not
+/// cost the peer a receive.
+fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job, budget: &Budget) -> Result<(), OwnFailure> {
+    if !job.started {
+        check_request(ctx, nic, qp, job, budget)?;
     }
-    if job.wqe.op.fetches() && job.wqe.sges.total() < job.wqe.length {
+    ctx.src.clear();
+    if !job.wqe.op.sends_payload() || job.wqe.is_inline() {
+        return Ok(());
+    }
+    let (from, len) = (job.done, job.left().min(budget.bytes));
+    let own = Gather { nic, pdn: qp.id.pdn, need: Access::empty(), sges: job.wqe.sges.as_slice(), from, len };
+    ctx.gather(Side::Source, &own).map_err(|reason| not_ours(qp, reason))
+}
+
+fn check_request(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job, budget: &Budget) -> Result<(), OwnFailure> {
+    let fetches = job.wqe.op.fetches();
+    if job.wqe.length > u64::from(Profile::MAX_MESSAGE) {
+        return Err(OwnFailure::Refused(WcStatus::LocLenErr));
+    }
+    if fetches && job.wqe.sges.total() < job.wqe.length {
         // An atomic without room for its answer; the status is rxe's.
-        return Err(WcStatus::LocProtErr);
+        return Err(OwnFailure::Refused(WcStatus::LocProtErr));
     }
     if job.wqe.op.takes_resource() && !qp.has_resources() {
-        return Err(WcStatus::LocQpOpErr);
+        return Err(OwnFailure::Refused(WcStatus::LocQpOpErr));
     }
-    let need = if job.wqe.op.fetches() { Access::LOCAL_WRITE } else { Access::empty() };
-    ctx.check_sges(nic, qp.id.pdn, need, job.wqe.sges.as_slice()).map_err(|error| {
-        log::debug!("QP {:#x}: {error}", qp.id.qpn);
-        WcStatus::LocProtErr
-    })
+    // A payload that goes in one piece is checked when that is found.
+    if fetches || !budget.fits(job.wqe.length) {
+        let need = if fetches { Access::LOCAL_WRITE } else { Access::empty() };
+        let checked = ctx.check_sges(nic, qp.id.pdn, need, job.wqe.sges.as_slice());
+        checked.map_err(|error| not_ours(qp, error.into()))?;
+    }
+    Ok(())
+}
+
+/// Memory of the requester's is not to be had.
+#[cold]
+fn not_ours(qp: &Qp, reason: Unreachable) -> OwnFailure {
+    match reason {
+        Unreachable::Refused(error) => {
+            log::debug!("QP {:#x}: {error}", qp.id.qpn);
+            OwnFailure::Refused(WcStatus::LocProtErr)
+        }
+        Unreachable::Paging => OwnFailure::Paging,
+    }
 }
 
 /// The peer, if there is one that accepts our messages now. It is taken out of the queue, for the caller to put back.
@@ -227,7 +268,7 @@ impl Fault {
 }
 
 fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Failure> {
-    check_remote(ctx, peer, job).map_err(Failure::Remote)?;
+    check_remote(ctx, peer, job, budget).map_err(Failure::Remote)?;
     if job.wqe.op.takes_receive() {
         return take_receive(ctx, peer, job, budget).map_err(Failure::Remote);
     }
@@ -235,7 +276,7 @@ fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) 
 }
 
 /// Checks what a WRITE, READ, atomic or FLUSH reaches at the peer.
-fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job) -> Result<(), Fault> {
+fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job, budget: &Budget) -> Result<(), Fault> {
     let (need, addr, rkey) = match job.wqe.op {
         Op::Write { remote_addr, rkey, .. } | Op::AtomicWrite { remote_addr, rkey } => {
             (Access::REMOTE_WRITE, remote_addr, rkey)
@@ -254,6 +295,10 @@ fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job) -> Result<(), Faul
     let is_word = matches!(job.wqe.op, Op::Atomic { .. } | Op::AtomicWrite { .. });
     if is_word && !addr.is_multiple_of(job.wqe.length) {
         return Err(Fault::INVALID);
+    }
+    if !job.wqe.op.takes_receive() && budget.fits(job.wqe.length) {
+        // It is found, and checked, next.
+        return Ok(());
     }
     check_key(ctx, peer, Remote { need, addr, rkey }, job.wqe.length)
 }
@@ -277,8 +322,18 @@ fn check_flush(ctx: &mut Context, peer: &Binding, flush: Flush) -> Result<(), Fa
     check_key(ctx, peer, Remote { need: Access::FLUSH_GLOBAL, addr, rkey: flush.rkey }, len)
 }
 
+/// Takes the peer's next receive. Only its own worker takes it back from us: where that is this one, nobody has to be told.
+fn begin_receive(ctx: &Context, peer: &Binding, job: &mut Job) -> (Taken, Option<Ticket>) {
+    let mut queue = peer.qp.recv.lock();
+    if peer.nic.worker_of(&peer.qp) == ctx.worker {
+        return (queue.begin_quietly(&mut job.recv), None);
+    }
+    let (taken, ticket) = queue.begin(&mut job.recv);
+    (taken, Some(ticket))
+}
+
 fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Fault> {
-    let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
+    let (taken, ticket) = begin_receive(ctx, peer, job);
     note_limit(&peer.nic, &peer.qp);
     match taken {
         Taken::Empty | Taken::TooShort => return Ok(Admission::NotReady),
@@ -300,6 +355,7 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut B
     if job.wqe.length > job.recv.sges.total() {
         return Err(Fault::TOO_LONG);
     }
+    // All of it, also what this message does not reach.
     ctx.check_sges(&peer.nic, peer.qp.id.recv_pdn(), Access::LOCAL_WRITE, job.recv.sges.as_slice())
         .map_err(|_| Fault::OPERATION)?;
     Ok(Admission::Accepted)
@@ -368,7 +424,7 @@ fn fetch_atomic(
     let (from, len) = (0, job.wqe.length);
     reach(ctx, peer, Side::Source, Remote { need: Access::REMOTE_ATOMIC, addr: remote_addr, rkey }, len)?;
     let answer = Gather { nic, pdn: qp.id.pdn, need: Access::LOCAL_WRITE, sges: job.wqe.sges.as_slice(), from, len };
-    ctx.gather(Side::Destination, &answer).map_err(local)?;
+    ctx.gather(Side::Destination, &answer).map_err(|reason| Failure::Own(not_ours(qp, reason)))?;
     // Addresses of a region need not be aligned as its memory is.
     let old = match ctx.src[..] {
         [word] => mem::atomic(word, action),
@@ -387,51 +443,34 @@ fn inline_piece(job: &Job, len: u64) -> &[u8] {
     &job.wqe.inline[job.done as usize..][..len as usize]
 }
 
-fn local(reason: Unreachable) -> Failure {
-    match reason {
-        Unreachable::Refused(_) => Failure::Local(WcStatus::LocProtErr),
-        Unreachable::Paging => Failure::Paging(Whose::Own),
-    }
-}
-
 fn remote(reason: Unreachable, fault: Fault) -> Failure {
     match reason {
         Unreachable::Refused(_) => Failure::Remote(fault),
-        Unreachable::Paging => Failure::Paging(Whose::Peers),
+        Unreachable::Paging => Failure::Paging,
     }
 }
 
-/// Finds where the next `len` bytes come from and go to.
+/// Finds where the next `len` bytes come from and go to; what the requester sends was found before.
 fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, len: u64) -> Result<(), Failure> {
-    ctx.src.clear();
     ctx.dst.clear();
-    let own = |need| Gather { nic, pdn: qp.id.pdn, need, sges: job.wqe.sges.as_slice(), from: job.done, len };
     match job.wqe.op {
         Op::Read { remote_addr, rkey } => {
             let at = Remote { need: Access::REMOTE_READ, addr: remote_addr.wrapping_add(job.done), rkey };
             reach(ctx, peer, Side::Source, at, len)?;
-            ctx.gather(Side::Destination, &own(Access::LOCAL_WRITE)).map_err(local)?;
+            let (pdn, sges) = (qp.id.pdn, job.wqe.sges.as_slice());
+            let target = Gather { nic, pdn, need: Access::LOCAL_WRITE, sges, from: job.done, len };
+            ctx.gather(Side::Destination, &target).map_err(|reason| Failure::Own(not_ours(qp, reason)))
         }
         Op::Write { remote_addr, rkey, .. } | Op::AtomicWrite { remote_addr, rkey } => {
-            source(ctx, job, &own(Access::empty()))?;
             let at = Remote { need: Access::REMOTE_WRITE, addr: remote_addr.wrapping_add(job.done), rkey };
-            reach(ctx, peer, Side::Destination, at, len)?;
+            reach(ctx, peer, Side::Destination, at, len)
         }
         _ => {
-            source(ctx, job, &own(Access::empty()))?;
             let (pdn, sges) = (peer.qp.id.recv_pdn(), job.recv.sges.as_slice());
             let target = Gather { nic: &peer.nic, pdn, need: Access::LOCAL_WRITE, sges, from: job.done, len };
-            ctx.gather(Side::Destination, &target).map_err(|reason| remote(reason, Fault::OPERATION))?;
+            ctx.gather(Side::Destination, &target).map_err(|reason| remote(reason, Fault::OPERATION))
         }
     }
-    Ok(())
-}
-
-fn source(ctx: &mut Context, job: &Job, sges: &Gather<'_>) -> Result<(), Failure> {
-    if job.wqe.is_inline() {
-        return Ok(());
-    }
-    ctx.gather(Side::Source, sges).map_err(local)
 }
 
 /// Appends memory of the peer that a key gives access to.

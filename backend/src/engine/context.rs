@@ -65,6 +65,11 @@ impl Budget {
         self.bytes = self.bytes.saturating_sub(count.saturating_sub(1) as u64 * BYTES_PER_LOOKUP);
     }
 
+    /// Whether this many bytes can be moved in what is left of the visit.
+    pub fn fits(&self, bytes: u64) -> bool {
+        bytes <= self.bytes
+    }
+
     /// Takes a work request out of the budget; false when it is used up.
     pub fn take_wqe(&mut self) -> bool {
         let left = self.wqes > 0 && self.bytes > 0;
@@ -167,7 +172,7 @@ impl Context {
 
     /// This key does not give access any more, to what it did: what to wait for until nobody uses that.
     pub fn forget_key(&mut self, nic: &Nic, key: u32) -> Grace {
-        self.keys.entries.retain(|(id, mr)| *id != nic.id || mr.key != key);
+        self.keys.forget(nic, key);
         self.engine.quiesce().begin(self.worker)
     }
 
@@ -386,21 +391,36 @@ pub struct Gather<'a> {
 /// Regions looked up in this quantum.
 #[derive(Debug, Default)]
 struct KeyCache {
-    entries: Vec<(NicId, Arc<Mr>)>,
+    entries: Vec<(KeyOf, Arc<Mr>)>,
 }
+
+/// A key and whose it is.
+type KeyOf = (NicId, u32);
 
 impl KeyCache {
     const SIZE: usize = 8;
 
+    #[inline]
     fn get(&mut self, nic: &Nic, key: u32) -> Result<&Arc<Mr>, KeyError> {
-        if let Some(index) = self.entries.iter().position(|(id, mr)| mr.key == key && *id == nic.id) {
-            return Ok(&self.entries[index].1);
+        let wanted = (nic.id, key);
+        match self.entries.iter().position(|(known, _)| *known == wanted) {
+            Some(index) => Ok(&self.entries[index].1),
+            None => self.look_up(nic, key),
         }
+    }
+
+    #[inline(never)]
+    fn look_up(&mut self, nic: &Nic, key: u32) -> Result<&Arc<Mr>, KeyError> {
         let mr = nic.keys.get(key)?;
         if self.entries.len() == Self::SIZE {
             self.entries.remove(0);
         }
-        self.entries.push((nic.id, mr));
+        self.entries.push(((nic.id, key), mr));
         Ok(&self.entries[self.entries.len() - 1].1)
+    }
+
+    /// What this key gave access to is not to be found here any more.
+    fn forget(&mut self, nic: &Nic, key: u32) {
+        self.entries.retain(|(known, _)| *known != (nic.id, key));
     }
 }

@@ -15,11 +15,7 @@ pub struct Job {
     pub wqe: Send,
     /// The receive that its message goes into.
     pub recv: Recv,
-    /// That receive is being filled.
-    filling: Option<Ticket>,
-    /// Whose it is, once the message takes more than one visit: most do not, and then counting that the peer is in use costs more than the
-    /// message does.
-    filled: Option<Arc<Qp>>,
+    grip: Grip,
     /// Whether checks are done and bytes may flow.
     pub started: bool,
     /// Bytes moved.
@@ -32,11 +28,25 @@ pub struct Job {
     pub grace: Option<Grace>,
 }
 
+/// The receive that a message has of its peer.
+#[derive(Debug, Default)]
+enum Grip {
+    /// None, or none any more.
+    #[default]
+    Nothing,
+    /// Since this visit, and the queue does not know: most messages take no other, and the only worker that could flush the receive is
+    /// busy with this one.
+    Quietly,
+    /// Since this visit.
+    Openly(Ticket),
+    /// Since an earlier visit; whose it is.
+    Before(Arc<Qp>, Ticket),
+}
+
 impl Job {
     /// Makes it ready for another request.
     pub fn clear(&mut self) {
-        self.filling = None;
-        self.filled = None;
+        self.grip = Grip::Nothing;
         self.started = false;
         self.done = 0;
         self.cast = None;
@@ -49,53 +59,57 @@ impl Job {
         self.wqe.length - self.done
     }
 
-    /// A receive was taken from the peer of this visit.
-    pub fn begin_receive(&mut self, ticket: Ticket) {
-        self.filling = Some(ticket);
+    /// A receive was taken from the peer of this visit: with a ticket, or by the only worker that could take it from us.
+    pub fn begin_receive(&mut self, ticket: Option<Ticket>) {
+        self.grip = ticket.map_or(Grip::Quietly, Grip::Openly);
     }
 
     /// A visit begins: false if the peer has meanwhile taken its receive back, or is another one.
     pub fn resume_receive(&self, peer: &Arc<Qp>) -> bool {
-        self.between_visits().is_none_or(|(of, ticket)| Arc::ptr_eq(of, peer) && of.recv.lock().resume(ticket))
+        match &self.grip {
+            Grip::Before(of, ticket) => Arc::ptr_eq(of, peer) && of.recv.lock().resume(*ticket),
+            Grip::Nothing | Grip::Quietly | Grip::Openly(_) => true,
+        }
     }
 
     /// The visit ends before the message does.
     pub fn rest_receive(&mut self, peer: &Arc<Qp>) {
         self.keep_receive(peer);
-        if let Some((peer, ticket)) = self.between_visits() {
-            peer.recv.lock().rest(ticket);
+        if let Grip::Before(peer, ticket) = &self.grip {
+            peer.recv.lock().rest(*ticket);
         }
     }
 
     /// The visit ends with a receive in hand, if there is one, which others do not take yet.
     pub fn keep_receive(&mut self, peer: &Arc<Qp>) {
-        if self.filling.is_some() {
-            self.filled.get_or_insert_with(|| peer.clone());
-        }
+        let ticket = match self.grip {
+            Grip::Nothing | Grip::Before(..) => return,
+            Grip::Quietly => peer.recv.lock().hold(self.recv.wr_id),
+            Grip::Openly(ticket) => ticket,
+        };
+        self.grip = Grip::Before(peer.clone(), ticket);
     }
 
     /// The message has arrived, or its receive completes in error: true if there is one to complete.
     pub fn finish_receive(&mut self, peer: &Qp) -> bool {
-        self.filled = None;
-        self.filling.take().is_some_and(|ticket| peer.recv.lock().finish(ticket))
+        match std::mem::take(&mut self.grip) {
+            Grip::Nothing => false,
+            Grip::Quietly => true,
+            Grip::Openly(ticket) | Grip::Before(_, ticket) => peer.recv.lock().finish(ticket),
+        }
     }
 
     /// The message will not be finished; its receive stays where it is, to be flushed.
     pub fn give_up_receive(&mut self) {
-        if let Some((peer, ticket)) = self.filled.take().zip(self.filling.take()) {
+        if let Grip::Before(peer, ticket) = std::mem::take(&mut self.grip) {
             peer.recv.lock().rest(ticket);
         }
     }
 
     /// The message will not be finished, and its receive is for the next.
     pub fn put_back_receive(&mut self) {
-        if let Some((peer, ticket)) = self.filled.take().zip(self.filling.take()) {
+        if let Grip::Before(peer, ticket) = std::mem::take(&mut self.grip) {
             peer.recv.lock().put_back(ticket, std::mem::take(&mut self.recv));
         }
-    }
-
-    /// The receive that a message has from an earlier visit.
-    fn between_visits(&self) -> Option<(&Arc<Qp>, Ticket)> {
-        self.filled.as_ref().zip(self.filling)
     }
 }

@@ -193,8 +193,7 @@ impl Engine {
 
     /// The QP's worker visits it soon, without a doorbell.
     pub fn attend(&self, nic: &Arc<Nic>, qp: &Arc<Qp>) {
-        let worker = nic.doorbells[qp.id.doorbell_queue].worker;
-        self.mailboxes[worker].post(nic.clone(), qp.clone());
+        self.mailboxes[nic.worker_of(qp)].post(nic.clone(), qp.clone());
     }
 
     /// The eventfd by which the guest wakes the worker of a doorbell queue; `None` when there is none any more.

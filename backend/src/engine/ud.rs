@@ -66,12 +66,10 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     let Some(route) = route(nic, qp, ah) else {
         return Step::Failed(WcStatus::LocQpOpErr);
     };
-    if ctx.check_sges(nic, qp.id.pdn, Access::empty(), job.wqe.sges.as_slice()).is_err() {
-        return Step::Failed(WcStatus::LocProtErr);
-    }
     // Too long is not an error of the request, it is just not sent (IBA C10-93.1.1; so does rxe).
     if job.wqe.length > MTU {
-        return drop_it(nic);
+        let allowed = ctx.check_sges(nic, qp.id.pdn, Access::empty(), job.wqe.sges.as_slice());
+        return if allowed.is_ok() { drop_it(nic) } else { Step::Failed(WcStatus::LocProtErr) };
     }
     // Before a receive is taken for it: what is the sender's fault must not cost the receiver one.
     if let Err(reason) = gather_source(ctx, nic, qp, job) {

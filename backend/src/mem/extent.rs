@@ -98,6 +98,7 @@ impl Seg {
 
     /// `len` bytes from `offset` on; both clipped.
     #[must_use]
+    #[inline]
     pub fn slice(&self, offset: usize, len: usize) -> Self {
         let offset = offset.min(self.len);
         Self { ptr: self.ptr.wrapping_add(offset), len: len.min(self.len - offset) }

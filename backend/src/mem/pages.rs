@@ -51,7 +51,17 @@ impl Pages {
     }
 
     /// Copies bytes at `offset` out of the guest.
-    pub fn read(&self, offset: usize, mut buf: &mut [u8]) {
+    #[inline]
+    pub fn read(&self, offset: usize, buf: &mut [u8]) {
+        // Nearly always of a length that the compiler knows, and in one page.
+        match self.within_page(offset, buf.len()) {
+            Some(seg) => read(seg, buf),
+            None => self.read_pieces(offset, buf),
+        }
+    }
+
+    #[inline(never)]
+    fn read_pieces(&self, offset: usize, mut buf: &mut [u8]) {
         let mut at = offset;
         while !buf.is_empty() {
             let seg = self.at(at, buf.len());
@@ -63,7 +73,16 @@ impl Pages {
     }
 
     /// Copies bytes into the guest at `offset`.
-    pub fn write(&self, offset: usize, mut bytes: &[u8]) {
+    #[inline]
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        match self.within_page(offset, bytes.len()) {
+            Some(seg) => write(bytes, seg),
+            None => self.write_pieces(offset, bytes),
+        }
+    }
+
+    #[inline(never)]
+    fn write_pieces(&self, offset: usize, mut bytes: &[u8]) {
         let mut at = offset;
         while !bytes.is_empty() {
             let seg = self.at(at, bytes.len());
@@ -75,11 +94,13 @@ impl Pages {
     }
 
     /// Has the cache line at `offset` fetched.
+    #[inline]
     pub fn prefetch(&self, offset: usize) {
         prefetch(self.at(offset, 1));
     }
 
     /// Has the cache line at `offset` fetched to be written.
+    #[inline]
     pub fn prefetch_to_write(&self, offset: usize) {
         prefetch_to_write(self.at(offset, 1));
     }
@@ -88,6 +109,7 @@ impl Pages {
     ///
     /// # Panics
     /// When `offset` is not a multiple of 4, or outside.
+    #[inline]
     pub fn u32(&self, offset: usize) -> &AtomicU32 {
         let seg = self.at(offset, 4);
         assert!(offset.is_multiple_of(4) && seg.len() == 4, "misplaced word");
@@ -100,6 +122,7 @@ impl Pages {
     ///
     /// # Panics
     /// When `offset` is not a multiple of 8, or outside.
+    #[inline]
     pub fn u64(&self, offset: usize) -> &AtomicU64 {
         let seg = self.at(offset, 8);
         assert!(offset.is_multiple_of(8) && seg.len() == 8, "misplaced word");
@@ -126,8 +149,18 @@ impl Pages {
         false
     }
 
+    /// The `len` bytes at `offset` if there are some and they lie in one page.
+    #[inline]
+    fn within_page(&self, offset: usize, len: usize) -> Option<Seg> {
+        let seg = (len > 0).then(|| self.at(offset, len))?;
+        (seg.len() == len).then_some(seg)
+    }
+
     /// Up to `len` bytes at `offset` that lie in one page.
+    #[inline]
     fn at(&self, offset: usize, len: usize) -> Seg {
-        self.pages[offset / PAGE_SIZE].slice(offset % PAGE_SIZE, len)
+        // Shorter than `Seg::slice`: pages are all of one size.
+        let within = offset % PAGE_SIZE;
+        Seg { ptr: self.pages[offset / PAGE_SIZE].ptr.wrapping_add(within), len: len.min(PAGE_SIZE - within) }
     }
 }

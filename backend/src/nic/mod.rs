@@ -181,6 +181,11 @@ impl Nic {
         self.link_up.load(Ordering::Relaxed)
     }
 
+    /// The worker that serves this queue pair of it.
+    pub fn worker_of(&self, qp: &Qp) -> usize {
+        self.doorbells[qp.id.doorbell_queue].worker
+    }
+
     /// The QP of this number.
     pub fn qp(&self, qpn: u32) -> Option<Arc<Qp>> {
         self.qps.read().get(&qpn).cloned()

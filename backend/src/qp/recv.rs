@@ -250,6 +250,20 @@ impl RecvQueue {
         (taken, ticket)
     }
 
+    /// As [`begin`](Self::begin), for the worker that flushes this queue itself: it says with [`hold`](Self::hold) if the message takes
+    /// more than its present visit.
+    pub fn begin_quietly(&mut self, out: &mut Recv) -> Taken {
+        if self.filling.is_some() { Taken::Empty } else { self.take(None, out) }
+    }
+
+    /// The receive that was taken quietly, whose `wr_id` this is, is still being filled when the visit ends.
+    pub fn hold(&mut self, wr_id: u64) -> Ticket {
+        let ticket = Ticket(self.tickets);
+        self.tickets += 1;
+        self.filling = Some(Filling { ticket, wr_id, busy: true });
+        ticket
+    }
+
     /// The sender goes on. False if the receive was taken from it: the message has nowhere to go.
     pub fn resume(&mut self, ticket: Ticket) -> bool {
         self.filled_by(ticket).map(|filling| filling.busy = true).is_some()

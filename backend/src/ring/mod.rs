@@ -37,6 +37,7 @@ impl Geometry {
     }
 
     /// The index after this one.
+    #[inline]
     pub fn next(self, index: u32) -> u32 {
         (index + 1) & (self.entries - 1)
     }
@@ -160,11 +161,13 @@ impl<M: RingMemory> Ring<M> {
     }
 
     /// Copies `buf.len()` bytes of an element, from `offset` in it on.
+    #[inline]
     pub fn read(&self, index: u32, offset: usize, buf: &mut [u8]) {
         self.pages.read(self.at(index, offset, buf.len()), buf);
     }
 
     /// Writes the start of an element.
+    #[inline]
     pub fn write(&self, index: u32, bytes: &[u8]) {
         self.pages.write(self.at(index, 0, bytes.len()), bytes);
     }
@@ -179,21 +182,25 @@ impl<M: RingMemory> Ring<M> {
     }
 
     /// Has the cache line at an offset of an element fetched.
+    #[inline]
     pub fn prefetch(&self, index: u32, offset: usize) {
         self.pages.prefetch(self.at(index, offset, 1));
     }
 
     /// Has the first cache line of an element fetched to be written.
+    #[inline]
     pub fn prefetch_to_write(&self, index: u32) {
         self.pages.prefetch_to_write(self.at(index, 0, 1));
     }
 
     /// The index `n` after this one.
+    #[inline]
     pub fn after(&self, index: u32, n: u32) -> u32 {
         (index + n) & (self.geometry.entries - 1)
     }
 
     /// Elements from `from` on before `to`.
+    #[inline]
     pub fn between(&self, from: u32, to: u32) -> u32 {
         to.wrapping_sub(from) & (self.geometry.entries - 1)
     }
@@ -207,6 +214,7 @@ impl<M: RingMemory> Ring<M> {
         if index < self.geometry.entries { Ok(index) } else { Err(BadIndex(index)) }
     }
 
+    #[inline]
     fn at(&self, index: u32, offset: usize, len: usize) -> usize {
         let Geometry { entries, stride, .. } = self.geometry;
         assert!(index < entries && offset + len <= stride as usize, "access outside a ring element");

@@ -25,6 +25,8 @@ const INLINE_LENGTH: usize = offset_of!(RawSend, dma) + offset_of!(DmaInfo, leng
 /// Bytes that an atomic works on.
 const ATOMIC_SIZE: u64 = 8;
 const RECV_SIZE: usize = size_of::<RawRecv>();
+/// A receive with one SGE, as most have. An element has room for that even where the queue has none: its size is a power of two.
+const RECV_WITH_SGE: usize = RECV_SIZE + size_of::<RawSge>();
 
 /// What a queue promised at creation; elements are held to it.
 #[derive(Debug, Clone, Copy)]
@@ -100,11 +102,22 @@ pub fn parse_send(ring: &Ring, index: u32, caps: Caps, wqe: &mut Send) -> Result
 /// # Errors
 /// What is wrong with it; `wqe.wr_id` is set all the same.
 pub fn parse_recv(ring: &Ring, index: u32, caps: Caps, wqe: &mut Recv) -> Result<(), ParseError> {
-    let mut raw = RawRecv::new_zeroed();
-    ring.read(index, 0, raw.as_mut_bytes());
+    let mut bytes = [0; RECV_WITH_SGE];
+    ring.read(index, 0, &mut bytes);
+    let (raw, first) = split_recv(&bytes);
     wqe.wr_id = raw.wr_id.get();
     wqe.sges.clear();
-    read_sges(ring, index, RECV_SIZE, raw.dma.num_sge.get(), caps.max_sge, &mut wqe.sges)
+    let num = raw.dma.num_sge.get();
+    if num == 1 && caps.max_sge > 0 {
+        wqe.sges.push(parse_sge(&first));
+        return Ok(());
+    }
+    read_sges(ring, index, RECV_SIZE, num, caps.max_sge, &mut wqe.sges)
+}
+
+fn split_recv(bytes: &[u8; RECV_WITH_SGE]) -> (RawRecv, RawSge) {
+    let (raw, rest) = RawRecv::read_from_prefix(bytes).expect("longer than the request");
+    (raw, RawSge::read_from_bytes(rest).expect("the rest is an SGE"))
 }
 
 fn operation(raw: &RawSend, caps: Caps) -> Result<Op, ParseError> {
