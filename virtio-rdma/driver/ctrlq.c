@@ -8,10 +8,15 @@
  * kept ("parked") until the device has been reset.
  */
 #include <linux/mm.h>
+#include <linux/moduleparam.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
 
 #include "vrdma.h"
+
+static unsigned int command_timeout = 60;
+module_param(command_timeout, uint, 0644);
+MODULE_PARM_DESC(command_timeout, "seconds after which a device that does not answer is given up");
 
 /* A request that is contiguous, and the response */
 #define VRDMA_CMD_SMALL_SG	2
@@ -228,14 +233,19 @@ static int vrdma_cmd_queue(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 	return ret;
 }
 
+static bool vrdma_cmd_took_too_long(unsigned long start)
+{
+	return time_after(jiffies, start + (unsigned long)READ_ONCE(command_timeout) * HZ);
+}
+
 /* Hands the command to the device; sleeps while the virtqueue is full */
 int vrdma_cmd_submit(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 {
-	unsigned long end = jiffies + VRDMA_CMD_TIMEOUT;
+	unsigned long start = jiffies;
 	int ret;
 
 	while ((ret = vrdma_cmd_queue(dev, cmd)) == -ENOSPC) {
-		if (time_after(jiffies, end)) {
+		if (vrdma_cmd_took_too_long(start)) {
 			vrdma_dev_fail(dev, "the control queue stays full");
 			ret = -EIO;
 			break;
@@ -327,7 +337,7 @@ int vrdma_cmd_wait(struct vrdma_dev *dev, struct vrdma_cmd *cmd)
 		vrdma_ctrl_look(dev, cmd);
 		if (virtqueue_is_broken(dev->ctrl.vq))
 			vrdma_dev_fail(dev, "the control queue is broken");
-		else if (time_after(jiffies, start + VRDMA_CMD_TIMEOUT))
+		else if (vrdma_cmd_took_too_long(start))
 			vrdma_dev_fail(dev, "a command got no answer");
 		if (vrdma_is_dead(dev))
 			return -EIO;

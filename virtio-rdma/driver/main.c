@@ -282,6 +282,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	mutex_init(&dev->parked_lock);
 	INIT_LIST_HEAD(&dev->parked_rings);
 	INIT_LIST_HEAD(&dev->parked_umems);
+	INIT_LIST_HEAD(&dev->parked_pages);
 	ida_init(&dev->ah_ida);
 	xa_init_flags(&dev->cqs, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&dev->qps, XA_FLAGS_LOCK_IRQ);

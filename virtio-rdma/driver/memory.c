@@ -298,7 +298,65 @@ void vrdma_umem_release(struct vrdma_dev *dev, struct ib_umem *umem)
 	mutex_unlock(&dev->parked_lock);
 }
 
-/* After the reset: frees what a dead device might have used */
+/* Pages that were not pinned: as many as a record of one page has room for */
+struct vrdma_parked_pages {
+	struct list_head list;
+	unsigned int num;
+	struct page *pages[];
+};
+
+#define VRDMA_PARKED_PAGES \
+	((PAGE_SIZE - offsetof(struct vrdma_parked_pages, pages)) / sizeof(struct page *))
+
+/* With the lock; NULL without memory */
+static struct vrdma_parked_pages *vrdma_parked_room(struct vrdma_dev *dev)
+{
+	struct vrdma_parked_pages *parked;
+
+	parked = list_first_entry_or_null(&dev->parked_pages, struct vrdma_parked_pages, list);
+	if (parked && parked->num < VRDMA_PARKED_PAGES)
+		return parked;
+	parked = kmalloc(PAGE_SIZE, GFP_NOWAIT | __GFP_NOWARN);
+	if (!parked)
+		return NULL;
+	parked->num = 0;
+	list_add(&parked->list, &dev->parked_pages);
+	return parked;
+}
+
+/*
+ * Keeps a page that the kernel takes from a process, and that a dead device might still use. Memory
+ * may be short: where there is none to note the page in, nobody ever gets it again.
+ */
+void vrdma_page_park(struct vrdma_dev *dev, struct page *page)
+{
+	struct vrdma_parked_pages *parked;
+
+	get_page(page);
+	mutex_lock(&dev->parked_lock);
+	parked = vrdma_parked_room(dev);
+	if (parked)
+		parked->pages[parked->num++] = page;
+	mutex_unlock(&dev->parked_lock);
+	if (!parked)
+		dev_warn_once(&dev->vdev->dev, "pages that the device might use are lost\n");
+}
+
+static void vrdma_unpark_pages(struct vrdma_dev *dev)
+{
+	struct vrdma_parked_pages *parked, *next;
+	unsigned int i;
+
+	list_for_each_entry_safe(parked, next, &dev->parked_pages, list) {
+		for (i = 0; i < parked->num; i++)
+			put_page(parked->pages[i]);
+		kfree(parked);
+		cond_resched();
+	}
+	INIT_LIST_HEAD(&dev->parked_pages);
+}
+
+/* After the virtqueues have gone: frees what a dead device might have used */
 void vrdma_unpark(struct vrdma_dev *dev)
 {
 	struct vrdma_parked_umem *parked, *next_parked;
@@ -312,4 +370,5 @@ void vrdma_unpark(struct vrdma_dev *dev)
 		kfree(parked);
 	}
 	INIT_LIST_HEAD(&dev->parked_umems);
+	vrdma_unpark_pages(dev);
 }

@@ -161,6 +161,9 @@ static int vrdma_odp_send(struct vrdma_odp *odp, struct vrdma_cmd *cmd, u32 firs
 
 	if (odp->gone)
 		return -EINVAL;
+	/* It gets none any more, and none is kept for it twice */
+	if (vrdma_is_dead(odp->dev))
+		return -EIO;
 	if (absent == count)
 		return count;
 	first += absent;
@@ -288,7 +291,10 @@ put:
 	vrdma_odp_put(odp);
 }
 
-/* The device does not answer and may use these pages still: nobody gets them until the reset */
+/*
+ * The device does not answer and may use these pages still: nobody gets them until it has been
+ * reset and its virtqueues are gone, which is when it is unbound.
+ */
 static void vrdma_odp_keep(struct vrdma_odp *odp, unsigned long first, unsigned long end)
 {
 	const unsigned long *pfns = vrdma_umem_pfns(odp->umem);
@@ -296,7 +302,7 @@ static void vrdma_odp_keep(struct vrdma_odp *odp, unsigned long first, unsigned 
 
 	for (i = first; i < end; i++)
 		if (test_bit(i, odp->given))
-			get_page(hmm_pfn_to_page(pfns[i]));
+			vrdma_page_park(odp->dev, hmm_pfn_to_page(pfns[i]));
 }
 
 /* Takes pages from the device, those of the kernel from @first to before @end */

@@ -33,7 +33,6 @@
 /* An answer takes microseconds: these are for a device that is stuck */
 #define VRDMA_CMD_LOOK		(HZ / 5)
 #define VRDMA_CMD_WARN		(10 * HZ)
-#define VRDMA_CMD_TIMEOUT	(60 * HZ)
 
 /* Zeroed pages that are shared with the device, and perhaps with a process */
 struct vrdma_pages {
@@ -148,9 +147,10 @@ struct vrdma_dev {
 
 	unsigned long state;
 	struct mutex silence_lock;	/* only one resets a dead device */
-	struct mutex parked_lock;	/* the two lists */
+	struct mutex parked_lock;	/* the three lists */
 	struct list_head parked_rings;
 	struct list_head parked_umems;
+	struct list_head parked_pages;
 };
 
 /* Bits of vrdma_dev.state */
@@ -317,6 +317,7 @@ struct rxe_queue_buf *vrdma_ring_header(const struct vrdma_ring *ring);
 int vrdma_mmap(struct ib_ucontext *ibuc, struct vm_area_struct *vma);
 void vrdma_mmap_free(struct rdma_user_mmap_entry *entry);
 void vrdma_umem_release(struct vrdma_dev *dev, struct ib_umem *umem);
+void vrdma_page_park(struct vrdma_dev *dev, struct page *page);
 void vrdma_unpark(struct vrdma_dev *dev);
 
 /* event.c */
