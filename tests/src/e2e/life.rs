@@ -8,6 +8,7 @@ use freeflow_backend::Objects;
 use super::bed::Bed;
 use super::guest::Done;
 use super::interrupt::wait_for;
+use super::paging;
 use super::pair::{self, Pair, Role};
 use super::perf::{Perf, Program, SEND_BW, WRITE_BW};
 
@@ -15,11 +16,12 @@ use super::perf::{Perf, Program, SEND_BW, WRITE_BW};
 pub type Scenario = fn(&mut Bed) -> Result<()>;
 
 /// All of them, in an order in which each finds what it needs; the last leaves no router.
-pub const SCENARIOS: [(&str, Scenario); 8] = [
+pub const SCENARIOS: [(&str, Scenario); 9] = [
     ("kill -9 of the client in mid traffic", client_killed),
     ("kill -9 of the server in mid traffic", server_killed),
     ("driver unload and reload", driver_reloaded),
     ("device removal in mid traffic", device_removed),
+    ("a device that does not answer is given up, then bound again", device_given_up),
     ("kill of a guest in mid traffic, then a new one", guest_killed),
     ("guest reboot", guest_rebooted),
     ("kill of both guests in mid traffic", both_killed),
@@ -104,6 +106,49 @@ fn device_removed(bed: &mut Bed) -> Result<()> {
         pair.wait_one(role, NOTICE)?;
     }
     guest.must(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_rdma/bind && rescan"))?;
+    works(bed)
+}
+
+/// Bytes that the program of [`device_given_up`] has given to the device, and gives back when it does not answer.
+const GIVEN: u64 = 64 << 20;
+
+/// Starts `ibv_asyncwatch`, and a program that has given memory with on-demand paging to the device.
+const BEFORE: &str = "echo 3 >/sys/module/virtio_rdma/parameters/command_timeout
+>/tmp/events; rm -f /tmp/go
+stdbuf -o0 ibv_asyncwatch -d $DEV >/tmp/events & echo $! >/tmp/watch
+until grep -q FD /tmp/events; do [ -d /proc/$! ] || exit 1; tick; done
+python3 -u /share/paging.py $DEV $GID give_back >/tmp/given 2>&1 & echo $! >/tmp/program
+until grep -q ready /tmp/given; do [ -d /proc/$! ] || { cat /tmp/given; exit 1; }; tick; done";
+
+/// Has the program give it back; both are to notice (8 is `IBV_EVENT_DEVICE_FATAL`).
+const MEANWHILE: &str = "touch /tmp/go
+while [ -d /proc/$(</tmp/program) ]; do tick; done
+kill $(</tmp/watch)
+cat /tmp/given /tmp/events; grep -q 'given back' /tmp/given && grep -q '(8)' /tmp/events";
+
+/// Pages that a silent device might still use are not used otherwise, also those that are not pinned, and are not lost either.
+fn device_given_up(bed: &mut Bed) -> Result<()> {
+    paging::put(bed)?;
+    let guest = bed.guest(1)?;
+    let device = guest.must("device")?;
+    let device = device.trim();
+    let free = || -> Result<u64> {
+        let text = guest.must("grep MemAvailable: /proc/meminfo")?;
+        let kilobytes = text.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+        Ok(kilobytes.with_context(|| format!("not a number: {text}"))? << 10)
+    };
+    guest.must("rescan; exec python3 /share/paging.py $DEV $GID prefetch")?;
+    let before = free()?;
+    guest.must(&format!("rescan; {BEFORE}"))?;
+    let output = bed.router.paused(|| guest.must(MEANWHILE))?;
+    let meanwhile = free()?;
+    ensure!(meanwhile + GIVEN * 3 / 4 < before, "of {before} bytes {meanwhile} are free\n{output}");
+    guest.must(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_rdma/unbind"))?;
+    let after = free()?;
+    ensure!(after + GIVEN / 4 > before, "of {before} bytes {meanwhile} were free, and {after} are");
+    guest.must("echo 60 >/sys/module/virtio_rdma/parameters/command_timeout")?;
+    guest.must(&format!("echo {device} >/sys/bus/virtio/drivers/virtio_rdma/bind && rescan"))?;
+    bed.settle()?;
     works(bed)
 }
 

@@ -22,7 +22,7 @@ pub fn quick() -> Vec<Scene> {
 /// For `make test`.
 pub fn full() -> Vec<Scene> {
     let everything = || Check::solos(0).chain(each_flag(0, 1)).chain(each_program(0, 0)).chain(crowds());
-    let own_tests = || Check::processes(0).chain([Check::NotOffered(0)]);
+    let own_tests = || Check::processes(0).chain(Check::paging(0)).chain([Check::NotOffered(0)]);
     let both_ways = || each_program(0, 1).chain(each_program(1, 0)).chain(crowds());
     vec![
         Scene::new(
@@ -122,6 +122,9 @@ fn flagged(tool: Tool) -> Vec<Perf> {
     if tool.has_inline() {
         runs.push(Perf { inline: Some(64), sizes: Sizes::One(64), ..plain });
     }
+    if tool.has_odp() {
+        runs.push(Perf { odp: true, ..plain });
+    }
     runs
 }
 
@@ -156,7 +159,7 @@ fn combinations(tool: Tool) -> Vec<Perf> {
             for both_ways in when(tool.is_bandwidth()) {
                 for events in when(tool.has_events()) {
                     for &inline in &inlines {
-                        runs.push(Perf { tool, sizes, iterations, qps, both_ways, events, inline });
+                        runs.push(Perf { sizes, qps, both_ways, events, inline, ..Perf::new(tool, 0, iterations) });
                     }
                 }
             }

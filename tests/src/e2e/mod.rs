@@ -5,7 +5,7 @@
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
 //! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
 //!   [`probes`] what is not offered, [`processes`] forks and threads.
-//!   [`mpi`], [`rdma_cm`] and [`kernel_users`] among it.
+//!   [`paging`] memory that is not pinned; [`mpi`], [`rdma_cm`] and [`kernel_users`] among it.
 
 pub mod apps;
 pub mod bed;
@@ -19,6 +19,7 @@ pub mod kernel_users;
 pub mod life;
 pub mod lists;
 pub mod mpi;
+pub mod paging;
 pub mod pair;
 pub mod perf;
 pub mod probes;

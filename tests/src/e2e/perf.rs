@@ -97,6 +97,11 @@ impl Tool {
         !self.program.contains("read") && !self.is_atomic()
     }
 
+    /// Whether it can have memory with on-demand paging (of atomics not every perftest knows).
+    pub fn has_odp(self) -> bool {
+        self.transport != Transport::Uc && !self.is_atomic()
+    }
+
     /// Whether it can sleep until there are completions (perftest refuses it with writes).
     pub fn has_events(self) -> bool {
         !self.program.contains("write")
@@ -129,13 +134,15 @@ pub struct Perf {
     pub events: bool,
     /// Send messages up to this size inline.
     pub inline: Option<u32>,
+    /// Memory with on-demand paging.
+    pub odp: bool,
 }
 
 impl Perf {
     /// A run with nothing special.
     pub fn new(tool: Tool, size: u64, iterations: u32) -> Self {
         let sizes = Sizes::One(size);
-        Self { tool, sizes, iterations, qps: 1, both_ways: false, events: false, inline: None }
+        Self { tool, sizes, iterations, qps: 1, both_ways: false, events: false, inline: None, odp: false }
     }
 
     fn flags(&self) -> String {
@@ -160,6 +167,7 @@ impl Perf {
         add(self.both_ways, "-b");
         add(self.events, "-e");
         add(self.inline.is_some(), &format!("-I {}", self.inline.unwrap_or(0)));
+        add(self.odp, "--odp");
         flags
     }
 

@@ -100,6 +100,14 @@ impl RouterProcess {
         wait_for("traffic", Duration::from_mins(1), || Ok((busiest()? > 100).then_some(())))
     }
 
+    /// Does something while the router does nothing, and answers nobody.
+    pub fn paused<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.child.borrow().signal(Signal::SIGSTOP);
+        let done = work();
+        self.child.borrow().signal(Signal::SIGCONT);
+        done
+    }
+
     /// Stops it with SIGTERM; how long that took.
     pub fn stop_now(&self) -> Result<Duration> {
         let start = Instant::now();

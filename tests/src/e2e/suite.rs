@@ -7,6 +7,7 @@ use super::bed::Bed;
 use super::conformance;
 use super::guest::Kind;
 use super::life::{SCENARIOS, Scenario};
+use super::paging;
 use super::pair;
 use super::perf::Program;
 use super::probes;
@@ -36,6 +37,8 @@ pub enum Check {
     App(usize, usize, &'static App),
     /// One of [`processes::KINDS`] in one guest.
     Processes(usize, &'static str, &'static str),
+    /// One of [`paging::KINDS`] in one guest.
+    Paging(usize, &'static str, &'static str),
     /// What is not offered, in one guest.
     NotOffered(usize),
     /// rdma-core's own tests, shared by all guests.
@@ -71,6 +74,11 @@ impl Check {
         processes::KINDS.into_iter().map(move |(kind, name)| Self::Processes(nic, kind, name))
     }
 
+    /// On-demand paging while mappings change.
+    pub fn paging(nic: usize) -> impl Iterator<Item = Self> {
+        paging::KINDS.into_iter().map(move |(kind, name)| Self::Paging(nic, kind, name))
+    }
+
     /// The life cycle, but for the end of the router, which takes a minute (so long a driver waits for its device).
     pub fn life_but_router() -> impl Iterator<Item = Self> {
         Self::life().take(SCENARIOS.len() - 1)
@@ -93,7 +101,7 @@ impl Check {
             Self::Solo(nic, solo) => format!("guest {nic}: {}", solo.name),
             Self::Resource(nic) => format!("guest {nic}: rdma resource"),
             Self::App(server, client, app) => format!("{}: {}", way(*server, *client), app.name),
-            Self::Processes(nic, _, name) => format!("guest {nic}: {name}"),
+            Self::Processes(nic, _, name) | Self::Paging(nic, _, name) => format!("guest {nic}: {name}"),
             Self::NotOffered(nic) => format!("guest {nic}: what is not offered"),
             Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
@@ -114,6 +122,7 @@ impl Check {
                 return bed.settle().map(|()| figure);
             }
             Self::Processes(nic, kind, _) => processes::check(bed, *nic, kind)?,
+            Self::Paging(nic, kind, _) => paging::check(bed, *nic, kind)?,
             Self::NotOffered(nic) => probes::check(bed, *nic)?,
             Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.
