@@ -3,6 +3,7 @@
 //! * [`host`] is the front door: a [`Host`](host::Host) has an engine and virtual NICs.
 //! * [`vhost`] talks to the VMM, [`control`] executes the guest's control commands on the objects of [`nic`], [`mr`], [`cq`] and [`qp`].
 //! * [`engine`] moves the bytes: doorbells to work requests ([`ring`], [`wqe`]) to copies between guests' memories ([`mem`]) to completions.
+//! * [`verbs`] is the host's RDMA NIC.
 //! * [`overlay`] is what it asks of the router.
 //! * [`stepped`] is a host for simulations.
 //!
@@ -30,6 +31,7 @@ pub mod ring;
 mod slots;
 mod srq;
 pub mod stepped;
+pub mod verbs;
 pub mod vhost;
 pub mod wqe;
 

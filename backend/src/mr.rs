@@ -185,7 +185,7 @@ impl Layout {
 
     /// Appends the segments of `len` bytes from `offset` on, which the caller has checked to be inside.
     #[inline]
-    fn segments(&self, offset: u64, len: u64, out: &mut Vec<Seg>) {
+    pub(crate) fn segments(&self, offset: u64, len: u64, out: &mut Vec<Seg>) {
         match &self.extents[..] {
             [extent] if len > 0 => out.push(extent.slice(offset, len)),
             _ => self.many_segments(offset, len, out),

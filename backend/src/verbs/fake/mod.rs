@@ -1,0 +1,201 @@
+//! A NIC in software, for tests: it moves bytes between memory that was registered with it, and does on demand what a real one may do and
+//! hardly ever does: completions of different queue pairs in any order and late, errors of every class, slow registration, small limits.
+//!
+//! It has no thread and no clock: it works while it is posted to or polled, so that what a test sees depends on nothing else.
+//!
+//! * [`Script`] says how it behaves, [`FakeNic`] is the device, with what a test may do to it and ask of it.
+//! * [`world`] is what it has and what it does.
+
+mod script;
+#[cfg(test)]
+mod tests;
+mod world;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use virtio_rdma::ib::WcStatus;
+
+use super::device::{
+    Access, CompletionQueue, Connection, Device, DeviceError, Limits, MemoryRegion, PostError, ProtectionDomain,
+    QueuePair, QueuePairSpec, RecvRequest, SendList, Trouble, Wc,
+};
+use crate::mr::Layout;
+use crate::overlay::Gid;
+
+pub use self::script::{Counts, Script, Timing};
+use self::world::World;
+
+type Shared = Arc<Mutex<World>>;
+
+/// The device.
+#[derive(Debug)]
+pub struct FakeNic {
+    script: Script,
+    world: Shared,
+}
+
+impl FakeNic {
+    /// One that behaves like this.
+    pub fn new(script: Script) -> Self {
+        Self { script, world: Arc::new(Mutex::new(World::new(&script))) }
+    }
+
+    /// The send work request that is executed after so many others ends with this status.
+    pub fn fail_send(&self, after: u64, status: WcStatus) {
+        self.world.lock().fail_send(after, status);
+    }
+
+    /// Takes a queue pair to ERR, as a broken cable or firmware would; with a number that does not exist nothing happens.
+    pub fn break_qp(&self, number: u32) {
+        self.world.lock().fail(number, true);
+    }
+
+    /// Numbers of its queue pairs.
+    pub fn qps(&self) -> Vec<u32> {
+        self.world.lock().qp_numbers()
+    }
+
+    /// Executes nothing, or goes on.
+    pub fn hold(&self, hold: bool) {
+        self.world.lock().hold(hold);
+    }
+
+    /// What it has and what it did.
+    pub fn counts(&self) -> Counts {
+        self.world.lock().counts()
+    }
+}
+
+impl Device for FakeNic {
+    #[expect(clippy::unnecessary_literal_bound, reason = "the trait's")]
+    fn name(&self) -> &str {
+        "fake0"
+    }
+
+    fn limits(&self) -> Limits {
+        self.script.limits
+    }
+
+    fn gid(&self) -> Gid {
+        Gid::link_local([2, 0xfa, 0xce, 0, 0, 0])
+    }
+
+    fn alloc_pd(&self) -> Result<Arc<dyn ProtectionDomain>, DeviceError> {
+        let number = self.world.lock().add_pd();
+        Ok(Arc::new(FakePd { number, script: self.script, world: self.world.clone() }))
+    }
+
+    fn create_cq(&self, entries: u32) -> Result<Arc<dyn CompletionQueue>, DeviceError> {
+        let number = self.world.lock().add_cq(entries)?;
+        Ok(Arc::new(FakeCq { number, world: self.world.clone() }))
+    }
+
+    fn take_trouble(&self, out: &mut Vec<Trouble>) {
+        self.world.lock().take_trouble(out);
+    }
+}
+
+#[derive(Debug)]
+struct FakePd {
+    number: u32,
+    script: Script,
+    world: Shared,
+}
+
+impl ProtectionDomain for FakePd {
+    fn register(&self, memory: &Arc<Layout>, iova: u64, access: Access) -> Result<Arc<dyn MemoryRegion>, DeviceError> {
+        // Without the lock: others go on meanwhile.
+        std::thread::sleep(self.script.registration);
+        let key = self.world.lock().add_mr(self.number, memory.clone(), iova, access)?;
+        Ok(Arc::new(FakeMr { key, world: self.world.clone() }))
+    }
+
+    fn create_qp(&self, spec: &QueuePairSpec<'_>) -> Result<Box<dyn QueuePair>, DeviceError> {
+        let cq: &dyn Any = spec.cq.as_ref();
+        let cq: &FakeCq = cq.downcast_ref().ok_or(DeviceError::Invalid("the completion queue"))?;
+        let number = self.world.lock().add_qp(self.number, cq.number, spec)?;
+        Ok(Box::new(FakeQp { number, world: self.world.clone() }))
+    }
+}
+
+impl Drop for FakePd {
+    fn drop(&mut self) {
+        self.world.lock().remove_pd();
+    }
+}
+
+#[derive(Debug)]
+struct FakeMr {
+    key: u32,
+    world: Shared,
+}
+
+impl MemoryRegion for FakeMr {
+    fn lkey(&self) -> u32 {
+        self.key
+    }
+
+    fn rkey(&self) -> u32 {
+        self.key
+    }
+}
+
+impl Drop for FakeMr {
+    fn drop(&mut self) {
+        self.world.lock().remove_mr(self.key);
+    }
+}
+
+#[derive(Debug)]
+struct FakeCq {
+    number: u32,
+    world: Shared,
+}
+
+impl CompletionQueue for FakeCq {
+    fn poll(&self, most: usize, out: &mut Vec<Wc>) {
+        self.world.lock().poll(self.number, most, out);
+    }
+}
+
+impl Drop for FakeCq {
+    fn drop(&mut self) {
+        self.world.lock().remove_cq(self.number);
+    }
+}
+
+#[derive(Debug)]
+struct FakeQp {
+    number: u32,
+    world: Shared,
+}
+
+impl QueuePair for FakeQp {
+    fn number(&self) -> u32 {
+        self.number
+    }
+
+    fn connect(&self, connection: &Connection) -> Result<(), DeviceError> {
+        self.world.lock().connect(self.number, connection)
+    }
+
+    fn fail(&self) {
+        self.world.lock().fail(self.number, false);
+    }
+
+    fn post_send(&self, list: &SendList) -> Result<(), PostError> {
+        self.world.lock().post_send(self.number, list)
+    }
+
+    fn post_recv(&self, request: &RecvRequest<'_>) -> Result<(), PostError> {
+        self.world.lock().post_recv(self.number, request)
+    }
+}
+
+impl Drop for FakeQp {
+    fn drop(&mut self) {
+        self.world.lock().remove_qp(self.number);
+    }
+}

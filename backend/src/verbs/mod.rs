@@ -1,0 +1,15 @@
+//! The host's RDMA NIC: what the `verbs` path asks of one, and what gives it.
+//!
+//! * [`device`]: the layer: devices, protection domains, memory regions, completion queues, queue pairs. Work requests are posted and
+//!   completions polled in batches. Nothing above it knows which NIC is behind.
+//! * [`fake`]: a NIC in software for tests, which does what a real one may do and hardly ever does.
+//!
+//! What becomes of guests' work requests is not here but in the engine.
+
+pub mod device;
+pub mod fake;
+
+pub use device::{
+    Access, Capacity, CompletionQueue, Connection, Device, DeviceError, Endpoint, Limits, MemoryRegion, PostError,
+    PostedOp, ProtectionDomain, QueuePair, QueuePairSpec, RecvRequest, SendList, SendRequest, Trouble, Wc,
+};
