@@ -16,7 +16,8 @@ use crate::nic::stats::CounterValues;
 use crate::nic::{Nic, NicConfig};
 use crate::overlay::{Gid, NicId, Overlay};
 use crate::profile::BadLimit;
-use crate::qp::Qp;
+use crate::qp::{Qp, SendQueue};
+use crate::verbs::Device;
 use crate::vhost::aio::Signaller;
 use crate::vhost::server::Server;
 use crate::vhost::vring::Vring;
@@ -49,14 +50,14 @@ pub struct Host {
 }
 
 impl Host {
-    /// Starts the engine, without virtual NICs.
+    /// Starts the engine, without virtual NICs; with the host's NIC, if there is one to use.
     ///
     /// # Errors
     /// When the system gives no threads or descriptors.
-    pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Self> {
+    pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>, device: Option<Arc<dyn Device>>) -> io::Result<Self> {
         // Without it no guest could be interrupted: better said now than to each VMM.
         Signaller::get()?;
-        let engine = Engine::start(config, overlay)?;
+        let engine = Engine::start(config, overlay, device)?;
         Ok(Self { engine, tenants: Tenants::default(), servers: Mutex::default() })
     }
 
@@ -205,7 +206,7 @@ pub struct QpStatus {
     pub remote_gid: Option<String>,
     /// Where it sends to, if it is connected: QP number.
     pub remote_qpn: Option<u32>,
-    /// Path in use: `local`, or nothing while the peer has not been looked for.
+    /// Path in use: `local`, `verbs`, or nothing while the peer has not been looked for.
     pub path: Option<String>,
     /// Work requests completed.
     pub completed: u64,
@@ -213,6 +214,12 @@ pub struct QpStatus {
     pub bytes: u64,
     /// What it waits for, if it does.
     pub waiting: Option<String>,
+}
+
+fn path_of(send: &SendQueue) -> Option<String> {
+    let over_nic = send.nic.as_ref().is_some_and(|queue| queue.peer.is_some());
+    let path = if over_nic { "verbs" } else { "local" };
+    send.binding.as_ref().map(|_| path.to_owned())
 }
 
 fn qps_of(nic: &Nic) -> Vec<QpStatus> {
@@ -232,7 +239,7 @@ fn qp_status(nic: &str, qp: &Qp) -> QpStatus {
         state: format!("{state:?}").to_uppercase(),
         remote_gid: connected.then(|| Gid(attr.av.dgid).to_string()),
         remote_qpn: connected.then(|| attr.dest_qpn.get()),
-        path: send.binding.as_ref().map(|_| "local".to_owned()),
+        path: path_of(&send),
         completed: send.completed,
         bytes: send.bytes,
         waiting: send.wait.map(|w| format!("{:?}", w.kind).to_lowercase()),

@@ -14,6 +14,7 @@ use virtio_rdma::ib::Access;
 use crate::mem::Map;
 use crate::mr::{KeyError, Layout, Mr, WindowPart};
 use crate::nic::keys::{RandomKeyMap, RandomKeySet, random_key};
+use crate::verbs::Grant;
 
 /// Kinds of memory windows (IBA 10.6.6.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,6 +160,13 @@ impl KeyTable {
         live.filter(|mr| mr.key == key).cloned().ok_or(KeyError::NoSuchKey(key))
     }
 
+    /// What this key stands for on the host's NIC.
+    pub fn grant(&self, key: u32) -> Option<Arc<Grant>> {
+        let entries = self.entries.read();
+        let live = entries.by_index.get(&index(key)).and_then(|entry| entry.live.as_ref());
+        live.filter(|mr| mr.key == key)?.grant().cloned()
+    }
+
     /// A new region without memory; with `fast`, one that `REG_MR` work requests give up to so many extents.
     pub fn add_region(&self, pdn: u32, fast: Option<usize>) -> u32 {
         self.add(pdn, Kind::Region(Region { fast, ..Region::default() }))
@@ -181,7 +189,8 @@ impl KeyTable {
     /// Makes a region's key give access to this, or to nothing.
     pub fn publish(&self, key: u32, pdn: u32, mr: Option<Arc<Mr>>) {
         if let Some(entry) = self.entries.write().by_index.get_mut(&index(key)) {
-            (entry.pdn, entry.live) = (pdn, mr);
+            revoked(std::mem::replace(&mut entry.live, mr));
+            entry.pdn = pdn;
         }
     }
 
@@ -210,7 +219,7 @@ impl KeyTable {
     /// Removes a region. What it gave access to is for the caller to free, once no worker uses it.
     pub fn remove(&self, key: u32) -> Option<Arc<Mr>> {
         self.known.lock().remove(&index(key));
-        self.entries.write().by_index.remove(&index(key))?.live
+        revoked(self.entries.write().by_index.remove(&index(key))?.live)
     }
 
     /// Removes a window: its protection domain, and what is for the caller to free. `None` if there is none.
@@ -293,7 +302,7 @@ impl KeyTable {
             Kind::Region(region) if region.windows > 0 => Err(ChangeError::InUse(key)),
             Kind::Region(region) => {
                 region.registered = false;
-                Ok(entry.live.take())
+                Ok(revoked(entry.live.take()))
             }
             Kind::Window { kind: WindowKind::One, .. } => Err(ChangeError::NoSuchKey(key)),
             Kind::Window { bound: None, .. } => Err(ChangeError::State(key)),
@@ -334,15 +343,22 @@ impl KeyTable {
         if let Some(entry) = self.entries.write().by_index.get_mut(&index)
             && entry.live.as_ref().is_some_and(|live| Arc::ptr_eq(live, &before))
         {
-            entry.live = now;
+            revoked(std::mem::replace(&mut entry.live, now));
         }
         Some(before)
     }
 
     /// Removes all, for the caller to free once no worker uses them.
     pub fn take(&self) -> impl Sized + use<> {
-        (std::mem::take(&mut *self.entries.write()), std::mem::take(&mut *self.known.lock()))
+        let entries = std::mem::take(&mut *self.entries.write());
+        entries.by_index.values().filter_map(|entry| entry.live.as_ref()).for_each(|mr| mr.revoke());
+        (entries, std::mem::take(&mut *self.known.lock()))
     }
+}
+
+/// A key does not give access to this any more: who remembers what it stands for on the NIC is told.
+fn revoked(live: Option<Arc<Mr>>) -> Option<Arc<Mr>> {
+    live.inspect(|mr| mr.revoke())
 }
 
 /// What a window may allow: what rxe lets it have, and where the window is of type 2 addresses from 0 on (IBA o10-36.2.2).
@@ -411,7 +427,7 @@ impl Entries {
         let Kind::Window { bound, .. } = &mut entry.kind else {
             return None;
         };
-        let (bound, live) = (bound.take(), entry.live.take());
+        let (bound, live) = (bound.take(), revoked(entry.live.take()));
         if let Some(region) = bound.and_then(|from| self.region(from.region << 8)) {
             region.windows -= 1;
         }

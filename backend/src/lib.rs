@@ -37,6 +37,6 @@ pub mod wqe;
 
 pub use engine::EngineConfig;
 pub use host::{AddNicError, Host, NicStatus, Objects, QpStatus};
-pub use nic::{Mac, NicConfig};
+pub use nic::{Mac, NicConfig, PathChoice};
 pub use overlay::{Gid, NicId, Overlay, Place};
 pub use profile::Profile;

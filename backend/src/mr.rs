@@ -10,6 +10,7 @@ use crate::control::parse::RawExtent;
 use crate::mem::{Extent, Map, Seg};
 use crate::on_demand::{Missing, OnDemand};
 use crate::profile::Profile;
+use crate::verbs::{Grant, MemoryRegion};
 
 /// Why a key, address and length were refused. The guest sees a protection or access error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +78,15 @@ pub struct Mr {
     offset: u64,
     /// Who may use it.
     reach: Reach,
+    /// What it is to the host's NIC, if that has it.
+    on_nic: Option<OnNic>,
+}
+
+/// A region that the host's NIC has too, or a window over one.
+#[derive(Debug, Clone)]
+struct OnNic {
+    grant: Arc<Grant>,
+    mr: Arc<dyn MemoryRegion>,
 }
 
 /// Where the bytes of a region are.
@@ -210,19 +220,39 @@ impl Mr {
     /// A region whose memory is complete.
     pub fn new(key: u32, pdn: u32, access: Access, iova: u64, layout: Arc<Layout>) -> Self {
         let (length, memory) = (layout.length, Memory::Pieces(layout));
-        Self { key, pdn, access, iova, length, memory, offset: 0, reach: Reach::Region }
+        Self { key, pdn, access, iova, length, memory, offset: 0, reach: Reach::Region, on_nic: None }
+    }
+
+    /// The same, which the host's NIC has too.
+    #[must_use]
+    pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>) -> Self {
+        let grant = Grant::region((self.key, self.pdn), self.access, (self.iova, self.length), &*mr);
+        self.on_nic = Some(OnNic { grant: Arc::new(grant), mr });
+        self
+    }
+
+    /// What it is to the host's NIC; `None` if that does not have it.
+    pub fn grant(&self) -> Option<&Arc<Grant>> {
+        self.on_nic.as_ref().map(|on_nic| &on_nic.grant)
+    }
+
+    /// Its grant is good for nothing any more.
+    pub fn revoke(&self) {
+        if let Some(on_nic) = &self.on_nic {
+            on_nic.grant.revoke();
+        }
     }
 
     /// A region of all guest memory.
     pub fn of_guest(key: u32, pdn: u32, access: Access, map: Arc<Map>) -> Self {
         let memory = Memory::Guest(map);
-        Self { key, pdn, access, iova: 0, length: u64::MAX, memory, offset: 0, reach: Reach::Region }
+        Self { key, pdn, access, iova: 0, length: u64::MAX, memory, offset: 0, reach: Reach::Region, on_nic: None }
     }
 
     /// A region whose pages come and go.
     pub fn on_demand(pdn: u32, access: Access, iova: u64, pages: Arc<OnDemand>) -> Self {
         let (key, length, memory) = (pages.key(), pages.length(), Memory::OnDemand(pages));
-        Self { key, pdn, access, iova, length, memory, offset: 0, reach: Reach::Region }
+        Self { key, pdn, access, iova, length, memory, offset: 0, reach: Reach::Region, on_nic: None }
     }
 
     /// A window over part of this region, if that allows it (IBA 10.6.6.2.5; what rxe checks, and that the bytes of a zero-based window
@@ -234,15 +264,20 @@ impl Mr {
             && !self.access.contains(Access::ZERO_BASED)
             && (!changes || self.access.contains(Access::LOCAL_WRITE))
             && self.contains(part.addr, part.length);
+        let iova = if part.access.contains(Access::ZERO_BASED) { 0 } else { part.addr };
         allowed.then(|| Self {
             key,
             pdn: self.pdn,
             access: part.access,
-            iova: if part.access.contains(Access::ZERO_BASED) { 0 } else { part.addr },
+            iova,
             length: part.length,
             memory: self.memory.clone(),
             offset: self.offset + (part.addr - self.iova),
             reach: part.qpn.map_or(Reach::Window, Reach::QueuePair),
+            on_nic: self.on_nic.as_ref().map(|OnNic { grant, mr }| {
+                let grant = grant.window(key, part.access, (iova, part.length), part.addr - self.iova, part.qpn);
+                OnNic { grant: Arc::new(grant), mr: mr.clone() }
+            }),
         })
     }
 
@@ -270,7 +305,7 @@ impl Mr {
     #[must_use]
     pub fn with_map(&self, map: &Arc<Map>) -> Option<Self> {
         let memory = Memory::Guest(map.clone());
-        self.is_of_guest().then_some(Self { memory, ..*self })
+        self.is_of_guest().then_some(Self { memory, on_nic: None, ..*self })
     }
 
     /// Checks that a work request of protection domain `pdn` may access `len` bytes at `addr` this way.

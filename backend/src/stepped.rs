@@ -18,6 +18,7 @@ use crate::groups::Tenants;
 use crate::mem::Map;
 use crate::nic::{Nic, NicConfig};
 use crate::overlay::{NicId, Overlay};
+use crate::verbs::Device;
 use crate::vhost::vring::Vring;
 
 /// An engine whose workers work when they are told to.
@@ -29,12 +30,12 @@ pub struct SteppedHost {
 }
 
 impl SteppedHost {
-    /// Without virtual NICs.
+    /// Without virtual NICs; with the host's NIC, if there is one.
     ///
     /// # Errors
     /// When the system gives no descriptors.
-    pub fn new(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Self> {
-        let (engine, workers) = Engine::stepped(config, overlay)?;
+    pub fn new(config: EngineConfig, overlay: Arc<dyn Overlay>, device: Option<Arc<dyn Device>>) -> io::Result<Self> {
+        let (engine, workers) = Engine::stepped(config, overlay, device)?;
         Ok(Self { engine, workers, tenants: Tenants::default() })
     }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use freeflow_backend::{EngineConfig, Mac, NicConfig, Profile};
+use freeflow_backend::{EngineConfig, Mac, NicConfig, PathChoice, Profile};
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::Security;
@@ -129,6 +129,9 @@ pub struct NicSettings {
     /// Data-path workers that serve it.
     #[serde(default = "one")]
     pub workers: u16,
+    /// How bytes get to peers: `auto`, or `nic` for the host's RDMA NIC.
+    #[serde(default)]
+    pub path: PathChoice,
     /// Limits, which are quotas at the same time.
     #[serde(default)]
     pub limits: Profile,
@@ -158,6 +161,7 @@ impl NicSettings {
             num_vectors: self.vectors,
             num_workers: self.workers,
             profile: self.limits.clone(),
+            path: self.path,
         }
     }
 

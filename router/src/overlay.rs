@@ -59,6 +59,7 @@ mod tests {
             num_vectors: 1,
             num_workers: 1,
             profile: Profile::default(),
+            path: freeflow_backend::PathChoice::Auto,
         }
     }
 

@@ -5,8 +5,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use freeflow_backend::{Host, NicId, NicStatus, QpStatus};
+use anyhow::{Context, Result, bail};
+use freeflow_backend::verbs::Device;
+use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus};
 
 use crate::config::{Config, NicSettings};
 use crate::overlay::LocalOverlay;
@@ -24,9 +25,24 @@ impl Router {
     /// # Errors
     /// When the configuration is wrong, or a socket cannot be made.
     pub fn start(config: &Config) -> Result<Self> {
+        Self::start_on(config, None)
+    }
+
+    /// The same, on this NIC of the host.
+    ///
+    /// # Errors
+    /// When the configuration is wrong, or a socket cannot be made.
+    pub fn start_on(config: &Config, device: Option<Arc<dyn Device>>) -> Result<Self> {
         config.check()?;
+        if let (Some(nic), None) = (config.nic.iter().find(|nic| nic.path == PathChoice::Nic), &device) {
+            bail!(
+                "virtual NIC {:?} is to use the host's RDMA NIC (path = \"nic\"), and there is none to use",
+                nic.name
+            );
+        }
         let overlay = Arc::new(LocalOverlay::default());
-        let host = Host::start(config.engine.to_engine(), overlay.clone()).context("cannot start the data path")?;
+        let host =
+            Host::start(config.engine.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
         let router = Self { host, overlay };
         for (index, nic) in config.nic.iter().enumerate() {
             router.add(NicId(index as u32), nic)?;

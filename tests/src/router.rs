@@ -2,11 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use freeflow_backend::Mac;
-use freeflow_backend::{NicStatus, Profile};
+use freeflow_backend::verbs::Device;
+use freeflow_backend::verbs::fake::{FakeNic, Script};
+use freeflow_backend::{NicStatus, PathChoice, Profile};
 use freeflow_router::config::{Config, EngineSettings, NicSettings};
 
 use crate::bed::eventually;
@@ -34,13 +37,29 @@ pub struct RouterSpec {
     pub engine: EngineSettings,
     /// Workers that each virtual NIC uses; all if not given.
     pub nic_workers: Option<u16>,
+    /// The host's NIC, which virtual NICs are to use then.
+    pub device: Option<Arc<dyn Device>>,
 }
 
 impl RouterSpec {
     /// This many virtual NICs with the usual limits, two vectors each, on two workers.
     pub fn of(nics: usize) -> Self {
         let engine = EngineSettings { workers: 2, ..EngineSettings::default() };
-        Self { nics, tenants: Vec::new(), limits: Profile::default(), vectors: 2, engine, nic_workers: None }
+        Self {
+            nics,
+            tenants: Vec::new(),
+            limits: Profile::default(),
+            vectors: 2,
+            engine,
+            nic_workers: None,
+            device: device_of_tests(),
+        }
+    }
+
+    /// The same, over this NIC of the host.
+    #[must_use]
+    pub fn over(self, device: Arc<dyn Device>) -> Self {
+        Self { device: Some(device), ..self }
     }
 
     /// The router's configuration, with sockets in a directory.
@@ -54,9 +73,22 @@ impl RouterSpec {
             vectors: self.vectors,
             workers: self.nic_workers.unwrap_or(self.engine.workers as u16),
             limits: self.limits.clone(),
+            path: if self.device.is_some() { PathChoice::Nic } else { PathChoice::Auto },
         };
         Config { engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect(), ..Config::default() }
     }
+}
+
+/// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
+/// late and in another order each time.
+fn device_of_tests() -> Option<Arc<dyn Device>> {
+    let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
+        Ok("verbs") => Script::default(),
+        Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
+        Ok(other) if other != "local" => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, verbs or shuffled"),
+        _ => return None,
+    };
+    Some(Arc::new(FakeNic::new(script)))
 }
 
 /// A router. Its sockets are in a directory that goes with it.
@@ -73,7 +105,7 @@ impl TestRouter {
         let dir = tempfile::tempdir().expect("a directory");
         let id = COUNT.fetch_add(1, Relaxed);
         let config = spec.config(dir.path(), |nic| format!("r{id}n{nic}"));
-        let router = Router::start(&config).expect("the router starts");
+        let router = Router::start_on(&config, spec.device.clone()).expect("the router starts");
         Self { router, id, dir }
     }
 

@@ -30,9 +30,9 @@ impl Stepped {
     /// This many virtual NICs of one tenant.
     pub fn new(nics: usize, limits: &Profile) -> Result<Self> {
         let overlay = Arc::new(LocalOverlay::default());
-        let mut host = SteppedHost::new(EngineConfig::default(), overlay.clone())?;
         let engine = EngineSettings { workers: 1, ..EngineSettings::default() };
         let spec = RouterSpec { limits: limits.clone(), vectors: 1, engine, ..RouterSpec::of(nics) };
+        let mut host = SteppedHost::new(EngineConfig::default(), overlay.clone(), spec.device.clone())?;
         let config = spec.config(Path::new("/"), |nic| format!("n{nic}"));
         let mut all = Vec::new();
         for (number, settings) in config.nic.iter().enumerate() {

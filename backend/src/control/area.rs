@@ -65,6 +65,7 @@ impl Control {
             self.next_pd = self.next_pd.wrapping_add(1);
         }
         let number = self.next_pd;
+        self.add_nic_domain(number)?;
         self.pds.insert(number, 0);
         self.next_pd = number.wrapping_add(1);
         Ok(answer(&ObjectResponse { number: number.into(), ..ObjectResponse::default() }))
@@ -75,6 +76,7 @@ impl Control {
             None => Err(Refusal::NotFound("protection domain")),
             Some(0) => {
                 self.pds.remove(&pdn);
+                self.domains.remove(&pdn);
                 Ok(nothing())
             }
             Some(_) => Err(Refusal::Busy("protection domain")),

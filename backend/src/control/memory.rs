@@ -326,7 +326,7 @@ impl Control {
         }
         let Region { key, pdn, access, iova, .. } = *region;
         let live = match &region.memory {
-            Memory::Live(layout) => Some(Mr::new(key, pdn, access, iova, layout.clone())),
+            Memory::Live(layout) => Some(self.with_nic(Mr::new(key, pdn, access, iova, layout.clone()), layout)),
             Memory::Guest => Some(Mr::of_guest(key, pdn, access, self.map.clone())),
             Memory::OnDemand(pages) => Some(Mr::on_demand(pdn, access, iova, pages.clone())),
             Memory::Draft(_) | Memory::Lost => None,

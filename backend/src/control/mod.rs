@@ -6,6 +6,7 @@
 mod area;
 mod mcast;
 mod memory;
+mod nic;
 mod pages;
 pub mod parse;
 mod queues;
@@ -19,6 +20,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use self::mcast::Memberships;
 use self::memory::Regions;
+use self::nic::NicDomains;
 use self::parse::Command;
 use crate::cq::Cq;
 use crate::engine::Engine;
@@ -104,6 +106,7 @@ pub struct Control {
     /// Protection domains, with the number of objects in each.
     pds: HashMap<u32, u32>,
     next_pd: u32,
+    domains: NicDomains,
     regions: Regions,
     cqs: Slots<Arc<Cq>>,
     srqs: Slots<Arc<Srq>>,
@@ -126,6 +129,7 @@ impl Control {
             map: Arc::default(),
             pds: HashMap::new(),
             next_pd: 1,
+            domains: NicDomains::new(),
             regions: Regions::default(),
             cqs: Slots::default(),
             srqs: Slots::default(),
@@ -246,6 +250,7 @@ impl Control {
         // Workers have nothing of these any more: what takes long to free is freed here.
         drop((keys, qps));
         self.pds.clear();
+        self.domains.clear();
         self.regions = Regions::default();
         self.arm = None;
         self.ring_bytes = 0;

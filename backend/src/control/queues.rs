@@ -227,7 +227,7 @@ impl Control {
         let mut attr = qp.attrs.lock().attr;
         attr.qp_state = qp.state().to_wire();
         attr.cur_qp_state = attr.qp_state;
-        attr.sq_draining = u8::from(qp.state() == QpState::Sqd && qp.send.lock().job.is_some());
+        attr.sq_draining = u8::from(qp.state() == QpState::Sqd && qp.send.lock().is_busy());
         Ok(answer(&attr))
     }
 
@@ -260,6 +260,7 @@ impl Control {
             self.end_life(&qp, to);
             return Ok(nothing());
         }
+        self.add_end(&qp, &mut send, to)?;
         qp.change_attrs(|old| apply(mask, attr, old));
         let notify = mask.contains(QpMask::EN_SQD_ASYNC_NOTIFY) && attr.en_sqd_async_notify != 0;
         send.notify_drained = to == QpState::Sqd && (notify || (now == QpState::Sqd && send.notify_drained));
@@ -281,6 +282,7 @@ impl Control {
         if to == QpState::Reset {
             // No worker uses them any more: only work requests of this QP's peer could.
             drop(self.nic.keys.release(qp.id.qpn));
+            qp.leave_nic();
             let mut send = qp.send.lock();
             qp.start_over();
             send.reset();

@@ -48,28 +48,33 @@ pub(super) fn complete_send(
         if !hold {
             ctx.publish();
         }
-        count_sent(ctx, nic, job, status);
+        count_sent(ctx, nic, job.wqe.length, status);
         return true;
     }
     // Before the completion: who sees that may post the next request at once.
     send.publish();
-    let cqe = Cqe {
-        wr_id: job.wqe.wr_id.into(),
-        status: status.to_wire().into(),
-        opcode: job.wqe.completion_opcode().to_wire().into(),
-        byte_len: if status == WcStatus::Success { job.wqe.length as u32 } else { 0 }.into(),
-        qp_num: qp.id.qpn.into(),
-        port_num: 1,
-        ..Cqe::default()
-    };
+    let cqe = send_cqe(qp, job.wqe.wr_id, job.wqe.completion_opcode(), job.wqe.length as u32, status);
     let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success, hold).is_ok();
-    count_sent(ctx, nic, job, status);
+    count_sent(ctx, nic, job.wqe.length, status);
     pushed
 }
 
-fn count_sent(ctx: &mut Context, nic: &Arc<Nic>, job: &Job, status: WcStatus) {
+/// The completion of a send work request.
+pub(super) fn send_cqe(qp: &Qp, wr_id: u64, opcode: WcOpcode, length: u32, status: WcStatus) -> Cqe {
+    Cqe {
+        wr_id: wr_id.into(),
+        status: status.to_wire().into(),
+        opcode: opcode.to_wire().into(),
+        byte_len: if status == WcStatus::Success { length } else { 0 }.into(),
+        qp_num: qp.id.qpn.into(),
+        port_num: 1,
+        ..Cqe::default()
+    }
+}
+
+pub(super) fn count_sent(ctx: &mut Context, nic: &Arc<Nic>, length: u64, status: WcStatus) {
     if status == WcStatus::Success {
-        ctx.count_sent(nic, job.wqe.length);
+        ctx.count_sent(nic, length);
     } else {
         nic.counters.send_wqes.add(1);
         count_error(nic, status);

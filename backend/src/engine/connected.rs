@@ -173,7 +173,7 @@ fn not_ours(qp: &Qp, reason: Unreachable) -> OwnFailure {
 }
 
 /// The peer, if there is one that accepts our messages now. It is taken out of the queue, for the caller to put back.
-fn bind(ctx: &Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> Option<Binding> {
+pub(super) fn bind(ctx: &Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> Option<Binding> {
     let reliable = qp.id.kind == QpType::Rc;
     if let Some(known) = send.binding.take() {
         let reborn = known.qp.incarnation() != known.incarnation;
@@ -333,6 +333,10 @@ fn begin_receive(ctx: &Context, peer: &Binding, job: &mut Job) -> (Taken, Option
 }
 
 fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Fault> {
+    if job.has_receive() {
+        // It was taken for the host's NIC, which it is too malformed for.
+        return Err(Fault::MALFORMED);
+    }
     let (taken, ticket) = begin_receive(ctx, peer, job);
     note_limit(&peer.nic, &peer.qp);
     match taken {

@@ -10,6 +10,7 @@ use virtio_rdma::ring::Cqe;
 use super::job::Job;
 use super::quiesce::Grace;
 use super::tally::Tally;
+use super::verbs::Scratch;
 use super::{Engine, cost};
 use crate::cq::{Cq, CqBroken};
 use crate::mem::Seg;
@@ -93,6 +94,8 @@ pub struct Context {
     pub dst: Vec<Seg>,
     /// What the present request waits for, if it does for a page.
     pub paging: Paging,
+    /// For the host's NIC.
+    pub verbs: Scratch,
     keys: KeyCache,
     #[expect(clippy::vec_box, reason = "jobs move between here and queues, and are large")]
     spare: Vec<Box<Job>>,
@@ -123,6 +126,7 @@ impl Context {
             src: Vec::new(),
             dst: Vec::new(),
             paging: Paging::default(),
+            verbs: Scratch::default(),
             keys: KeyCache::default(),
             spare: Vec::new(),
             touched: Vec::new(),

@@ -54,6 +54,16 @@ impl Job {
         self.grace = None;
     }
 
+    /// Whether it has begun between the two memories, and must go on there.
+    pub fn is_under_way(&self) -> bool {
+        self.started || self.has_receive() || self.fault.is_some()
+    }
+
+    /// Whether it has a receive of its peer.
+    pub fn has_receive(&self) -> bool {
+        !matches!(self.grip, Grip::Nothing)
+    }
+
     /// Bytes still to move.
     pub fn left(&self) -> u64 {
         self.wqe.length - self.done

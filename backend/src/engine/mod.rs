@@ -3,6 +3,7 @@
 //! * [`worker`]: the loop: doorbells, run queues, timers, sleeping.
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
 //!   [`connected`] what the first two share, [`mcast`] the last to many; [`local`] is for work requests that need no peer.
+//! * [`verbs`]: connected transports over the host's NIC.
 //! * [`complete`]: what becomes of work requests; all of these use it, and it uses none of them.
 //! * [`cost`]: what work costs, by which virtual NICs share a worker.
 //! * [`quiesce`]: how others wait until workers no longer use something.
@@ -21,6 +22,7 @@ mod tally;
 mod timers;
 mod uc;
 mod ud;
+mod verbs;
 mod wake;
 mod worker;
 
@@ -40,6 +42,7 @@ pub use self::worker::SteppedWorker;
 use crate::nic::Nic;
 use crate::overlay::{Gid, NicId, Overlay, Place};
 use crate::qp::Qp;
+use crate::verbs::{Device, Fabric};
 
 /// Settings of the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +71,9 @@ impl Default for EngineConfig {
 /// In place of a version: a worker that will look at everything anew before it works.
 const RESTING: u64 = u64::MAX;
 
+/// How long the host's NIC may take to finish what it has of a guest that is stopped; then that is given up.
+const NIC_PATIENCE: Duration = Duration::from_secs(1);
+
 /// The engine, shared by workers and by the virtual NICs' own threads.
 #[derive(Debug)]
 pub struct Engine {
@@ -82,6 +88,8 @@ pub struct Engine {
     mailboxes: Vec<Mailbox>,
     stop: AtomicBool,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The host's NIC.
+    fabric: Option<Arc<Fabric>>,
 }
 
 impl Engine {
@@ -89,8 +97,12 @@ impl Engine {
     ///
     /// # Errors
     /// When the system gives no threads or descriptors.
-    pub fn start(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Arc<Self>> {
-        let engine = Self::new(config, overlay)?;
+    pub fn start(
+        config: EngineConfig,
+        overlay: Arc<dyn Overlay>,
+        device: Option<Arc<dyn Device>>,
+    ) -> io::Result<Arc<Self>> {
+        let engine = Self::new(config, overlay, device)?;
         for index in 0..engine.num_workers() {
             let thread = worker::spawn(engine.clone(), index)?;
             engine.threads.lock().push(thread);
@@ -102,13 +114,17 @@ impl Engine {
     ///
     /// # Errors
     /// When the system gives no descriptors.
-    pub fn stepped(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<(Arc<Self>, Vec<SteppedWorker>)> {
-        let engine = Self::new(config, overlay)?;
+    pub fn stepped(
+        config: EngineConfig,
+        overlay: Arc<dyn Overlay>,
+        device: Option<Arc<dyn Device>>,
+    ) -> io::Result<(Arc<Self>, Vec<SteppedWorker>)> {
+        let engine = Self::new(config, overlay, device)?;
         let workers = (0..engine.num_workers()).map(|index| SteppedWorker::new(engine.clone(), index)).collect();
         Ok((engine, workers))
     }
 
-    fn new(config: EngineConfig, overlay: Arc<dyn Overlay>) -> io::Result<Arc<Self>> {
+    fn new(config: EngineConfig, overlay: Arc<dyn Overlay>, device: Option<Arc<dyn Device>>) -> io::Result<Arc<Self>> {
         let workers = config.workers.max(1);
         Ok(Arc::new(Self {
             overlay,
@@ -119,6 +135,7 @@ impl Engine {
             mailboxes: (0..workers).map(|_| Mailbox::new()).collect::<io::Result<_>>()?,
             stop: AtomicBool::new(false),
             threads: Mutex::default(),
+            fabric: device.map(|device| Arc::new(Fabric::new(device, workers))),
             config,
         }))
     }
@@ -143,6 +160,23 @@ impl Engine {
     /// Number of workers.
     pub fn num_workers(&self) -> usize {
         self.mailboxes.len()
+    }
+
+    /// The host's NIC, if it is used.
+    pub fn fabric(&self) -> Option<&Arc<Fabric>> {
+        self.fabric.as_ref()
+    }
+
+    /// Returns when the host's NIC touches no memory of a virtual NIC's guest, which workers do not serve any more.
+    pub fn wait_nic_quiet(&self, id: NicId) {
+        if let Some(fabric) = &self.fabric {
+            fabric.wait_quiet(id, NIC_PATIENCE);
+        }
+    }
+
+    /// A worker looks everywhere once more, if it sleeps.
+    pub fn wake(&self, worker: usize) {
+        self.mailboxes[worker].wake();
     }
 
     /// How to wait for the workers.

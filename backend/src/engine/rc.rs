@@ -65,7 +65,7 @@ fn ack_timeout(code: u8) -> Duration {
 }
 
 /// RNR NAK timer (IBA table 45).
-fn rnr_timer(code: u8) -> Duration {
+pub(super) fn rnr_timer(code: u8) -> Duration {
     const UNITS_OF_10_US: [u32; 32] = [
         65_536, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1_024, 1_536, 2_048, 3_072,
         4_096, 6_144, 8_192, 12_288, 16_384, 24_576, 32_768, 49_152,

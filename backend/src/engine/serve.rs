@@ -10,7 +10,7 @@ use virtio_rdma::ib::{QpState, QpType, WcStatus};
 use super::complete::{LONG, OVERFLOW, RecvDone, Step, complete_recv, complete_send, fatal};
 use super::context::{Budget, Context};
 use super::job::Job;
-use super::{cost, local, rc, uc, ud};
+use super::{cost, local, rc, uc, ud, verbs};
 use crate::nic::Nic;
 use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
@@ -31,11 +31,13 @@ pub enum Next {
 pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -> bool) -> Next {
     ctx.charge(cost::VISIT);
     // The control queue has it: its change is looked at next time, and nobody waits here.
-    let Some(send) = qp.send.try_lock() else {
+    let Some(mut send) = qp.send.try_lock() else {
         return Next::Again;
     };
     match qp.state() {
         QpState::Rts => run(ctx, nic, qp, send, alone),
+        QpState::Err if !verbs::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
+        QpState::Sqd | QpState::Sqe if !verbs::settled(ctx, nic, qp, &mut send, false) => Next::Idle,
         QpState::Sqd => drain(ctx, nic, qp, send),
         QpState::Err => {
             let more = flush_send(ctx, nic, qp, send);
@@ -66,6 +68,11 @@ fn run(
     mut send: MutexGuard<'_, SendQueue>,
     alone: impl Fn() -> bool,
 ) -> Next {
+    if send.nic.is_some()
+        && let Some(next) = verbs::run(ctx, nic, qp, &mut send, &alone)
+    {
+        return next;
+    }
     if let Some(wait) = &send.wait
         && ctx.now < wait.next_look
     {
@@ -125,7 +132,7 @@ fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'
 }
 
 /// Takes one job as far as it goes. `None`: it is complete and the next can start.
-fn advance(
+pub(super) fn advance(
     ctx: &mut Context,
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
@@ -166,7 +173,7 @@ fn advance(
 }
 
 /// The next work request of the ring, parsed; a malformed one fails when it is stepped.
-fn fetch(ctx: &mut Context, qp: &Qp, send: &mut SendQueue) -> Result<Option<Box<Job>>, &'static str> {
+pub(super) fn fetch(ctx: &mut Context, qp: &Qp, send: &mut SendQueue) -> Result<Option<Box<Job>>, &'static str> {
     let caps = send.caps;
     let next = send.peek().map_err(|_| "producer index of the send ring is outside the ring")?;
     let Some((ring, index)) = next else {
@@ -181,7 +188,7 @@ fn fetch(ctx: &mut Context, qp: &Qp, send: &mut SendQueue) -> Result<Option<Box<
     Ok(Some(job))
 }
 
-fn wait(
+pub(super) fn wait(
     ctx: &mut Context,
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
@@ -293,7 +300,7 @@ fn fail(
 }
 
 /// The QP fails, and is to be flushed.
-fn give_up(nic: &Nic, qp: &Qp, reason: &str) -> Next {
+pub(super) fn give_up(nic: &Nic, qp: &Qp, reason: &str) -> Next {
     fatal(nic, qp, reason);
     Next::Again
 }

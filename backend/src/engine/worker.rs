@@ -15,11 +15,12 @@ use super::context::Context;
 use super::serve::{Next, serve};
 use super::timers::Timers;
 use super::wake::Mailbox;
-use super::{Engine, RESTING, cost};
+use super::{Engine, RESTING, cost, verbs};
 use crate::nic::Nic;
 use crate::nic::areas::DoorbellArea;
 use crate::overlay::NicId;
 use crate::qp::Qp;
+use crate::verbs::Member;
 
 /// Bitmap words (of 64 doorbells) that one round takes from one virtual NIC, so that a guest that rings everything does not hold up others.
 const WORDS_PER_ROUND: usize = 2;
@@ -147,6 +148,7 @@ impl Worker {
     /// Looks everywhere once. True if there was something to do.
     fn round(&mut self) -> bool {
         let mut worked = self.enter();
+        worked |= self.poll_nic();
         worked |= self.take_posts();
         worked |= self.take_timers();
         self.all_rich &= !worked;
@@ -239,6 +241,20 @@ impl Worker {
         true
     }
 
+    /// Takes completions of the host's NIC.
+    fn poll_nic(&mut self) -> bool {
+        let ports = &mut self.ports;
+        verbs::poll(&mut self.ctx, &mut |Member { nic, qp, .. }, spent, wanted| {
+            let queue = qp.id.doorbell_queue;
+            if let Some(port) = ports.iter_mut().find(|p| p.nic.id == nic.id && p.queue == queue) {
+                port.charge(spent);
+                if wanted {
+                    port.schedule(qp.clone());
+                }
+            }
+        })
+    }
+
     fn take_posts(&mut self) -> bool {
         let mut any = false;
         for _ in 0..POSTS_PER_ROUND {
@@ -326,7 +342,16 @@ impl Worker {
     /// Whether something came while the worker was about to sleep.
     fn is_wanted(&mut self) -> bool {
         let changed = self.engine.version.load(Ordering::SeqCst) != self.version;
-        changed || self.engine.stop.load(Ordering::SeqCst) || self.mailbox().has_posts() || self.rung()
+        changed
+            || self.engine.stop.load(Ordering::SeqCst)
+            || self.mailbox().has_posts()
+            || self.nic_is_busy()
+            || self.rung()
+    }
+
+    /// Whether the host's NIC will complete something here: nothing else would wake us for it.
+    fn nic_is_busy(&self) -> bool {
+        self.engine.fabric().is_some_and(|fabric| fabric.side(self.index).is_busy())
     }
 
     fn tell_guests(&mut self, sleeping: bool) {

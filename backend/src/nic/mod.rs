@@ -55,6 +55,20 @@ pub struct NicConfig {
     pub num_workers: u16,
     /// Limits.
     pub profile: Profile,
+    /// How bytes get to peers.
+    #[serde(default)]
+    pub path: PathChoice,
+}
+
+/// How bytes get to peers that could be reached in several ways.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathChoice {
+    /// As is best: on one host straight from memory to memory.
+    #[default]
+    Auto,
+    /// Through the host's NIC, if the peer does so too.
+    Nic,
 }
 
 impl NicConfig {

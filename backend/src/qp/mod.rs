@@ -4,6 +4,7 @@
 //! gets a word in. The receive queue is taken from by whoever sends to the QP, under its own short lock. No thread takes a `send` lock
 //! while it holds another lock, and no receive or completion lock is held while another is taken, except that of the SRQ behind a receive queue.
 
+mod nic;
 mod recv;
 mod send;
 pub mod state;
@@ -15,11 +16,13 @@ use parking_lot::Mutex;
 use virtio_rdma::ctrl::QpAttr;
 use virtio_rdma::ib::{Access, QpState, QpType};
 
+pub use nic::{NicQueue, Posted};
 pub use recv::{Flush, RecvQueue, RecvRing, RecvSource, Taken, Ticket};
 pub use send::{Binding, SendQueue, Wait, WaitKind};
 
 use crate::cq::Cq;
 use crate::srq::Srq;
+use crate::verbs::End;
 
 /// What never changes about a QP.
 #[derive(Debug)]
@@ -79,6 +82,8 @@ pub struct Qp {
     qkey: AtomicU32,
     /// `max_rd_atomic` and `max_dest_rd_atomic` of the attributes are not zero.
     resources: AtomicU8,
+    /// Its queue pair on the host's NIC, if it has one in this life. Peers' workers look at it.
+    end: Mutex<Option<Arc<End>>>,
 }
 
 /// Bits of [`Qp::resources`].
@@ -116,6 +121,7 @@ impl Qp {
             access: AtomicU32::new(0),
             qkey: AtomicU32::new(0),
             resources: AtomicU8::new(0),
+            end: Mutex::default(),
         }
     }
 
@@ -203,9 +209,28 @@ impl Qp {
             && self.send.try_lock().is_some_and(|mut send| send.wait.is_none() && !matches!(send.peek(), Ok(None)))
     }
 
+    /// Its queue pair on the host's NIC.
+    pub fn end(&self) -> Option<Arc<End>> {
+        self.end.lock().clone()
+    }
+
+    /// Gives it one, for its present life.
+    pub fn set_end(&self, end: Arc<End>) {
+        *self.end.lock() = Some(end);
+    }
+
+    /// The NIC has nothing of it any more, and no memory of its guest through it, when this returns.
+    pub fn leave_nic(&self) {
+        let end = self.end.lock().take();
+        if let Some(end) = end {
+            end.destroy();
+        }
+    }
+
     /// Lets go of the rings; nothing is read or written any more. The caller has made sure that no worker serves it.
     pub fn close(&self) {
         self.set_state(QpState::Reset);
+        self.leave_nic();
         self.send.lock().close();
         self.recv.lock().close();
     }

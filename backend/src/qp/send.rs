@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Qp;
+use super::nic::NicQueue;
 use crate::engine::job::Job;
 use crate::mem::Map;
 use crate::nic::Nic;
@@ -100,6 +101,10 @@ pub struct SendQueue {
     pub completed: u64,
     /// Bytes moved.
     pub bytes: u64,
+    /// Its way over the host's NIC, if it has one.
+    pub nic: Option<Box<NicQueue>>,
+    /// Elements before `consumer` whose work requests are on the NIC: the guest may not use them again yet.
+    on_nic: u32,
 }
 
 impl SendQueue {
@@ -120,6 +125,8 @@ impl SendQueue {
             notify_drained: false,
             completed: 0,
             bytes: 0,
+            nic: None,
+            on_nic: 0,
         }
     }
 
@@ -176,14 +183,38 @@ impl SendQueue {
         self.completed += 1;
     }
 
+    /// The present work request goes to the NIC: the next one can start.
+    pub fn hand_over(&mut self) {
+        self.advance();
+        self.completed -= 1;
+        self.on_nic += 1;
+    }
+
+    /// The oldest work request on the NIC is complete.
+    pub fn retire(&mut self) {
+        self.completed += 1;
+        self.on_nic = self.on_nic.saturating_sub(1);
+    }
+
     /// Tells the guest which elements it may use again.
     pub fn publish(&mut self) {
-        if let Some(ring) = &self.ring
-            && self.consumer != self.published
-        {
-            ring.set_consumer(self.consumer);
-            self.published = self.consumer;
+        if let Some(ring) = &self.ring {
+            let index = ring.before(self.consumer, self.on_nic);
+            if index != self.published {
+                ring.set_consumer(index);
+                self.published = index;
+            }
         }
+    }
+
+    /// Whether something is under way.
+    pub fn is_busy(&self) -> bool {
+        self.job.is_some() || self.on_nic > 0
+    }
+
+    /// Elements of the ring.
+    pub fn entries(&self) -> u32 {
+        self.ring.as_ref().map_or(0, |ring| ring.geometry().entries)
     }
 
     /// Empties the ring and forgets the peer, as a transition to RESET does.
@@ -226,5 +257,7 @@ impl SendQueue {
         self.retries = 0;
         self.rnr_retries = 0;
         self.notify_drained = false;
+        self.nic = None;
+        self.on_nic = 0;
     }
 }

@@ -199,6 +199,11 @@ impl<M: RingMemory> Ring<M> {
         (index + n) & (self.geometry.entries - 1)
     }
 
+    /// The index `n` before this one.
+    pub fn before(&self, index: u32, n: u32) -> u32 {
+        index.wrapping_sub(n) & (self.geometry.entries - 1)
+    }
+
     /// Elements from `from` on before `to`.
     #[inline]
     pub fn between(&self, from: u32, to: u32) -> u32 {

@@ -330,6 +330,18 @@ impl SendList {
         }
     }
 
+    /// Keeps the first ones.
+    pub fn truncate(&mut self, len: usize) {
+        self.requests.truncate(len);
+        let end_of = |inline| {
+            let with = self.requests.iter().filter(|r| r.flags.contains(SendFlags::INLINE) == inline);
+            with.map(|r| r.payload.end).max().unwrap_or(0)
+        };
+        let (sges, bytes) = (end_of(false), end_of(true));
+        self.sges.truncate(sges);
+        self.inline.truncate(bytes);
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.requests.len()
@@ -385,6 +397,10 @@ mod tests {
         assert_eq!((list.sges(one), list.inline(one)), (&[sge(10), sge(11)][..], &[][..]));
         assert_eq!((list.sges(two), list.inline(two)), (&[][..], &b"abc"[..]));
         assert_eq!((list.sges(three), three.flags), (&[sge(12)][..], SendFlags::SIGNALED));
+        list.truncate(2);
+        list.push(4, PostedOp::Read, SendFlags::empty(), (7, 8));
+        list.push_sge(sge(13));
+        assert_eq!(list.requests().iter().flat_map(|r| list.sges(r)).map(|s| s.addr).collect::<Vec<_>>(), [10, 11, 13]);
         list.clear();
         assert!(list.is_empty());
     }

@@ -2,14 +2,21 @@
 //!
 //! * [`device`]: the layer: devices, protection domains, memory regions, completion queues, queue pairs. Work requests are posted and
 //!   completions polled in batches. Nothing above it knows which NIC is behind.
+//! * [`fabric`]: the NIC as workers share it; [`end`]: a guest's queue pair on it; [`grant`]: what a guest's key stands for there.
 //! * [`fake`]: a NIC in software for tests, which does what a real one may do and hardly ever does.
 //!
 //! What becomes of guests' work requests is not here but in the engine.
 
 pub mod device;
+pub mod end;
+pub mod fabric;
 pub mod fake;
+pub mod grant;
 
 pub use device::{
     Access, Capacity, CompletionQueue, Connection, Device, DeviceError, Endpoint, Limits, MemoryRegion, PostError,
     PostedOp, ProtectionDomain, QueuePair, QueuePairSpec, RecvRequest, SendList, SendRequest, Trouble, Wc,
 };
+pub use end::{End, PostedRecv, Tag};
+pub use fabric::{Fabric, Member};
+pub use grant::{Grant, GrantCache, Holder};

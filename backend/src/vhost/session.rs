@@ -171,6 +171,9 @@ impl Session {
         self.nic.set_running(all);
         self.engine.ports_changed();
         self.engine.quiesce().wait();
+        if !all {
+            self.engine.wait_nic_quiet(self.nic.id);
+        }
         self.kicked_all();
     }
 

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Parser;
 use freeflow_backend::Mac;
+use freeflow_backend::PathChoice;
 use freeflow_backend::Profile;
 use freeflow_router::config::NicSettings;
 use freeflow_router::sandbox::Seccomp;
@@ -85,6 +86,7 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
         socket: socket.ok_or("socket=PATH is missing")?,
         vectors: 1,
         workers: 1,
+        path: PathChoice::Auto,
         limits: Profile::default(),
     })
 }

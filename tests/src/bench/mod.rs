@@ -5,6 +5,7 @@
 //! * [`idle`]: what QPs cost that do nothing.
 //! * [`noise`]: what a virtual NIC gets beside a noisy one.
 //! * [`scale`]: thousands of QPs, regions and virtual NICs.
+//! * [`verbs`]: what the path over the host's NIC costs by itself.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`peers`]: UCX and libfabric on the same cores.
 //! * [`table`]: the figures, for people and as JSON.
@@ -18,6 +19,7 @@ pub mod peers;
 pub mod scale;
 pub mod table;
 pub mod traffic;
+pub mod verbs;
 
 /// The middle one of some figures.
 ///

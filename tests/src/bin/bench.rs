@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, idle, noise, path, peers, scale, table};
+use freeflow_tests::bench::{guests, idle, noise, path, peers, scale, table, verbs};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -36,6 +36,8 @@ enum Part {
     Noise,
     /// Thousands of objects.
     Scale,
+    /// The path over the host's NIC.
+    Verbs,
     /// UCX and libfabric.
     Peers,
     /// Perftest in real guests.
@@ -72,6 +74,10 @@ fn run(args: &Args) -> Result<()> {
     if wanted(Part::Scale) {
         rows.extend(apart(|| scale::rows(cores))?);
         eprintln!("scale is measured");
+    }
+    if wanted(Part::Verbs) {
+        rows.extend(apart(|| verbs::rows(cores))?);
+        eprintln!("the path over the host's NIC is measured");
     }
     if wanted(Part::Peers) {
         rows.extend(apart(|| peers::rows(cores))?);

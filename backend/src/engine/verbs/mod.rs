@@ -1,0 +1,172 @@
+//! The `verbs` path: work requests of connected QPs go to the host's NIC, which moves the bytes between the memories of the two guests.
+//!
+//! Nothing here touches payload. A work request whose keys and bounds hold at both ends, on memory that the NIC has too, is translated
+//! ([`stage`]), posted together with others, and completed when the NIC has done it ([`reap`], [`poll`]). All else, and that is whatever may
+//! fail, and what a NIC does not offer, waits until nothing of its QP is on the NIC any more, and is then executed and judged
+//! as between guests of one host ([`super::connected`]): what goes wrong is said in one place.
+
+mod poll;
+mod reap;
+mod stage;
+
+use std::sync::Arc;
+
+use virtio_rdma::ib::{QpState, QpType};
+
+use super::complete::fatal;
+use super::connected;
+use super::context::{Budget, Context};
+use super::serve::{self, Next};
+use crate::nic::Nic;
+use crate::qp::{Binding, Qp, SendQueue, WaitKind};
+use crate::verbs::{SendList, Wc};
+
+pub(super) use poll::poll;
+pub(super) use reap::{reap, settled};
+use stage::Staged;
+
+/// What a worker uses again and again.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    list: SendList,
+    wcs: Vec<Wc>,
+    /// Completions for guests that do not run now.
+    parked: Vec<Wc>,
+    /// Rounds since the start.
+    rounds: u32,
+}
+
+/// Visits a QP that has an end on the NIC and is in RTS. `None` if its present peer has none: then the NIC has nothing of it, and it is
+/// served as any other.
+pub(super) fn run(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    alone: &impl Fn() -> bool,
+) -> Option<Next> {
+    if let Some(next) = reap(ctx, nic, qp, send) {
+        return Some(next);
+    }
+    if let Some(wait) = &send.wait
+        && ctx.now < wait.next_look
+    {
+        return Some(Next::At(wait.next_look));
+    }
+    if send.job.is_none() && matches!(send.peek(), Ok(None)) {
+        return Some(Next::Idle);
+    }
+    let Some(peer) = connected::bind(ctx, nic, qp, send) else {
+        // It will be said of the next request that there is no peer, when those before it have ended.
+        return unless_busy(send);
+    };
+    let paired = pair(ctx, qp, send, &peer);
+    send.binding = Some(peer.clone());
+    if !paired {
+        return unless_busy(send);
+    }
+    let next = post(ctx, nic, qp, send, &peer, alone);
+    send.publish();
+    Some(next)
+}
+
+/// On with the local path, but not while the NIC has something: a completion will bring us back.
+fn unless_busy(send: &SendQueue) -> Option<Next> {
+    send.nic.as_ref().is_some_and(|queue| !queue.posted.is_empty()).then_some(Next::Idle)
+}
+
+/// Whether both ends are on the NIC, connected to each other; the first to ask connects them.
+fn pair(ctx: &Context, qp: &Qp, send: &mut SendQueue, peer: &Binding) -> bool {
+    let (Some(fabric), Some(queue)) = (ctx.engine.fabric(), &mut send.nic) else { return false };
+    if let Some(known) = &queue.peer
+        && queue.end.is_connected_to(known)
+        && known.incarnation == peer.incarnation
+    {
+        return true;
+    }
+    let Some(theirs) = peer.qp.end().filter(|end| end.incarnation == peer.incarnation) else { return false };
+    let connected = fabric.connect(qp.id.kind, &queue.end, &theirs);
+    if connected {
+        queue.set_peer(theirs);
+    }
+    connected
+}
+
+/// Translates and posts what the ring has, as far as the visit goes.
+fn post(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    peer: &Binding,
+    alone: &impl Fn() -> bool,
+) -> Next {
+    let mut budget = Budget::full();
+    loop {
+        if !budget.take_wqe() {
+            if !give(ctx, nic, qp, send) || !budget.refill(alone) {
+                return Next::Again;
+            }
+            ctx.announce();
+        }
+        let fetched = match send.job.take() {
+            Some(job) => Ok(Some(job)),
+            None => serve::fetch(ctx, qp, send),
+        };
+        let mut job = match fetched {
+            Ok(Some(job)) => job,
+            Ok(None) => return given(give(ctx, nic, qp, send), Next::Idle),
+            Err(reason) => {
+                give(ctx, nic, qp, send);
+                return serve::give_up(nic, qp, reason);
+            }
+        };
+        let staged = stage::stage(ctx, nic, qp, send, peer, &mut job);
+        if staged == Staged::Posted {
+            ctx.recycle(job);
+            continue;
+        }
+        if !give(ctx, nic, qp, send) || unless_busy(send).is_some() {
+            send.job = Some(job);
+            return given(qp.state() == QpState::Rts, Next::Idle);
+        }
+        let next = match staged {
+            Staged::NotReady(period) => serve::wait(ctx, nic, qp, send, job, WaitKind::Rnr, period),
+            // Its completions must not overtake those of receives that the NIC has filled.
+            Staged::Alone if qp.id.kind != QpType::Rc || !has_receives(send) => {
+                serve::advance(ctx, nic, qp, send, job, &mut budget)
+            }
+            _ => {
+                send.job = Some(job);
+                Some(Next::Again)
+            }
+        };
+        if let Some(next) = next {
+            return next;
+        }
+    }
+}
+
+fn has_receives(send: &SendQueue) -> bool {
+    send.nic.as_ref().and_then(|queue| queue.peer.as_ref()).is_some_and(|peer| peer.num_recvs() > 0)
+}
+
+/// A QP that has failed is to be flushed.
+fn given(works: bool, next: Next) -> Next {
+    if works { next } else { Next::Again }
+}
+
+/// Gives the NIC what was translated. False if it does not take it: the QP has failed.
+fn give(ctx: &mut Context, nic: &Nic, qp: &Qp, send: &SendQueue) -> bool {
+    let Some(queue) = send.nic.as_ref().filter(|_| !ctx.verbs.list.is_empty()) else { return true };
+    ctx.verbs.list.signal_last();
+    let result = queue.end.post_send(&ctx.verbs.list);
+    ctx.verbs.list.clear();
+    if let Err(error) = result {
+        // Nothing of it completes any more, which is the same as flushed.
+        queue.end.destroy();
+        log::warn!("the host's NIC: {error}");
+        fatal(nic, qp, "the host's NIC refused a work request");
+    }
+    result.is_ok()
+}

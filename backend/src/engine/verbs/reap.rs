@@ -1,0 +1,123 @@
+//! Completions of sends: the guest is told what the NIC has done.
+
+use std::sync::Arc;
+
+use virtio_rdma::ib::WcStatus;
+
+use super::super::complete::{LONG, OVERFLOW, RecvDone, complete_recv, count_sent, fatal, send_cqe};
+use super::super::context::Context;
+use super::super::serve::{self, Next};
+use crate::nic::Nic;
+use crate::qp::{Posted, Qp, SendQueue};
+
+/// Completes work requests that the NIC is done with. What to do next, if the QP has failed.
+pub(in super::super) fn reap(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Option<Next> {
+    let queue = send.nic.as_mut()?;
+    if queue.end.num_ended() == queue.seen {
+        return None;
+    }
+    let ended = queue.end.take_ended();
+    queue.seen = queue.seen.wrapping_add(ended.done).wrapping_add(ended.failed.len() as u32);
+    let mut broken = None;
+    for left in (0..ended.done).rev() {
+        if !finish_next(ctx, nic, qp, send, WcStatus::Success, left > 0) {
+            broken = Some(OVERFLOW);
+        }
+    }
+    for status in ended.failed {
+        broken = broken.or_else(|| failed(nic, qp, status));
+        if !finish_next(ctx, nic, qp, send, status, false) {
+            broken = Some(OVERFLOW);
+        }
+    }
+    send.publish();
+    broken.map(|reason| serve::give_up(nic, qp, reason))
+}
+
+/// The first failure takes the QP with it; why, if no completion will say so.
+fn failed(nic: &Nic, qp: &Qp, status: WcStatus) -> Option<&'static str> {
+    if status == WcStatus::WrFlushErr {
+        return Some("its queue pair on the host's NIC has failed");
+    }
+    if qp.fail() {
+        nic.warn(format_args!("QP {:#x}: work request failed on the host's NIC: {status:?}", qp.id.qpn));
+    }
+    None
+}
+
+fn finish_next(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    status: WcStatus,
+    more: bool,
+) -> bool {
+    let next = send.nic.as_mut().and_then(|queue| queue.posted.pop_front());
+    next.is_none_or(|posted| finish(ctx, nic, qp, send, posted, status, more))
+}
+
+/// One work request is complete. False if the completion could not be written.
+fn finish(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    Posted { wr_id, opcode, length, signaled }: Posted,
+    status: WcStatus,
+    more: bool,
+) -> bool {
+    let success = status == WcStatus::Success;
+    let hold = success && more && u64::from(length) < LONG;
+    send.retire();
+    send.bytes += if success { length.into() } else { 0 };
+    let mut written = true;
+    if signaled || !success {
+        // Before the completion: who sees that may post the next request at once.
+        send.publish();
+        let cqe = send_cqe(qp, wr_id, opcode, length, status);
+        written = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, !success, hold).is_ok();
+    } else if !hold {
+        ctx.publish();
+    }
+    count_sent(ctx, nic, length.into(), status);
+    written
+}
+
+/// Whether the NIC has no sends of this QP any more; in ERR, where it is made to flush them, no receives either. If not,
+/// a completion will bring us back.
+pub(in super::super) fn settled(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    in_error: bool,
+) -> bool {
+    let Some(end) = send.nic.as_ref().map(|queue| queue.end.clone()) else { return true };
+    if in_error {
+        end.fail();
+    }
+    reap(ctx, nic, qp, send);
+    if end.is_destroyed() {
+        flush(ctx, nic, qp, send);
+    }
+    let sends = send.nic.as_ref().map_or(0, |queue| queue.posted.len());
+    sends == 0 && (!in_error || end.num_recvs() == 0)
+}
+
+/// The NIC will complete nothing any more: it is done in its place.
+fn flush(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) {
+    let Some(queue) = &send.nic else { return };
+    let (end, count) = (queue.end.clone(), queue.posted.len());
+    let mut written = true;
+    for _ in 0..count {
+        written &= finish_next(ctx, nic, qp, send, WcStatus::WrFlushErr, false);
+    }
+    send.publish();
+    if !written {
+        fatal(nic, qp, OVERFLOW);
+    }
+    while let Some(recv) = end.take_recv() {
+        complete_recv(ctx, nic, qp, &RecvDone::error(recv.wr_id, WcStatus::WrFlushErr));
+    }
+}

@@ -1,0 +1,203 @@
+//! One work request, translated for the NIC.
+
+use std::time::Duration;
+
+use virtio_rdma::ib::{Access, QpType, SendFlags};
+
+use super::super::complete::note_limit;
+use super::super::context::Context;
+use super::super::job::Job;
+use super::super::{cost, rc};
+use crate::nic::Nic;
+use crate::profile::Profile;
+use crate::qp::{Binding, NicQueue, Posted, Qp, SendQueue, Taken};
+use crate::verbs::{End, Grant, PostedOp, PostedRecv, SendList};
+use crate::wqe::{Op, Send, Sge};
+
+/// What became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Staged {
+    /// It is in the list.
+    Posted,
+    /// The NIC's queue is full.
+    Full,
+    /// The peer has no receive: look again, or give up after so long.
+    NotReady(Duration),
+    /// Not for the NIC: it is executed when nothing is there.
+    Alone,
+}
+
+/// What the NIC is told besides the payload.
+#[derive(Debug, Clone, Copy)]
+struct Command {
+    op: PostedOp,
+    remote: (u64, u32),
+}
+
+/// Appends a work request to the list for the NIC, and gives the NIC the receive that it needs.
+pub(super) fn stage(
+    ctx: &mut Context,
+    nic: &Nic,
+    qp: &Qp,
+    send: &mut SendQueue,
+    peer: &Binding,
+    job: &mut Job,
+) -> Staged {
+    let (Some(queue), Some(op)) = (&mut send.nic, posted_op(&job.wqe)) else { return Staged::Alone };
+    if job.is_under_way() {
+        return Staged::Alone;
+    }
+    ctx.charge(cost::LOOKUP * job.wqe.lookups() as u64);
+    let Some(their_end) = queue.peer.clone() else { return Staged::Alone };
+    let staged = ctx.verbs.list.len();
+    if queue.end.room() <= staged {
+        return Staged::Full;
+    }
+    let Some(command) = command(qp, queue, peer, op, &job.wqe) else { return Staged::Alone };
+    let id = queue.end.send_id(staged);
+    if !translate(&mut ctx.verbs.list, nic, qp, queue, &job.wqe, command, id) {
+        ctx.verbs.list.truncate(staged);
+        return Staged::Alone;
+    }
+    if op.takes_receive() {
+        let unanswered = queue.posted.len();
+        let taken = receive(ctx, peer, &their_end, job, unanswered);
+        if taken != Staged::Posted {
+            ctx.verbs.list.truncate(staged);
+            return taken;
+        }
+    }
+    let signaled = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED);
+    let (wr_id, opcode, length) = (job.wqe.wr_id, op.opcode(), job.wqe.length as u32);
+    queue.posted.push_back(Posted { wr_id, opcode, length, signaled });
+    send.hand_over();
+    Staged::Posted
+}
+
+fn posted_op(wqe: &Send) -> Option<PostedOp> {
+    Some(match wqe.op {
+        Op::Send { imm: false } => PostedOp::Send,
+        Op::Send { imm: true } => PostedOp::SendImm(wqe.imm),
+        Op::Write { imm: false, .. } => PostedOp::Write,
+        Op::Write { imm: true, .. } => PostedOp::WriteImm(wqe.imm),
+        Op::Read { .. } => PostedOp::Read,
+        _ => return None,
+    })
+}
+
+/// Checks all but the local keys; `None` if something does not hold, or is not for the NIC.
+fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Send) -> Option<Command> {
+    if wqe.length > u64::from(Profile::MAX_MESSAGE) || !fits(queue, wqe) {
+        return None;
+    }
+    let reads = op == PostedOp::Read;
+    if reads && (qp.id.kind != QpType::Rc || !qp.has_resources() || !peer.qp.lends_resources()) {
+        return None;
+    }
+    let (need, addr, key) = match wqe.op {
+        Op::Write { remote_addr, rkey, .. } => (Access::REMOTE_WRITE, remote_addr, rkey),
+        Op::Read { remote_addr, rkey } => (Access::REMOTE_READ, remote_addr, rkey),
+        _ => return Some(Command { op, remote: (0, 0) }),
+    };
+    if !peer.qp.access().contains(need) {
+        return None;
+    }
+    if wqe.length == 0 {
+        // No key is looked at then (IBA 9.7.3.1.2, C9-88).
+        return Some(Command { op, remote: (0, 0) });
+    }
+    let who = (peer.qp.id.pdn, peer.qp.id.qpn);
+    let grant = queue.theirs.get(key, || peer.nic.keys.grant(key))?;
+    let remote = grant.remote(who, need, addr, wqe.length)?;
+    Some(Command { op, remote })
+}
+
+fn fits(queue: &NicQueue, wqe: &Send) -> bool {
+    let capacity = queue.end.capacity();
+    wqe.sges.as_slice().len() <= capacity.sges as usize
+        && (!wqe.is_inline() || wqe.inline.len() <= capacity.inline as usize)
+}
+
+/// Appends it with the NIC's addresses and keys. False if a local key does not hold.
+fn translate(
+    list: &mut SendList,
+    nic: &Nic,
+    qp: &Qp,
+    queue: &mut NicQueue,
+    wqe: &Send,
+    Command { op, remote }: Command,
+    id: u64,
+) -> bool {
+    list.push(id, op, wqe.flags & (SendFlags::FENCE | SendFlags::SOLICITED | SendFlags::SIGNALED), remote);
+    if wqe.is_inline() {
+        list.set_inline(&wqe.inline);
+        return true;
+    }
+    let need = if op == PostedOp::Read { Access::LOCAL_WRITE } else { Access::empty() };
+    wqe.sges.as_slice().iter().filter(|sge| sge.length > 0).all(|sge| {
+        let grant = queue.own.get(sge.lkey, || nic.keys.grant(sge.lkey));
+        let at = grant.and_then(|grant| grant.local(qp.id.pdn, need, sge.addr, sge.length.into()));
+        let Some((addr, lkey)) = at else { return false };
+        list.push_sge(Sge { addr, lkey, length: sge.length });
+        true
+    })
+}
+
+/// Takes a receive of the peer's and gives it to the NIC, so that it is there before the message.
+fn receive(ctx: &mut Context, peer: &Binding, end: &End, job: &mut Job, unanswered: usize) -> Staged {
+    if !end.takes_recv() {
+        // Those of unreliable messages that got lost are for the next.
+        let lost = peer.qp.id.kind == QpType::Uc && unanswered == 0;
+        return if lost { Staged::Posted } else { Staged::Full };
+    }
+    let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
+    note_limit(&peer.nic, &peer.qp);
+    match taken {
+        Taken::Yes => {}
+        Taken::Empty | Taken::TooShort if peer.qp.id.kind == QpType::Rc => {
+            return Staged::NotReady(rc::rnr_timer(peer.qp.attrs.lock().attr.min_rnr_timer));
+        }
+        Taken::Empty | Taken::TooShort | Taken::Broken(_) => return Staged::Alone,
+        Taken::Malformed => {
+            job.begin_receive(Some(ticket));
+            job.rest_receive(&peer.qp);
+            return Staged::Alone;
+        }
+    }
+    let Some(sges) = their_sges(ctx, peer, job) else {
+        peer.qp.recv.lock().put_back(ticket, std::mem::take(&mut job.recv));
+        return Staged::Alone;
+    };
+    if !peer.qp.recv.lock().finish(ticket) {
+        // Flushed this moment: the message has nowhere to go, as the local path will find.
+        return Staged::Alone;
+    }
+    let solicited = job.wqe.flags.contains(SendFlags::SOLICITED);
+    let posted = end.post_recv(PostedRecv { wr_id: job.recv.wr_id, solicited }, &sges);
+    if end.worker() != ctx.worker {
+        ctx.engine.wake(end.worker());
+    }
+    if posted.is_ok() { Staged::Posted } else { Staged::Alone }
+}
+
+/// Where the receive puts the message, for the NIC; `None` if a key does not hold, or the message is too long.
+fn their_sges(ctx: &mut Context, peer: &Binding, job: &Job) -> Option<Vec<Sge>> {
+    if matches!(job.wqe.op, Op::Write { .. }) {
+        return Some(Vec::new());
+    }
+    let list = job.recv.sges.as_slice();
+    ctx.charge(cost::LOOKUP * list.len() as u64);
+    if job.wqe.length > job.recv.sges.total() || peer.qp.id.recv_pdn() != peer.qp.id.pdn {
+        return None;
+    }
+    let translated = list.iter().filter(|sge| sge.length > 0).map(|sge| {
+        let mr = ctx.key(&peer.nic, sge.lkey).ok()?;
+        let (addr, lkey) = translated(mr.grant()?, peer.qp.id.pdn, sge)?;
+        Some(Sge { addr, lkey, length: sge.length })
+    });
+    translated.collect()
+}
+
+fn translated(grant: &Grant, pdn: u32, sge: &Sge) -> Option<(u64, u32)> {
+    grant.local(pdn, Access::LOCAL_WRITE, sge.addr, sge.length.into())
+}

@@ -1,0 +1,60 @@
+//! What a send queue remembers whose work requests go to the host's NIC.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use virtio_rdma::ib::WcOpcode;
+
+use crate::verbs::{End, GrantCache};
+
+/// Work requests on the NIC, and what is needed to put more there.
+#[derive(Debug)]
+pub struct NicQueue {
+    /// The queue pair on the NIC.
+    pub end: Arc<End>,
+    /// That of the peer, once connected.
+    pub peer: Option<Arc<End>>,
+    /// Work requests that are there, oldest first.
+    pub posted: VecDeque<Posted>,
+    /// Work requests whose end was seen, of all that were ever there.
+    pub seen: u32,
+    /// Own keys.
+    pub own: GrantCache,
+    /// The peer's.
+    pub theirs: GrantCache,
+}
+
+/// A work request on the NIC.
+#[derive(Debug, Clone, Copy)]
+pub struct Posted {
+    /// Of the application.
+    pub wr_id: u64,
+    /// What its completion names.
+    pub opcode: WcOpcode,
+    /// Bytes of payload.
+    pub length: u32,
+    /// It makes a completion when it succeeds.
+    pub signaled: bool,
+}
+
+impl NicQueue {
+    /// Over this end.
+    pub fn new(end: Arc<End>) -> Self {
+        Self {
+            end,
+            peer: None,
+            posted: VecDeque::new(),
+            seen: 0,
+            own: GrantCache::default(),
+            theirs: GrantCache::default(),
+        }
+    }
+
+    /// Another peer, with keys of its own.
+    pub fn set_peer(&mut self, peer: Arc<End>) {
+        if !self.peer.as_ref().is_some_and(|known| Arc::ptr_eq(known, &peer)) {
+            self.theirs = GrantCache::default();
+            self.peer = Some(peer);
+        }
+    }
+}

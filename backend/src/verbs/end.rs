@@ -1,0 +1,313 @@
+//! One end of a connection over the NIC: the queue pair there that stands for one life of a guest's queue pair.
+//!
+//! The guest's worker posts sends and, for messages that it sends, the receives of its peer. Whoever polls a completion notes it here; what
+//! the guest sees of it is written by the engine.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use virtio_rdma::ib::WcStatus;
+
+use super::device::{Capacity, Connection, Endpoint, PostError, QueuePair, RecvRequest, SendList};
+use super::fabric::Side;
+use crate::wqe::Sge;
+
+/// Names a work request in its completion: the end, which queue, and which element of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tag(u64);
+
+/// Bits of a tag for the count within a queue. No queue has as many elements.
+const COUNT_BITS: u32 = 23;
+
+impl Tag {
+    /// For an end.
+    pub fn new(end: u64) -> Self {
+        Self(end << (COUNT_BITS + 1))
+    }
+
+    /// For a send.
+    pub fn send(self, count: u32) -> u64 {
+        self.0 | u64::from(count & ((1 << COUNT_BITS) - 1)) << 1
+    }
+
+    /// For a receive. They complete in order, so it need not say which.
+    pub fn recv(self) -> u64 {
+        self.0 | 1
+    }
+
+    /// The end.
+    pub fn end(id: u64) -> u64 {
+        id >> (COUNT_BITS + 1)
+    }
+
+    /// Whether it is a receive.
+    pub fn is_recv(id: u64) -> bool {
+        id & 1 == 1
+    }
+
+    /// How many sends from `from` on end with this one.
+    pub fn sends_since(id: u64, from: u32) -> u32 {
+        let count = (id >> 1) as u32;
+        (count.wrapping_sub(from) & ((1 << COUNT_BITS) - 1)) + 1
+    }
+}
+
+/// A guest's receive that is on the NIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PostedRecv {
+    /// Of the guest.
+    pub wr_id: u64,
+    /// The message that it is there for asks for an event.
+    pub solicited: bool,
+}
+
+/// How sends ended since somebody looked.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// Those that succeeded.
+    pub done: u32,
+    /// Those that followed and did not.
+    pub failed: VecDeque<WcStatus>,
+    /// The end is destroyed: nothing more is noted.
+    closed: bool,
+}
+
+/// One end.
+#[derive(Debug)]
+pub struct End {
+    tag: Tag,
+    /// Which life of the guest's queue pair it is for.
+    pub incarnation: u64,
+    worker: usize,
+    side: (Arc<Side>, usize),
+    endpoint: Endpoint,
+    capacity: Capacity,
+    /// `None` once it is destroyed.
+    pair: RwLock<Option<Box<dyn QueuePair>>>,
+    /// The end that it is connected to.
+    peer: AtomicU64,
+    failed: AtomicBool,
+    /// Sends posted so far.
+    sent: AtomicU32,
+    /// Sends that ended so far.
+    ended: AtomicU32,
+    /// How they ended.
+    ends: Mutex<Ended>,
+    recvs: Mutex<VecDeque<PostedRecv>>,
+}
+
+impl End {
+    pub(super) fn new(
+        (tag, incarnation): (Tag, u64),
+        worker: usize,
+        side: (Arc<Side>, usize),
+        endpoint: Endpoint,
+        capacity: Capacity,
+        pair: Box<dyn QueuePair>,
+    ) -> Self {
+        Self {
+            tag,
+            incarnation,
+            worker,
+            side,
+            endpoint,
+            capacity,
+            pair: RwLock::new(Some(pair)),
+            peer: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
+            sent: AtomicU32::new(0),
+            ended: AtomicU32::new(0),
+            ends: Mutex::default(),
+            recvs: Mutex::default(),
+        }
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        Tag::end(self.tag.0)
+    }
+
+    /// Who it is on the fabric.
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    /// Its sizes.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// The worker that polls its completions.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+
+    /// Whether these two are connected.
+    pub fn is_connected_to(&self, other: &Self) -> bool {
+        let (mine, theirs) = (self.peer.load(Ordering::Acquire), other.peer.load(Ordering::Acquire));
+        mine == other.id() && theirs == self.id()
+    }
+
+    /// The end that it is connected to; zero for none.
+    pub(super) fn peer_id(&self) -> u64 {
+        self.peer.load(Ordering::Acquire)
+    }
+
+    /// Whether all its sends have ended.
+    pub fn is_quiet(&self) -> bool {
+        self.sent.load(Ordering::Acquire) == self.ended.load(Ordering::Acquire) || self.is_destroyed()
+    }
+
+    pub(super) fn is_free(&self) -> bool {
+        self.peer.load(Ordering::Acquire) == 0
+    }
+
+    /// False if the NIC does not do it, or the end is gone.
+    pub(super) fn connect(&self, peer: &Self, connection: &Connection) -> bool {
+        self.peer.store(peer.id(), Ordering::Release);
+        let connected = self.pair.read().as_ref().map(|pair| pair.connect(connection));
+        match connected {
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                log::warn!("a queue pair of the host's NIC cannot be connected: {error}");
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// Sends that may be posted now.
+    pub fn room(&self) -> usize {
+        let under_way = self.sent.load(Ordering::Relaxed).wrapping_sub(self.ended.load(Ordering::Acquire));
+        (self.capacity.sends - under_way.min(self.capacity.sends)) as usize
+    }
+
+    /// What names the send that is posted `ahead` after the next one.
+    pub fn send_id(&self, ahead: usize) -> u64 {
+        self.tag.send(self.sent.load(Ordering::Relaxed).wrapping_add(ahead as u32))
+    }
+
+    /// Posts sends. Only the worker that serves the queue pair does.
+    ///
+    /// # Errors
+    /// When the NIC refuses one, or the end is gone: nothing more will complete then, once it is [destroyed](Self::destroy).
+    pub fn post_send(&self, list: &SendList) -> Result<(), PostError> {
+        self.side.0.expect(list.len());
+        self.sent.fetch_add(list.len() as u32, Ordering::Relaxed);
+        let pair = self.pair.read();
+        pair.as_ref().ok_or(PostError { posted: 0 })?.post_send(list)
+    }
+
+    /// Posts a guest's receive for a message that is about to be sent.
+    ///
+    /// # Errors
+    /// When the NIC refuses it, or the end is gone.
+    pub fn post_recv(&self, recv: PostedRecv, sges: &[Sge]) -> Result<(), PostError> {
+        let mut recvs = self.recvs.lock();
+        let pair = self.pair.read();
+        let pair = pair.as_ref().ok_or(PostError { posted: 0 })?;
+        self.side.0.expect(1);
+        recvs.push_back(recv);
+        pair.post_recv(&RecvRequest { id: self.tag.recv(), sges }).inspect_err(|_| {
+            recvs.pop_back();
+            self.side.0.finished(1);
+        })
+    }
+
+    /// Whether another receive may be posted.
+    pub fn takes_recv(&self) -> bool {
+        self.recvs.lock().len() < self.capacity.recvs as usize
+    }
+
+    /// Receives that are on the NIC.
+    pub fn num_recvs(&self) -> usize {
+        self.recvs.lock().len()
+    }
+
+    /// A receive has completed: which. They do so in order.
+    pub fn take_recv(&self) -> Option<PostedRecv> {
+        let recv = self.recvs.lock().pop_front()?;
+        self.side.0.finished(1);
+        Some(recv)
+    }
+
+    /// A send has completed, and with it those before it that made no completion.
+    pub fn note_send(&self, id: u64, status: WcStatus) {
+        let mut ends = self.ends.lock();
+        let before = self.ended.load(Ordering::Relaxed);
+        let count = Tag::sends_since(id, before);
+        if ends.closed || count > self.sent.load(Ordering::Relaxed).wrapping_sub(before) {
+            // Of a time before; there is none as long as the NIC does what it should.
+            return;
+        }
+        if status == WcStatus::Success {
+            ends.done = ends.done.wrapping_add(count);
+        } else {
+            ends.done = ends.done.wrapping_add(count - 1);
+            ends.failed.push_back(status);
+        }
+        self.ended.store(before.wrapping_add(count), Ordering::Release);
+        self.side.0.finished(count as usize);
+    }
+
+    /// Sends that have ended, of all that ever did.
+    pub fn num_ended(&self) -> u32 {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    /// How they ended since the last call.
+    pub fn take_ended(&self) -> Ended {
+        let mut ends = self.ends.lock();
+        let closed = ends.closed;
+        std::mem::replace(&mut *ends, Ended { closed, ..Ended::default() })
+    }
+
+    /// Takes it to ERR, once: what is posted is flushed.
+    pub fn fail(&self) {
+        if !self.failed.swap(true, Ordering::AcqRel)
+            && let Some(pair) = self.pair.read().as_ref()
+        {
+            pair.fail();
+        }
+    }
+
+    /// Whether it is gone.
+    pub fn is_destroyed(&self) -> bool {
+        self.pair.read().is_none()
+    }
+
+    /// The NIC touches nothing on its behalf any more when this returns, and nothing of it completes. Receives that it had are lost, or for
+    /// [`take_recv`](Self::take_recv).
+    pub fn destroy(&self) {
+        let Some(pair) = self.pair.write().take() else { return };
+        drop(pair);
+        self.ends.lock().closed = true;
+        let unfinished = self.sent.load(Ordering::Relaxed).wrapping_sub(self.ended.load(Ordering::Acquire)) as usize;
+        self.side.0.remove(self.id(), self.side.1, self.capacity, unfinished);
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.destroy();
+        while self.take_recv().is_some() {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_name_ends_queues_and_elements() {
+        let tag = Tag::new(0xab_cdef);
+        let id = tag.send(5);
+        assert_eq!((Tag::end(id), Tag::is_recv(id), Tag::is_recv(tag.recv())), (0xab_cdef, false, true));
+        assert_eq!((Tag::sends_since(id, 5), Tag::sends_since(id, 3)), (1, 3));
+        // Counts wrap, in the tag earlier than in the end.
+        assert_eq!(Tag::sends_since(tag.send(1 << COUNT_BITS), (1 << COUNT_BITS) - 1), 2);
+        assert_eq!(Tag::sends_since(tag.send(0), u32::MAX), 2);
+        assert_eq!(Tag::end(tag.send(u32::MAX)), 0xab_cdef);
+    }
+}

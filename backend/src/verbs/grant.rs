@@ -1,0 +1,204 @@
+//! Keys of guests and those of the NIC: what the one stands for in terms of the other.
+//!
+//! A [`Grant`] is all that a queue pair needs to know of a key, wherever the key's owner is: who may use it how, and what to write into
+//! a work request for it. It is asked for once, by [`KeyTable::grant`](crate::key_table::KeyTable::grant), kept in the queue pair's
+//! [`GrantCache`], and revoked by its owner before what it stands for goes: whoever revokes waits for the quanta under way afterwards.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_rdma::ib::Access;
+
+use super::device::MemoryRegion;
+use crate::nic::keys::RandomKeyMap;
+
+/// Who may use a key, besides the protection domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// A region's: work requests of this side, and peers.
+    Region,
+    /// A window's: peers only, of one queue pair if it is given.
+    Window(Option<u32>),
+}
+
+/// What a key gives access to, and how the NIC is told.
+#[derive(Debug)]
+pub struct Grant {
+    /// The guest's key.
+    pub key: u32,
+    /// Protection domain.
+    pub pdn: u32,
+    /// What may be done with it.
+    pub access: Access,
+    /// Address of the first byte, for the guest.
+    pub iova: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Who may use it.
+    pub holder: Holder,
+    /// Address of the first byte, for the NIC.
+    pub nic_addr: u64,
+    /// The NIC's local key.
+    pub lkey: u32,
+    /// The NIC's remote key.
+    pub rkey: u32,
+    revoked: AtomicBool,
+}
+
+/// Address and key as they stand in a work request for the NIC.
+pub type NicAddress = (u64, u32);
+
+impl Grant {
+    /// For a region, with its own addresses, as NICs do.
+    pub fn region((key, pdn): (u32, u32), access: Access, (iova, length): (u64, u64), mr: &dyn MemoryRegion) -> Self {
+        let (lkey, rkey) = (mr.lkey(), mr.rkey());
+        let (holder, revoked) = (Holder::Region, AtomicBool::new(false));
+        Self { key, pdn, access, iova, length, holder, nic_addr: iova, lkey, rkey, revoked }
+    }
+
+    /// For a window: `offset` bytes into this region.
+    #[must_use]
+    pub fn window(&self, key: u32, access: Access, (iova, length): (u64, u64), offset: u64, qpn: Option<u32>) -> Self {
+        let (nic_addr, holder) = (self.nic_addr.wrapping_add(offset), Holder::Window(qpn));
+        Self { key, access, iova, length, holder, nic_addr, revoked: AtomicBool::new(false), ..*self }
+    }
+
+    /// It gives access to nothing any more. Whoever has found it valid before may still be using it, until their quantum ends.
+    pub fn revoke(&self) {
+        self.revoked.store(true, Ordering::Release);
+    }
+
+    fn is_valid(&self) -> bool {
+        !self.revoked.load(Ordering::Acquire)
+    }
+
+    /// How the NIC is told of bytes of this side, if a work request of protection domain `pdn` may use them so.
+    pub fn local(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<NicAddress> {
+        let at = self.at(pdn, need, addr, len)?;
+        (self.holder == Holder::Region).then_some((at, self.lkey))
+    }
+
+    /// How the NIC is told of bytes of the peer's side, if the peer of queue pair `qpn` of protection domain `pdn` may use them so.
+    pub fn remote(&self, (pdn, qpn): (u32, u32), need: Access, addr: u64, len: u64) -> Option<NicAddress> {
+        let at = self.at(pdn, need, addr, len)?;
+        let allowed = !matches!(self.holder, Holder::Window(Some(only)) if only != qpn);
+        allowed.then_some((at, self.rkey))
+    }
+
+    fn at(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<u64> {
+        let offset = addr.checked_sub(self.iova)?;
+        let inside = offset.checked_add(len)? <= self.length;
+        (inside && self.pdn == pdn && self.access.contains(need)).then(|| self.nic_addr.wrapping_add(offset))
+    }
+}
+
+/// Grants that a queue pair has asked for. Bounded, so that it does not matter how many keys a guest uses.
+#[derive(Debug, Default)]
+pub struct GrantCache {
+    by_key: RandomKeyMap<Arc<Grant>>,
+}
+
+impl GrantCache {
+    /// Keys that it holds.
+    pub const CAPACITY: usize = 16_384;
+
+    /// The grant of a key; `ask` is for one that is not known, or no longer valid.
+    pub fn get(&mut self, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> Option<&Grant> {
+        let known = self.by_key.get(&key).is_some_and(|grant| grant.is_valid());
+        if !known {
+            self.fill(key, ask)?;
+        }
+        self.by_key.get(&key).map(Arc::as_ref)
+    }
+
+    #[cold]
+    fn fill(&mut self, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> Option<()> {
+        self.by_key.remove(&key);
+        if self.by_key.len() >= Self::CAPACITY {
+            self.by_key.clear();
+        }
+        self.by_key.insert(key, ask()?);
+        Some(())
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Keys;
+
+    impl MemoryRegion for Keys {
+        fn lkey(&self) -> u32 {
+            11
+        }
+
+        fn rkey(&self) -> u32 {
+            12
+        }
+    }
+
+    const RIGHTS: Access = Access::LOCAL_WRITE.union(Access::REMOTE_READ);
+
+    fn region(key: u32) -> Grant {
+        Grant::region((key, 7), RIGHTS, (0x1000, 0x100), &Keys)
+    }
+
+    #[test]
+    fn bounds_rights_and_domain_are_checked() {
+        let grant = region(1);
+        assert_eq!(grant.local(7, Access::LOCAL_WRITE, 0x1010, 0xf0), Some((0x1010, 11)));
+        assert_eq!(grant.remote((7, 5), Access::REMOTE_READ, 0x1000, 1), Some((0x1000, 12)));
+        for (pdn, need, addr, len) in [
+            (7, Access::LOCAL_WRITE, 0x1010, 0xf1),
+            (7, Access::LOCAL_WRITE, 0xfff, 1),
+            (7, Access::LOCAL_WRITE, u64::MAX, 2),
+            (7, Access::LOCAL_WRITE, 0x1001, u64::MAX),
+            (8, Access::LOCAL_WRITE, 0x1000, 1),
+            (7, Access::REMOTE_WRITE, 0x1000, 1),
+        ] {
+            assert_eq!(grant.local(pdn, need, addr, len), None, "{need:?} {addr:#x}+{len:#x}");
+        }
+    }
+
+    #[test]
+    fn windows_are_for_peers_and_may_start_at_zero() {
+        let window = region(1).window(2, Access::REMOTE_WRITE, (0, 0x10), 0x20, Some(5));
+        assert_eq!(window.local(7, Access::empty(), 0, 1), None);
+        assert_eq!(window.remote((7, 5), Access::REMOTE_WRITE, 0xf, 1), Some((0x102f, 12)));
+        assert_eq!(window.remote((7, 5), Access::REMOTE_WRITE, 0xf, 2), None);
+        assert_eq!(window.remote((7, 6), Access::REMOTE_WRITE, 0xf, 1), None);
+        assert_eq!(window.remote((7, 5), Access::REMOTE_READ, 0, 1), None);
+    }
+
+    #[test]
+    fn what_was_revoked_is_asked_for_again() {
+        let mut cache = GrantCache::default();
+        let first = Arc::new(region(1));
+        assert!(cache.get(1, || Some(first.clone())).is_some());
+        assert!(cache.get(1, || panic!("it is known")).is_some());
+        first.revoke();
+        assert!(cache.get(1, || None).is_none());
+        assert!(cache.is_empty(), "what does not exist is not remembered");
+    }
+
+    #[test]
+    fn it_never_holds_more_than_its_capacity() {
+        let mut cache = GrantCache::default();
+        for key in 0..2 * GrantCache::CAPACITY as u32 + 5 {
+            assert!(cache.get(key, || Some(Arc::new(region(key)))).is_some());
+            assert!(cache.len() <= GrantCache::CAPACITY);
+        }
+    }
+}

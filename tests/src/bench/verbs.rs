@@ -1,0 +1,200 @@
+//! What the `verbs` path costs by itself: on a NIC that has done everything as soon as it is asked, and moves nothing.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::Result;
+use freeflow_backend::Gid;
+use freeflow_backend::mr::Layout;
+use freeflow_backend::verbs::fake::Script;
+use freeflow_backend::verbs::{
+    Access, CompletionQueue, Connection, Device, DeviceError, Limits, MemoryRegion, PostError, ProtectionDomain,
+    QueuePair, QueuePairSpec, RecvRequest, SendList, Trouble, Wc,
+};
+use virtio_rdma::ib::{SendFlags, WcStatus};
+
+use super::path::{Cores, engine};
+use super::table::Row;
+use super::traffic::{LIST, Traffic, WINDOW, complete, per_microsecond};
+use super::{RUNS, median};
+use crate::bed::Bed;
+use crate::guest::GuestConfig;
+use crate::guest::mem::Placement;
+use crate::guest::verbs::{Mr, MrSpec, Op, SendWr};
+use crate::router::RouterSpec;
+use crate::sys::pin_thread;
+
+/// Keys in use at each end.
+const KEYS: usize = 10_000;
+/// Lists of a run.
+const LISTS: usize = 20_000;
+
+/// Every row of this module.
+///
+/// # Errors
+/// When a work request fails.
+pub fn rows(cores: Option<Cores>) -> Result<Vec<Row>> {
+    let Some(cores) = cores else {
+        return Ok(vec![Row::not_measurable("verbs path: translation", "poster and worker need a core each")]);
+    };
+    pin_thread(0, cores.poster)?;
+    let spec =
+        RouterSpec { vectors: 1, engine: engine(cores), ..RouterSpec::of(2) }.over(Arc::new(InstantNic::default()));
+    let config = GuestConfig { rings: Placement::Contiguous, memory_size: 256 << 20, ..GuestConfig::default() };
+    let bed = Bed::guests(&spec, &config);
+    let (a, b) = bed.two();
+    let traffic = Traffic::between(a, b, 4096)?;
+    let (own, theirs) = (regions(&traffic.a.pd, a)?, regions(&traffic.b.pd, b)?);
+    let run = |keys| (0..RUNS).map(|_| rate(&traffic, &own[..keys], &theirs[..keys])).collect::<Result<Vec<_>>>();
+    let (one, many) = (median(run(1)?), median(run(KEYS)?));
+    Ok(vec![
+        Row::at_least("verbs path, NIC that does nothing: 8 B WRITE, lists of 32, 1 key", one, "M/s", 8.0),
+        Row::at_least("verbs path, NIC that does nothing: the same, 10,000 keys", many, "M/s", 8.0),
+        Row::at_most("verbs path: translation of a work request, 10,000 keys", 1e3 / many, "ns", 125.0),
+    ])
+}
+
+/// The same memory under many keys.
+fn regions(pd: &crate::guest::verbs::Pd, guest: &crate::guest::Guest) -> Result<Vec<Mr>> {
+    let memory = guest.alloc(4096)?;
+    (0..KEYS).map(|_| Ok(pd.reg_spec(MrSpec::whole(&memory))?)).collect()
+}
+
+/// Million WRITEs a second, each with the next key of both ends.
+fn rate(traffic: &Traffic, own: &[Mr], theirs: &[Mr]) -> Result<f64> {
+    let sges: Vec<_> = own.iter().map(|mr| [mr.sge(0, 8)]).collect();
+    let request = |n: usize| {
+        let n = n % own.len();
+        let flags = SendFlags::empty();
+        SendWr::new(1, Op::Write(theirs[n].remote(0)), &sges[n]).flags(flags)
+    };
+    let lists: Vec<Vec<_>> = (0..own.len().div_ceil(LIST))
+        .map(|list| {
+            let mut all: Vec<_> = (list * LIST..(list + 1) * LIST).map(request).collect();
+            all[LIST - 1] = all[LIST - 1].flags(SendFlags::SIGNALED);
+            all
+        })
+        .collect();
+    let start = Instant::now();
+    for turn in 0..LISTS + WINDOW {
+        if turn >= WINDOW {
+            complete(&traffic.a.cq)?;
+        }
+        if turn < LISTS {
+            traffic.a.qp.post_send(&lists[turn % lists.len()])?;
+        }
+    }
+    Ok(per_microsecond(LISTS * LIST, start))
+}
+
+/// A NIC that completes as it is posted to.
+#[derive(Debug, Default)]
+struct InstantNic {
+    numbers: Arc<AtomicU32>,
+}
+
+impl Device for InstantNic {
+    #[expect(clippy::unnecessary_literal_bound, reason = "the trait's")]
+    fn name(&self) -> &str {
+        "instant0"
+    }
+
+    fn limits(&self) -> Limits {
+        Script::default().limits
+    }
+
+    fn gid(&self) -> Gid {
+        Gid([0; 16])
+    }
+
+    fn alloc_pd(&self) -> Result<Arc<dyn ProtectionDomain>, DeviceError> {
+        Ok(Arc::new(InstantPd { numbers: self.numbers.clone() }))
+    }
+
+    fn create_cq(&self, _: u32) -> Result<Arc<dyn CompletionQueue>, DeviceError> {
+        Ok(Arc::new(InstantCq::default()))
+    }
+
+    fn take_trouble(&self, _: &mut Vec<Trouble>) {}
+}
+
+#[derive(Debug)]
+struct InstantPd {
+    numbers: Arc<AtomicU32>,
+}
+
+impl ProtectionDomain for InstantPd {
+    fn register(&self, _: &Arc<Layout>, _: u64, _: Access) -> Result<Arc<dyn MemoryRegion>, DeviceError> {
+        Ok(Arc::new(InstantMr(self.numbers.fetch_add(1, Relaxed))))
+    }
+
+    fn create_qp(&self, spec: &QueuePairSpec<'_>) -> Result<Box<dyn QueuePair>, DeviceError> {
+        let cq: Arc<dyn Any + Send + Sync> = spec.cq.clone();
+        let cq = cq.downcast().map_err(|_| DeviceError::Invalid("the completion queue"))?;
+        Ok(Box::new(InstantQp { number: self.numbers.fetch_add(1, Relaxed), cq }))
+    }
+}
+
+#[derive(Debug)]
+struct InstantMr(u32);
+
+impl MemoryRegion for InstantMr {
+    fn lkey(&self) -> u32 {
+        self.0
+    }
+
+    fn rkey(&self) -> u32 {
+        self.0
+    }
+}
+
+#[derive(Debug, Default)]
+struct InstantCq {
+    entries: Mutex<VecDeque<Wc>>,
+}
+
+impl CompletionQueue for InstantCq {
+    fn poll(&self, most: usize, out: &mut Vec<Wc>) {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = most.min(entries.len());
+        out.extend(entries.drain(..count));
+    }
+}
+
+#[derive(Debug)]
+struct InstantQp {
+    number: u32,
+    cq: Arc<InstantCq>,
+}
+
+impl QueuePair for InstantQp {
+    fn number(&self) -> u32 {
+        self.number
+    }
+
+    fn connect(&self, _: &Connection) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn fail(&self) {}
+
+    fn post_send(&self, list: &SendList) -> Result<(), PostError> {
+        let mut entries = self.cq.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let signaled = list.requests().iter().filter(|request| request.flags.contains(SendFlags::SIGNALED));
+        entries.extend(signaled.map(|request| Wc {
+            id: request.id,
+            status: WcStatus::Success,
+            opcode: request.op.opcode(),
+            byte_len: 0,
+            imm: None,
+        }));
+        Ok(())
+    }
+
+    fn post_recv(&self, _: &RecvRequest<'_>) -> Result<(), PostError> {
+        Ok(())
+    }
+}
