@@ -3,13 +3,21 @@
 
 use std::sync::Arc;
 
+use std::time::Duration;
+
+use freeflow_backend::verbs::Limits;
 use freeflow_backend::verbs::fake::{Counts, FakeNic, Script};
-use freeflow_tests::bed::Bed;
+use freeflow_tests::bed::{Bed, eventually};
+use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{Op, SendWr};
+use freeflow_tests::guest::verbs::{Bind, MrSpec, MwType, Op, QpSpec, Rc, RcOptions, SendWr};
 use freeflow_tests::rng::Rng;
 use freeflow_tests::router::RouterSpec;
-use virtio_rdma::ib::{WcOpcode, WcStatus};
+use virtio_rdma::event::EventType;
+use virtio_rdma::ib::{Access, QpState, WcOpcode, WcStatus};
+
+const SOON: Duration = Duration::from_secs(10);
+const A_WHILE: Duration = Duration::from_millis(2);
 
 fn bed(script: Script) -> (Arc<FakeNic>, Bed) {
     let nic = Arc::new(FakeNic::new(script));
@@ -50,7 +58,7 @@ fn a_send_finds_its_receive_on_the_nic() {
             a.mr.fill(1000 * usize::from(i), 500, i + 1);
         }
         // Nobody waits on the NIC for a receive: what has none is not given to it.
-        std::thread::sleep(std::time::Duration::from_millis(2));
+        std::thread::sleep(A_WHILE);
         assert_eq!((nic.counts().sent, nic.counts().not_ready), (0, 0));
         (0..4).for_each(|i| b.qp.post_recv(i, &[b.mr.sge(1000 * i as usize, 1000)]).unwrap());
         for i in 0..4u8 {
@@ -93,4 +101,249 @@ fn nothing_stays_on_the_nic() {
     drop(bed.router);
     let Counts { pds, mrs, cqs, qps, .. } = nic.counts();
     assert_eq!((pds, mrs, cqs, qps), (0, 0, 0, 0));
+}
+
+fn statuses(end: &Rc, count: usize) -> Vec<(u64, WcStatus)> {
+    end.cq.take(count).iter().map(|wc| (wc.wr_id(), wc.status())).collect()
+}
+
+fn write(id: u64, a: &Rc, b: &Rc) -> SendWr<'static> {
+    let sge = Box::leak(Box::new([a.mr.sge(0, 8)]));
+    SendWr::new(id, Op::Write(b.mr.remote(0)), sge)
+}
+
+#[test]
+fn a_key_that_was_used_on_the_nic_is_gone_with_its_region() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(4096);
+        let mut other = b.pd.reg_new(4096).unwrap();
+        let key = other.remote(0);
+        a.qp.post(SendWr::new(1, Op::Write(key), &[a.mr.sge(0, 8)])).unwrap();
+        a.cq.next().ok();
+        other.dereg().unwrap();
+        assert_eq!(nic.counts().mrs, 2, "the NIC has forgotten it, too");
+        a.qp.post(SendWr::new(2, Op::Write(key), &[a.mr.sge(0, 8)])).unwrap();
+        assert_eq!(a.cq.next().status(), WcStatus::RemAccessErr);
+        assert_eq!(nic.counts().sent, 1, "the NIC was not asked");
+    }
+}
+
+#[test]
+fn a_window_works_on_the_nic_while_it_is_bound() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(4096);
+        let memory = MrSpec::whole(&bed.guests[1].alloc(4096).unwrap());
+        let mr = b.pd.reg_spec(memory.access(Access::LOCAL_WRITE | Access::MW_BIND)).unwrap();
+        let mut window = b.pd.alloc_mw(MwType::Two).unwrap();
+        let bind = Bind::whole(&window, &mr);
+        b.qp.post(SendWr::new(1, bind.op(), &[])).unwrap();
+        b.cq.next().ok();
+        window.key = bind.key;
+        a.mr.write(0, b"through!");
+        a.qp.post(SendWr::new(2, Op::Write(bind.remote()), &[a.mr.sge(0, 8)])).unwrap();
+        a.cq.next().ok();
+        assert_eq!((mr.read(0, 8), nic.counts().sent), (b"through!".to_vec(), 1));
+        window.dealloc().unwrap();
+        a.qp.post(SendWr::new(3, Op::Write(bind.remote()), &[a.mr.sge(0, 8)])).unwrap();
+        assert_eq!((a.cq.next().status(), nic.counts().sent), (WcStatus::RemAccessErr, 1));
+    }
+}
+
+#[test]
+fn a_region_can_go_while_the_nic_is_at_it() {
+    let (nic, bed) = bed(Script::default());
+    let (a, mut b) = bed.pair(4096);
+    nic.hold(true);
+    let target = b.mr.buf().clone();
+    a.mr.fill(0, 8, 0xee);
+    a.qp.post(write(1, &a, &b)).unwrap();
+    std::thread::sleep(A_WHILE);
+    b.mr.dereg().unwrap();
+    nic.hold(false);
+    assert_eq!(statuses(&a, 1), [(1, WcStatus::RemAccessErr)]);
+    assert_eq!(target.read(0, 8), [0; 8], "memory that was given back is left alone");
+}
+
+#[test]
+fn a_queue_pair_can_go_while_the_nic_has_its_work() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    b.qp.post_recv(7, &[b.mr.sge(0, 8)]).unwrap();
+    nic.hold(true);
+    a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+    a.qp.post(write(2, &a, &b)).unwrap();
+    std::thread::sleep(A_WHILE);
+    let Rc { qp, cq, mr: _mr, pd: _pd } = a;
+    drop(qp);
+    nic.hold(false);
+    assert_eq!(nic.counts().qps, 1);
+    assert!(cq.poll().is_none(), "a queue pair that is gone completes nothing");
+    b.qp.modify_state(QpState::Err).unwrap();
+    assert_eq!(statuses(&b, 1), [(7, WcStatus::WrFlushErr)], "the receive that the NIC had");
+}
+
+#[test]
+fn what_the_nic_has_is_flushed_before_what_it_has_not() {
+    let (nic, bed) = bed(Script::default());
+    let spec = QpSpec { send_depth: 63, recv_depth: 63, ..QpSpec::rc() };
+    let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &spec, 4096, &RcOptions::default()).unwrap();
+    (0..10).for_each(|id| b.qp.post_recv(id, &[b.mr.sge(0, 8)]).unwrap());
+    nic.hold(true);
+    for id in 0..40 {
+        a.qp.post(SendWr::new(id, if id < 5 { Op::Send } else { Op::Write(b.mr.remote(0)) }, &[a.mr.sge(0, 8)]))
+            .unwrap();
+    }
+    std::thread::sleep(A_WHILE);
+    a.qp.modify_state(QpState::Err).unwrap();
+    b.qp.modify_state(QpState::Err).unwrap();
+    nic.hold(false);
+    assert_eq!(statuses(&a, 40), (0..40).map(|id| (id, WcStatus::WrFlushErr)).collect::<Vec<_>>());
+    assert_eq!(statuses(&b, 10), (0..10).map(|id| (id, WcStatus::WrFlushErr)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_guest_that_stops_is_left_alone_by_the_nic() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    nic.hold(true);
+    a.mr.fill(0, 8, 0xee);
+    a.qp.post(write(2, &a, &b)).unwrap();
+    std::thread::sleep(A_WHILE);
+    // The NIC does nothing for so long that it is not waited for.
+    let bases = bed.guests[1].stop_queues().unwrap();
+    nic.hold(false);
+    std::thread::sleep(A_WHILE);
+    assert_eq!(b.mr.read(0, 8), [0; 8]);
+    bed.guests[1].start_queues_at(&bases).unwrap();
+    assert_eq!(b.qp.state().unwrap(), QpState::Err);
+    assert_eq!(a.cq.next().status(), WcStatus::RetryExcErr);
+}
+
+#[test]
+fn a_queue_pair_that_breaks_on_the_nic_breaks_for_its_guest() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(4096);
+        a.qp.post(write(1, &a, &b)).unwrap();
+        a.cq.next().ok();
+        b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
+        nic.hold(true);
+        a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+        std::thread::sleep(A_WHILE);
+        nic.qps().into_iter().for_each(|number| nic.break_qp(number));
+        for (end, guest, id) in [(&a, &bed.guests[0], 2), (&b, &bed.guests[1], 3)] {
+            guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
+            assert_eq!(statuses(end, 1), [(id, WcStatus::WrFlushErr)]);
+            assert_eq!(end.qp.state().unwrap(), QpState::Err);
+        }
+        nic.hold(false);
+    }
+}
+
+/// What does not fit on the NIC goes without it; what needs it is refused.
+#[test]
+fn a_small_nic() {
+    let limits = Limits { mrs: 3, qps: 4, ..Script::default().limits };
+    let (nic, bed) = bed(Script { limits, ..Script::default() });
+    let (a, b) = bed.pair(4096);
+    let (_third, fourth) = (b.pd.reg_new(4096).unwrap(), b.pd.reg_new(4096).unwrap());
+    a.qp.post(SendWr::new(1, Op::Write(fourth.remote(0)), &[a.mr.sge(0, 8)])).unwrap();
+    a.cq.next().ok();
+    assert_eq!((nic.counts().mrs, nic.counts().sent), (3, 0));
+    a.qp.post(write(2, &a, &b)).unwrap();
+    a.cq.next().ok();
+    assert_eq!(nic.counts().sent, 1);
+    let _second = bed.pair(64);
+    let (x, y) = bed.two();
+    assert!(Rc::pair(x, y, 64).is_err(), "a fifth queue pair");
+    let end = Rc::new(x, QpSpec::rc(), 64).unwrap();
+    end.qp.to_init(RcOptions::default().access).unwrap();
+    assert!(end.qp.to_rtr(y.gids()[0], 77, 1, &RcOptions::default()).is_err(), "one that is connected needs the NIC");
+    assert_eq!(end.qp.state().unwrap(), QpState::Init);
+}
+
+#[test]
+fn registrations_may_take_their_time() {
+    let script = Script { registration: Duration::from_millis(50), ..Script::default() };
+    let (_nic, bed) = bed(script);
+    let (a, b) = bed.pair(4096);
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| (0..10).map(|_| a.pd.reg_new(4096).unwrap()).collect::<Vec<_>>());
+        let mut rounds = 0u32;
+        while !slow.is_finished() {
+            b.qp.post(write(1, &b, &a)).unwrap();
+            b.cq.next().ok();
+            rounds += 1;
+        }
+        assert!(rounds > 10, "others go on meanwhile: {rounds}");
+    });
+}
+
+#[test]
+fn unreliable_messages_go_through_the_nic() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (x, y) = bed.two();
+        let (a, b) = Rc::pair_with(x, y, &QpSpec::uc(), 4096, &RcOptions::default()).unwrap();
+        a.mr.write(0, b"datagram");
+        for id in 0..100 {
+            b.qp.post_recv(id, &[b.mr.sge(8, 8)]).unwrap();
+            a.qp.post(SendWr::new(id, Op::SendImm(5), &[a.mr.sge(0, 8)])).unwrap();
+            a.cq.next().ok();
+            assert_eq!((b.cq.next().ok().wr_id(), b.mr.read(8, 8)), (id, b"datagram".to_vec()));
+        }
+        a.qp.post(write(1, &a, &b)).unwrap();
+        a.cq.next().ok();
+        eventually("the WRITE", SOON, || b.mr.read(0, 8) == b"datagram");
+        assert_eq!(nic.counts().sent, 101);
+    }
+}
+
+#[test]
+fn workers_sleep_when_the_nic_has_nothing() {
+    let (_nic, bed) = bed(Script::shuffled(4));
+    let (a, b) = bed.pair(4096);
+    for id in 0..50 {
+        b.qp.post_recv(id, &[b.mr.sge(0, 8)]).unwrap();
+        a.qp.post(SendWr::new(id, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+        a.cq.next().ok();
+        b.cq.next().ok();
+        std::thread::sleep(Duration::from_micros(300));
+    }
+    let sleeps = bed.router.router().worker_sleeps();
+    assert!(sleeps.iter().sum::<u64>() > 25, "{sleeps:?}");
+}
+
+/// Threads of both guests send both ways over several connections at once, over workers of their own, and compare every byte.
+#[test]
+fn many_connections_at_once() {
+    for script in scripts() {
+        let nic = Arc::new(FakeNic::new(script));
+        let spec = RouterSpec::of(2).over(nic.clone());
+        let bed = Bed::guests(&spec, &GuestConfig { memory_size: 64 << 20, ..GuestConfig::default() });
+        let (x, y) = bed.two();
+        std::thread::scope(|scope| {
+            for seed in 0..8u64 {
+                scope.spawn(move || {
+                    let (a, b) = Rc::pair(x, y, 64 << 10).unwrap();
+                    let mut rng = Rng::new(seed);
+                    for id in 0..100 {
+                        let bytes = rng.bytes(1 + (seed as usize * 997 + id as usize * 131) % 5000);
+                        let (from, to) = if id % 2 == 0 { (&a, &b) } else { (&b, &a) };
+                        from.mr.write(0, &bytes);
+                        to.qp.post_recv(id, &[to.mr.sge(8192, 8192)]).unwrap();
+                        from.qp.post(SendWr::new(id, Op::Send, &[from.mr.sge(0, bytes.len())])).unwrap();
+                        from.cq.next().ok();
+                        let wc = to.cq.next().ok();
+                        assert_eq!((wc.wr_id(), to.mr.read(8192, wc.byte_len())), (id, bytes));
+                    }
+                });
+            }
+        });
+        assert_eq!((nic.counts().sent, nic.counts().not_ready), (800, 0));
+    }
 }

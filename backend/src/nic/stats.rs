@@ -30,6 +30,10 @@ counters! {
     send_wqes,
     /// Bytes moved by work requests of this NIC.
     send_bytes,
+    /// Work requests that the host's NIC has done.
+    nic_wqes,
+    /// Bytes that it has moved for them.
+    nic_bytes,
     /// Receives completed.
     recv_wqes,
     /// Bytes received by SENDs and datagrams.

@@ -19,11 +19,14 @@ pub(in super::super) fn reap(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, se
     let ended = queue.end.take_ended();
     queue.seen = queue.seen.wrapping_add(ended.done).wrapping_add(ended.failed.len() as u32);
     let mut broken = None;
+    let bytes = send.bytes;
     for left in (0..ended.done).rev() {
         if !finish_next(ctx, nic, qp, send, WcStatus::Success, left > 0) {
             broken = Some(OVERFLOW);
         }
     }
+    nic.counters.nic_wqes.add(ended.done.into());
+    nic.counters.nic_bytes.add(send.bytes - bytes);
     for status in ended.failed {
         broken = broken.or_else(|| failed(nic, qp, status));
         if !finish_next(ctx, nic, qp, send, status, false) {
