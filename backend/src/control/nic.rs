@@ -58,7 +58,7 @@ impl Control {
         let end = fabric.add(&self.nic, qp, &**domain, send.entries());
         let end = end.map_err(|error| self.no_room("queue pair", &error))?;
         qp.set_end(end.clone());
-        send.nic = Some(Box::new(NicQueue::new(end)));
+        send.nic = Some(Box::new(NicQueue::new(end, &self.nic.grants)));
         Ok(())
     }
 

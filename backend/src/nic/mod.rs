@@ -34,6 +34,7 @@ use crate::overlay::{Gid, NicId, eui64};
 use crate::profile::Profile;
 use crate::qp::Qp;
 use crate::slots::Slots;
+use crate::verbs::GrantBudget;
 use crate::vhost::vring::Vring;
 
 pub use mac::Mac;
@@ -112,6 +113,8 @@ pub struct Nic {
     pub gids: RwLock<GidTable>,
     /// Event queues, one for each completion vector.
     pub events: Vec<EventQueue>,
+    /// Keys that its queue pairs remember for the host's NIC.
+    pub grants: Arc<GrantBudget>,
     /// Counters.
     pub counters: Counters,
     log: LimitedLog,
@@ -141,6 +144,7 @@ impl Nic {
             handles: RwLock::default(),
             gids: RwLock::new(GidTable::new(config.profile.max_gids)),
             events: event_vrings.into_iter().map(EventQueue::new).collect(),
+            grants: Arc::default(),
             counters: Counters::default(),
             log: LimitedLog::new(&config.name),
             gid_epoch: AtomicU64::new(0),

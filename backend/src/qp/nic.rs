@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use virtio_rdma::ib::WcOpcode;
 
-use crate::verbs::{End, GrantCache};
+use crate::verbs::{End, GrantBudget, GrantCache};
 
 /// Work requests on the NIC, and what is needed to put more there.
 #[derive(Debug)]
@@ -38,22 +38,22 @@ pub struct Posted {
 }
 
 impl NicQueue {
-    /// Over this end.
-    pub fn new(end: Arc<End>) -> Self {
+    /// Over this end; what it remembers counts there.
+    pub fn new(end: Arc<End>, budget: &Arc<GrantBudget>) -> Self {
         Self {
             end,
             peer: None,
             posted: VecDeque::new(),
             seen: 0,
-            own: GrantCache::default(),
-            theirs: GrantCache::default(),
+            own: GrantCache::new(budget),
+            theirs: GrantCache::new(budget),
         }
     }
 
     /// Another peer, with keys of its own.
     pub fn set_peer(&mut self, peer: Arc<End>) {
         if !self.peer.as_ref().is_some_and(|known| Arc::ptr_eq(known, &peer)) {
-            self.theirs = GrantCache::default();
+            self.theirs.forget();
             self.peer = Some(peer);
         }
     }

@@ -20,7 +20,7 @@ use crate::qp::Qp;
 /// Entries of a completion queue; a worker gets another when one is taken.
 const CQES: u32 = 1 << 16;
 /// Most receives of a queue pair that are on the NIC at a time. Each is there for a message that is on its way.
-const MAX_RECVS: u32 = 512;
+const MAX_RECVS: u32 = 128;
 
 /// A NIC and what there is on it.
 #[derive(Debug)]

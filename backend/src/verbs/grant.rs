@@ -5,7 +5,7 @@
 //! [`GrantCache`], and revoked by its owner before what it stands for goes: whoever revokes waits for the quanta under way afterwards.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use virtio_rdma::ib::Access;
 
@@ -92,33 +92,69 @@ impl Grant {
     }
 }
 
-/// Grants that a queue pair has asked for. Bounded, so that it does not matter how many keys a guest uses.
+/// Grants that all queue pairs of a virtual NIC remember together.
 #[derive(Debug, Default)]
+pub struct GrantBudget(AtomicUsize);
+
+impl GrantBudget {
+    /// Most of them; those of keys that are no more count too, as long as they are remembered.
+    pub const MOST: usize = 1 << 18;
+
+    fn is_used_up(&self) -> bool {
+        self.0.load(Ordering::Relaxed) >= Self::MOST
+    }
+}
+
+/// Grants that a queue pair has asked for. Bounded for each and for all of a virtual NIC, so that it does not matter how many keys a guest
+/// uses.
+#[derive(Debug)]
 pub struct GrantCache {
     by_key: RandomKeyMap<Arc<Grant>>,
+    budget: Arc<GrantBudget>,
 }
 
 impl GrantCache {
     /// Keys that it holds.
     pub const CAPACITY: usize = 16_384;
 
-    /// The grant of a key; `ask` is for one that is not known, or no longer valid.
-    pub fn get(&mut self, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> Option<&Grant> {
-        let known = self.by_key.get(&key).is_some_and(|grant| grant.is_valid());
-        if !known {
-            self.fill(key, ask)?;
+    /// An empty one.
+    pub fn new(budget: &Arc<GrantBudget>) -> Self {
+        Self { by_key: RandomKeyMap::default(), budget: budget.clone() }
+    }
+
+    /// What `tell` makes of the grant of a key; `ask` is for one that is not known, or no longer valid.
+    #[inline]
+    pub fn get(
+        &mut self,
+        key: u32,
+        ask: impl FnOnce() -> Option<Arc<Grant>>,
+        tell: impl FnOnce(&Grant) -> Option<NicAddress>,
+    ) -> Option<NicAddress> {
+        if let Some(grant) = self.by_key.get(&key)
+            && grant.is_valid()
+        {
+            return tell(grant);
         }
-        self.by_key.get(&key).map(Arc::as_ref)
+        self.fill(key, ask)?;
+        tell(self.by_key.get(&key)?)
     }
 
     #[cold]
     fn fill(&mut self, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> Option<()> {
-        self.by_key.remove(&key);
-        if self.by_key.len() >= Self::CAPACITY {
-            self.by_key.clear();
+        let before = self.by_key.remove(&key);
+        self.budget.0.fetch_sub(before.iter().len(), Ordering::Relaxed);
+        if self.by_key.len() >= Self::CAPACITY || self.budget.is_used_up() {
+            self.forget();
         }
         self.by_key.insert(key, ask()?);
+        self.budget.0.fetch_add(1, Ordering::Relaxed);
         Some(())
+    }
+
+    /// Forgets all.
+    pub fn forget(&mut self) {
+        let all = std::mem::take(&mut self.by_key);
+        self.budget.0.fetch_sub(all.len(), Ordering::Relaxed);
     }
 
     /// How many there are.
@@ -129,6 +165,12 @@ impl GrantCache {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.by_key.is_empty()
+    }
+}
+
+impl Drop for GrantCache {
+    fn drop(&mut self) {
+        self.forget();
     }
 }
 
@@ -182,23 +224,43 @@ mod tests {
         assert_eq!(window.remote((7, 5), Access::REMOTE_READ, 0, 1), None);
     }
 
+    fn knows(cache: &mut GrantCache, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> bool {
+        cache.get(key, ask, |grant| grant.local(7, RIGHTS, 0x1000, 1)).is_some()
+    }
+
     #[test]
     fn what_was_revoked_is_asked_for_again() {
-        let mut cache = GrantCache::default();
+        let mut cache = GrantCache::new(&Arc::default());
         let first = Arc::new(region(1));
-        assert!(cache.get(1, || Some(first.clone())).is_some());
-        assert!(cache.get(1, || panic!("it is known")).is_some());
+        assert!(knows(&mut cache, 1, || Some(first.clone())));
+        assert!(knows(&mut cache, 1, || panic!("it is known")));
         first.revoke();
-        assert!(cache.get(1, || None).is_none());
+        assert!(!knows(&mut cache, 1, || None));
         assert!(cache.is_empty(), "what does not exist is not remembered");
     }
 
     #[test]
     fn it_never_holds_more_than_its_capacity() {
-        let mut cache = GrantCache::default();
+        let mut cache = GrantCache::new(&Arc::default());
         for key in 0..2 * GrantCache::CAPACITY as u32 + 5 {
-            assert!(cache.get(key, || Some(Arc::new(region(key)))).is_some());
+            assert!(knows(&mut cache, key, || Some(Arc::new(region(key)))));
             assert!(cache.len() <= GrantCache::CAPACITY);
         }
+    }
+
+    #[test]
+    fn all_together_hold_no_more_than_their_budget_and_one_each() {
+        let budget = Arc::new(GrantBudget::default());
+        let mut caches: Vec<_> = (0..20).map(|_| GrantCache::new(&budget)).collect();
+        for cache in &mut caches {
+            for key in 0..GrantCache::CAPACITY as u32 {
+                assert!(knows(cache, key, || Some(Arc::new(region(key)))));
+            }
+        }
+        let held = caches.iter().map(GrantCache::len).sum::<usize>();
+        assert!((GrantBudget::MOST..=GrantBudget::MOST + caches.len()).contains(&held), "{held}");
+        assert_eq!(budget.0.load(Ordering::Relaxed), held);
+        caches.clear();
+        assert_eq!(budget.0.load(Ordering::Relaxed), 0);
     }
 }

@@ -14,13 +14,14 @@ const COMPLETIONS_PER_ROUND: usize = 64;
 /// Rounds between two looks for trouble.
 const ROUNDS_PER_LOOK: u32 = 256;
 
+/// Why a QP fails without a fault of its own.
+pub(super) const BROKEN: &str = "its queue pair on the host's NIC has failed";
+
 /// Takes completions of this worker's QPs. `tell` is told whose they are, what that cost, and whether the QP is to be visited. True if
 /// there were any, or some are to come.
 pub(in super::super) fn poll(ctx: &mut Context, tell: &mut impl FnMut(&Member, u64, bool)) -> bool {
     let Some(fabric) = ctx.engine.fabric().cloned() else { return false };
-    if ctx.worker == 0 {
-        look_for_trouble(ctx, &fabric);
-    }
+    look_for_trouble(ctx, &fabric);
     let side = fabric.side(ctx.worker);
     if !side.is_busy() {
         return false;
@@ -66,8 +67,13 @@ fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&M
         RecvDone::error(recv.wr_id, wc.status)
     };
     complete_recv(ctx, &member.nic, &member.qp, &done);
-    if !success {
-        member.qp.fail();
+    match wc.status {
+        WcStatus::Success => {}
+        // Unless the guest had it flushed.
+        WcStatus::WrFlushErr => fatal(&member.nic, &member.qp, BROKEN),
+        _ => {
+            member.qp.fail();
+        }
     }
     let spent = ctx.take_spent();
     ctx.charge(before);
@@ -96,6 +102,6 @@ fn look_for_trouble(ctx: &mut Context, fabric: &Arc<Fabric>) {
 
 fn give_up(ctx: &Context, Member { nic, qp, end }: &Member) {
     end.destroy();
-    fatal(nic, qp, "its queue pair on the host's NIC has failed");
+    fatal(nic, qp, BROKEN);
     ctx.engine.attend(nic, qp);
 }

@@ -7,6 +7,7 @@ use virtio_rdma::ib::WcStatus;
 use super::super::complete::{LONG, OVERFLOW, RecvDone, complete_recv, count_sent, fatal, send_cqe};
 use super::super::context::Context;
 use super::super::serve::{self, Next};
+use super::poll::BROKEN;
 use crate::nic::Nic;
 use crate::qp::{Posted, Qp, SendQueue};
 
@@ -40,7 +41,7 @@ pub(in super::super) fn reap(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, se
 /// The first failure takes the QP with it; why, if no completion will say so.
 fn failed(nic: &Nic, qp: &Qp, status: WcStatus) -> Option<&'static str> {
     if status == WcStatus::WrFlushErr {
-        return Some("its queue pair on the host's NIC has failed");
+        return Some(BROKEN);
     }
     if qp.fail() {
         nic.warn(format_args!("QP {:#x}: work request failed on the host's NIC: {status:?}", qp.id.qpn));

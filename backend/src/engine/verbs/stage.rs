@@ -48,7 +48,6 @@ pub(super) fn stage(
         return Staged::Alone;
     }
     ctx.charge(cost::LOOKUP * job.wqe.lookups() as u64);
-    let Some(their_end) = queue.peer.clone() else { return Staged::Alone };
     let staged = ctx.verbs.list.len();
     if queue.end.room() <= staged {
         return Staged::Full;
@@ -60,8 +59,8 @@ pub(super) fn stage(
         return Staged::Alone;
     }
     if op.takes_receive() {
-        let unanswered = queue.posted.len();
-        let taken = receive(ctx, peer, &their_end, job, unanswered);
+        let (their_end, unanswered) = (queue.peer.clone(), queue.posted.len());
+        let taken = their_end.map_or(Staged::Alone, |end| receive(ctx, peer, &end, job, unanswered));
         if taken != Staged::Posted {
             ctx.verbs.list.truncate(staged);
             return taken;
@@ -107,8 +106,8 @@ fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Se
         return Some(Command { op, remote: (0, 0) });
     }
     let who = (peer.qp.id.pdn, peer.qp.id.qpn);
-    let grant = queue.theirs.get(key, || peer.nic.keys.grant(key))?;
-    let remote = grant.remote(who, need, addr, wqe.length)?;
+    let ask = || peer.nic.keys.grant(key);
+    let remote = queue.theirs.get(key, ask, |grant| grant.remote(who, need, addr, wqe.length))?;
     Some(Command { op, remote })
 }
 
@@ -135,9 +134,9 @@ fn translate(
     }
     let need = if op == PostedOp::Read { Access::LOCAL_WRITE } else { Access::empty() };
     wqe.sges.as_slice().iter().filter(|sge| sge.length > 0).all(|sge| {
-        let grant = queue.own.get(sge.lkey, || nic.keys.grant(sge.lkey));
-        let at = grant.and_then(|grant| grant.local(qp.id.pdn, need, sge.addr, sge.length.into()));
-        let Some((addr, lkey)) = at else { return false };
+        let ask = || nic.keys.grant(sge.lkey);
+        let tell = |grant: &Grant| grant.local(qp.id.pdn, need, sge.addr, sge.length.into());
+        let Some((addr, lkey)) = queue.own.get(sge.lkey, ask, tell) else { return false };
         list.push_sge(Sge { addr, lkey, length: sge.length });
         true
     })
