@@ -28,7 +28,7 @@ DEVICE, GID = sys.argv[1], int(sys.argv[2])
 DEPTH, TURNS = 8, 12
 STRANGER = 0xcc
 
-MAP_FIXED = 0x10
+ANONYMOUS, MAP_FIXED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0x10
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MADV_DONTNEED, MADV_PAGEOUT = 4, 21
 FAILED = ctypes.c_void_p(-1).value
@@ -63,11 +63,14 @@ class Memory:
     def __init__(self):
         self.address = next(self._places)
         self.replace()
+        # A page beside it keeps its page table. User-mode Linux (7.2) loses what it is to unmap from the process when a table is
+        # freed and the device's fault makes a new one before the process runs again: the process would see pages of others.
+        beside = sys_mmap(self.address + SIZE, PAGE, mmap.PROT_READ | mmap.PROT_WRITE, ANONYMOUS | MAP_FIXED, -1, 0)
+        ctypes.memset(beside, 1, PAGE)
 
     def replace(self):
         """Other memory in the place of this: what was there is given back, in the same step."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-        sys_mmap(self.address, SIZE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        sys_mmap(self.address, SIZE, mmap.PROT_READ | mmap.PROT_WRITE, ANONYMOUS | MAP_FIXED, -1, 0)
 
     def move(self):
         """The memory goes somewhere else, which is returned, and leaves fresh memory in its place."""
