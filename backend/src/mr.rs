@@ -82,11 +82,11 @@ pub struct Mr {
     on_nic: Option<OnNic>,
 }
 
-/// A region that the host's NIC has too, or a window over one.
+/// A region that the host's NIC has too.
 #[derive(Debug, Clone)]
 struct OnNic {
     grant: Arc<Grant>,
-    mr: Arc<dyn MemoryRegion>,
+    _mr: Arc<dyn MemoryRegion>,
 }
 
 /// Where the bytes of a region are.
@@ -227,7 +227,7 @@ impl Mr {
     #[must_use]
     pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>) -> Self {
         let grant = Grant::region((self.key, self.pdn), self.access, (self.iova, self.length), &*mr);
-        self.on_nic = Some(OnNic { grant: Arc::new(grant), mr });
+        self.on_nic = Some(OnNic { grant: Arc::new(grant), _mr: mr });
         self
     }
 
@@ -274,10 +274,8 @@ impl Mr {
             memory: self.memory.clone(),
             offset: self.offset + (part.addr - self.iova),
             reach: part.qpn.map_or(Reach::Window, Reach::QueuePair),
-            on_nic: self.on_nic.as_ref().map(|OnNic { grant, mr }| {
-                let grant = grant.window(key, part.access, (iova, part.length), part.addr - self.iova, part.qpn);
-                OnNic { grant: Arc::new(grant), mr: mr.clone() }
-            }),
+            // The NIC has regions only: what it is at when a window goes could not be stopped.
+            on_nic: None,
         })
     }
 

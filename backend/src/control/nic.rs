@@ -39,7 +39,7 @@ impl Control {
     /// A region that is complete, also on the NIC if that takes it.
     pub(super) fn with_nic(&self, mr: Mr, memory: &Arc<Layout>) -> Mr {
         let Some(domain) = self.domains.get(&mr.pdn) else { return mr };
-        match domain.register(memory, mr.iova, nic_access(mr.access)) {
+        match domain.register(memory, mr.iova, mr.access & ON_NIC) {
             Ok(region) => mr.on_nic(region),
             Err(error) => {
                 self.no_room("memory region", &error);
@@ -66,17 +66,4 @@ impl Control {
         self.nic.warn(format_args!("no {what} on the host's NIC: {error}"));
         Refusal::Quota("the host's NIC")
     }
-}
-
-/// What the NIC is told of a region's access. Peers may come through windows, whose rights need not be the region's: those are checked
-/// before work requests get to the NIC.
-fn nic_access(access: Access) -> Access {
-    let mut all = access & ON_NIC;
-    if access.contains(Access::MW_BIND) {
-        all |= Access::REMOTE_READ;
-        if access.contains(Access::LOCAL_WRITE) {
-            all |= Access::REMOTE_WRITE;
-        }
-    }
-    all
 }

@@ -12,15 +12,6 @@ use virtio_rdma::ib::Access;
 use super::device::MemoryRegion;
 use crate::nic::keys::RandomKeyMap;
 
-/// Who may use a key, besides the protection domain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holder {
-    /// A region's: work requests of this side, and peers.
-    Region,
-    /// A window's: peers only, of one queue pair if it is given.
-    Window(Option<u32>),
-}
-
 /// What a key gives access to, and how the NIC is told.
 #[derive(Debug)]
 pub struct Grant {
@@ -34,10 +25,6 @@ pub struct Grant {
     pub iova: u64,
     /// Bytes.
     pub length: u64,
-    /// Who may use it.
-    pub holder: Holder,
-    /// Address of the first byte, for the NIC.
-    pub nic_addr: u64,
     /// The NIC's local key.
     pub lkey: u32,
     /// The NIC's remote key.
@@ -52,15 +39,7 @@ impl Grant {
     /// For a region, with its own addresses, as NICs do.
     pub fn region((key, pdn): (u32, u32), access: Access, (iova, length): (u64, u64), mr: &dyn MemoryRegion) -> Self {
         let (lkey, rkey) = (mr.lkey(), mr.rkey());
-        let (holder, revoked) = (Holder::Region, AtomicBool::new(false));
-        Self { key, pdn, access, iova, length, holder, nic_addr: iova, lkey, rkey, revoked }
-    }
-
-    /// For a window: `offset` bytes into this region.
-    #[must_use]
-    pub fn window(&self, key: u32, access: Access, (iova, length): (u64, u64), offset: u64, qpn: Option<u32>) -> Self {
-        let (nic_addr, holder) = (self.nic_addr.wrapping_add(offset), Holder::Window(qpn));
-        Self { key, access, iova, length, holder, nic_addr, revoked: AtomicBool::new(false), ..*self }
+        Self { key, pdn, access, iova, length, lkey, rkey, revoked: AtomicBool::new(false) }
     }
 
     /// It gives access to nothing any more. Whoever has found it valid before may still be using it, until their quantum ends.
@@ -74,21 +53,17 @@ impl Grant {
 
     /// How the NIC is told of bytes of this side, if a work request of protection domain `pdn` may use them so.
     pub fn local(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<NicAddress> {
-        let at = self.at(pdn, need, addr, len)?;
-        (self.holder == Holder::Region).then_some((at, self.lkey))
+        self.allows(pdn, need, addr, len).then_some((addr, self.lkey))
     }
 
-    /// How the NIC is told of bytes of the peer's side, if the peer of queue pair `qpn` of protection domain `pdn` may use them so.
-    pub fn remote(&self, (pdn, qpn): (u32, u32), need: Access, addr: u64, len: u64) -> Option<NicAddress> {
-        let at = self.at(pdn, need, addr, len)?;
-        let allowed = !matches!(self.holder, Holder::Window(Some(only)) if only != qpn);
-        allowed.then_some((at, self.rkey))
+    /// How the NIC is told of bytes of the peer's side, if peers of protection domain `pdn` may use them so.
+    pub fn remote(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<NicAddress> {
+        self.allows(pdn, need, addr, len).then_some((addr, self.rkey))
     }
 
-    fn at(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<u64> {
-        let offset = addr.checked_sub(self.iova)?;
-        let inside = offset.checked_add(len)? <= self.length;
-        (inside && self.pdn == pdn && self.access.contains(need)).then(|| self.nic_addr.wrapping_add(offset))
+    fn allows(&self, pdn: u32, need: Access, addr: u64, len: u64) -> bool {
+        let end = addr.checked_sub(self.iova).and_then(|offset| offset.checked_add(len));
+        self.pdn == pdn && self.access.contains(need) && end.is_some_and(|end| end <= self.length)
     }
 }
 
@@ -201,7 +176,7 @@ mod tests {
     fn bounds_rights_and_domain_are_checked() {
         let grant = region(1);
         assert_eq!(grant.local(7, Access::LOCAL_WRITE, 0x1010, 0xf0), Some((0x1010, 11)));
-        assert_eq!(grant.remote((7, 5), Access::REMOTE_READ, 0x1000, 1), Some((0x1000, 12)));
+        assert_eq!(grant.remote(7, Access::REMOTE_READ, 0x1000, 1), Some((0x1000, 12)));
         for (pdn, need, addr, len) in [
             (7, Access::LOCAL_WRITE, 0x1010, 0xf1),
             (7, Access::LOCAL_WRITE, 0xfff, 1),
@@ -212,16 +187,6 @@ mod tests {
         ] {
             assert_eq!(grant.local(pdn, need, addr, len), None, "{need:?} {addr:#x}+{len:#x}");
         }
-    }
-
-    #[test]
-    fn windows_are_for_peers_and_may_start_at_zero() {
-        let window = region(1).window(2, Access::REMOTE_WRITE, (0, 0x10), 0x20, Some(5));
-        assert_eq!(window.local(7, Access::empty(), 0, 1), None);
-        assert_eq!(window.remote((7, 5), Access::REMOTE_WRITE, 0xf, 1), Some((0x102f, 12)));
-        assert_eq!(window.remote((7, 5), Access::REMOTE_WRITE, 0xf, 2), None);
-        assert_eq!(window.remote((7, 6), Access::REMOTE_WRITE, 0xf, 1), None);
-        assert_eq!(window.remote((7, 5), Access::REMOTE_READ, 0, 1), None);
     }
 
     fn knows(cache: &mut GrantCache, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> bool {

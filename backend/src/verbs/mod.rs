@@ -19,4 +19,4 @@ pub use device::{
 };
 pub use end::{End, PostedRecv, Tag};
 pub use fabric::{Fabric, Member};
-pub use grant::{Grant, GrantBudget, GrantCache, Holder};
+pub use grant::{Grant, GrantBudget, GrantCache};

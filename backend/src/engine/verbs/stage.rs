@@ -105,9 +105,9 @@ fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Se
         // No key is looked at then (IBA 9.7.3.1.2, C9-88).
         return Some(Command { op, remote: (0, 0) });
     }
-    let who = (peer.qp.id.pdn, peer.qp.id.qpn);
+    let pdn = peer.qp.id.pdn;
     let ask = || peer.nic.keys.grant(key);
-    let remote = queue.theirs.get(key, ask, |grant| grant.remote(who, need, addr, wqe.length))?;
+    let remote = queue.theirs.get(key, ask, |grant| grant.remote(pdn, need, addr, wqe.length))?;
     Some(Command { op, remote })
 }
 
