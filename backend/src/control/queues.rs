@@ -279,6 +279,9 @@ impl Control {
     fn end_life(&self, qp: &Arc<Qp>, to: QpState) {
         qp.set_state(to);
         self.engine.quiesce().wait();
+        if let Some(end) = qp.end() {
+            end.fail();
+        }
         if to == QpState::Reset {
             // No worker uses them any more: only work requests of this QP's peer could.
             drop(self.nic.keys.release(qp.id.qpn));
