@@ -193,26 +193,25 @@ impl End {
     /// # Errors
     /// When the NIC refuses one, or the end is gone: nothing more will complete then, once it is [destroyed](Self::destroy).
     pub fn post_send(&self, list: &SendList) -> Result<(), PostError> {
+        // Held throughout: who destroys it counts what was posted before, and nothing may be added after that.
+        let pair = self.pair.read();
+        let pair = pair.as_ref().ok_or(PostError { posted: 0 })?;
         self.side.0.expect(list.len());
         self.sent.fetch_add(list.len() as u32, Ordering::Relaxed);
-        let pair = self.pair.read();
-        pair.as_ref().ok_or(PostError { posted: 0 })?.post_send(list)
+        pair.post_send(list)
     }
 
     /// Posts a guest's receive for a message that is about to be sent.
     ///
     /// # Errors
-    /// When the NIC refuses it, or the end is gone.
+    /// When the NIC refuses it, or the end is gone. It is the last of those for [`take_recv`](Self::take_recv) all the same: once the end is
+    /// [destroyed](Self::destroy) all are flushed, in their order.
     pub fn post_recv(&self, recv: PostedRecv, sges: &[Sge]) -> Result<(), PostError> {
         let mut recvs = self.recvs.lock();
-        let pair = self.pair.read();
-        let pair = pair.as_ref().ok_or(PostError { posted: 0 })?;
         self.side.0.expect(1);
         recvs.push_back(recv);
-        pair.post_recv(&RecvRequest { id: self.tag.recv(), sges }).inspect_err(|_| {
-            recvs.pop_back();
-            self.side.0.finished(1);
-        })
+        let pair = self.pair.read();
+        pair.as_ref().ok_or(PostError { posted: 0 })?.post_recv(&RecvRequest { id: self.tag.recv(), sges })
     }
 
     /// Whether another receive may be posted.
@@ -297,7 +296,55 @@ impl Drop for End {
 
 #[cfg(test)]
 mod tests {
+    use virtio_rdma::ib::SendFlags;
+
+    use super::super::device::{DeviceError, PostedOp};
+    use super::super::fake::{FakeNic, Script};
     use super::*;
+    use crate::overlay::Gid;
+
+    #[derive(Debug)]
+    struct Refusing;
+
+    impl QueuePair for Refusing {
+        fn number(&self) -> u32 {
+            1
+        }
+
+        fn connect(&self, _: &Connection) -> Result<(), DeviceError> {
+            Ok(())
+        }
+
+        fn fail(&self) {}
+
+        fn post_send(&self, _: &SendList) -> Result<(), PostError> {
+            Err(PostError { posted: 0 })
+        }
+
+        fn post_recv(&self, _: &RecvRequest<'_>) -> Result<(), PostError> {
+            Err(PostError { posted: 0 })
+        }
+    }
+
+    /// A worker that thinks that the NIC is busy does not sleep.
+    #[test]
+    fn what_was_refused_or_came_too_late_is_not_waited_for() {
+        let device = FakeNic::new(Script::default());
+        let side = Arc::new(Side::default());
+        let capacity = Capacity { sends: 8, recvs: 8, sges: 1, inline: 0 };
+        let (index, _cq) = side.reserve(&device, capacity).unwrap();
+        let endpoint = Endpoint { qpn: 1, gid: Gid([0; 16]), psn: 0 };
+        let end = End::new((Tag::new(5), 0), 0, (side.clone(), index), endpoint, capacity, Box::new(Refusing));
+        let mut list = SendList::default();
+        list.push(end.send_id(0), PostedOp::Send, SendFlags::empty(), (0, 0));
+        let recv = |wr_id| end.post_recv(PostedRecv { wr_id, solicited: false }, &[]);
+        assert!(end.post_send(&list).is_err() && recv(1).is_err());
+        end.destroy();
+        assert!(end.post_send(&list).is_err() && recv(2).is_err());
+        let flushed: Vec<_> = std::iter::from_fn(|| end.take_recv()).map(|recv| recv.wr_id).collect();
+        assert_eq!(flushed, [1, 2], "each once, in order");
+        assert!(!side.is_busy());
+    }
 
     #[test]
     fn tags_name_ends_queues_and_elements() {

@@ -174,7 +174,7 @@ fn connection(own: &End, peer: &End, reads: u8) -> Connection {
 
 impl Side {
     /// A completion queue with room for all work requests of a queue pair.
-    fn reserve(
+    pub(super) fn reserve(
         &self,
         device: &dyn Device,
         capacity: Capacity,

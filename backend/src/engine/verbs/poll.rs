@@ -6,8 +6,10 @@ use virtio_rdma::ib::{WcFlags, WcStatus};
 
 use super::super::complete::{RecvDone, Word, complete_recv, fatal};
 use super::super::context::Context;
+use crate::nic::Nic;
+use crate::qp::Qp;
 use crate::verbs::fabric::Side;
-use crate::verbs::{Fabric, Member, Tag, Trouble, Wc};
+use crate::verbs::{End, Fabric, Member, Tag, Trouble, Wc};
 
 /// Completions that one round takes from each queue.
 const COMPLETIONS_PER_ROUND: usize = 64;
@@ -92,15 +94,21 @@ fn look_for_trouble(ctx: &mut Context, fabric: &Arc<Fabric>) {
         log::warn!("the host's NIC {}: {what:?}", fabric.device().name());
         match what {
             Trouble::QueuePair(number) => {
-                fabric.sides().filter_map(|side| side.member_of_qp(number)).for_each(|member| give_up(ctx, &member));
+                fabric
+                    .sides()
+                    .filter_map(|side| side.member_of_qp(number))
+                    .for_each(|it| give_up(ctx, &it.nic, &it.qp, &it.end));
             }
-            Trouble::Removed => fabric.sides().flat_map(Side::members).for_each(|member| give_up(ctx, &member)),
+            Trouble::Removed => {
+                fabric.sides().flat_map(Side::members).for_each(|it| give_up(ctx, &it.nic, &it.qp, &it.end));
+            }
             Trouble::CompletionQueue | Trouble::Port { .. } => {}
         }
     }
 }
 
-fn give_up(ctx: &Context, Member { nic, qp, end }: &Member) {
+/// A queue pair on the NIC is of no use any more: its QP fails, and is flushed by its worker.
+pub(super) fn give_up(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, end: &End) {
     end.destroy();
     fatal(nic, qp, BROKEN);
     ctx.engine.attend(nic, qp);

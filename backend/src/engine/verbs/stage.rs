@@ -8,6 +8,7 @@ use super::super::complete::note_limit;
 use super::super::context::Context;
 use super::super::job::Job;
 use super::super::{cost, rc};
+use super::poll;
 use crate::nic::Nic;
 use crate::profile::Profile;
 use crate::qp::{Binding, NicQueue, Posted, Qp, SendQueue, Taken};
@@ -163,7 +164,7 @@ fn receive(ctx: &mut Context, peer: &Binding, end: &End, job: &mut Job, unanswer
             return Staged::Alone;
         }
     }
-    let Some(sges) = their_sges(ctx, peer, job) else {
+    let Some(sges) = their_sges(ctx, peer, end, job) else {
         peer.qp.recv.lock().put_back(ticket, std::mem::take(&mut job.recv));
         return Staged::Alone;
     };
@@ -176,17 +177,22 @@ fn receive(ctx: &mut Context, peer: &Binding, end: &End, job: &mut Job, unanswer
     if end.worker() != ctx.worker {
         ctx.engine.wake(end.worker());
     }
-    if posted.is_ok() { Staged::Posted } else { Staged::Alone }
+    if posted.is_ok() {
+        return Staged::Posted;
+    }
+    poll::give_up(ctx, &peer.nic, &peer.qp, end);
+    Staged::Alone
 }
 
-/// Where the receive puts the message, for the NIC; `None` if a key does not hold, or the message is too long.
-fn their_sges(ctx: &mut Context, peer: &Binding, job: &Job) -> Option<Vec<Sge>> {
+/// Where the receive puts the message, for the NIC; `None` if a key does not hold, the message is too long, or the list is too long for the NIC.
+fn their_sges(ctx: &mut Context, peer: &Binding, end: &End, job: &Job) -> Option<Vec<Sge>> {
     if matches!(job.wqe.op, Op::Write { .. }) {
         return Some(Vec::new());
     }
     let list = job.recv.sges.as_slice();
     ctx.charge(cost::LOOKUP * list.len() as u64);
-    if job.wqe.length > job.recv.sges.total() || peer.qp.id.recv_pdn() != peer.qp.id.pdn {
+    let fits = list.len() <= end.capacity().sges as usize && job.wqe.length <= job.recv.sges.total();
+    if !fits || peer.qp.id.recv_pdn() != peer.qp.id.pdn {
         return None;
     }
     let translated = list.iter().filter(|sge| sge.length > 0).map(|sge| {
