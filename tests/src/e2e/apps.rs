@@ -33,6 +33,13 @@ pub struct App {
     pub figure: Option<Reading>,
 }
 
+impl App {
+    /// Steps on a bed, without a figure.
+    pub const fn steps(name: &'static str, steps: fn(&Bed) -> Result<String>) -> Self {
+        Self { name, places: Places::Between, run: Run::Steps(steps), figure: None }
+    }
+}
+
 /// Which guests the ends run in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Places {

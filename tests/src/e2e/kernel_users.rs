@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::apps::{App, Places, Run};
+use super::apps::App;
 use super::bed::Bed;
 use super::child::sibling;
 use super::guest::Guest;
@@ -15,15 +15,11 @@ use super::router::address_of;
 /// All of them.
 pub static KERNEL_USERS: &[App] = &[
     SMC_R,
-    steps("SMC sockets whose peer has none", smc_to_tcp),
-    steps("NVMe over RDMA, with a file system on it", nvme),
+    App::steps("SMC sockets whose peer has none", smc_to_tcp),
+    App::steps("NVMe over RDMA, with a file system on it", nvme),
 ];
 
-const SMC_R: App = steps("SMC-R under an unmodified web server and client", smc);
-
-const fn steps(name: &'static str, steps: fn(&Bed) -> Result<String>) -> App {
-    App { name, places: Places::Between, run: Run::Steps(steps), figure: None }
-}
+const SMC_R: App = App::steps("SMC-R under an unmodified web server and client", smc);
 
 /// How long one program may take.
 const PATIENCE: Duration = Duration::from_mins(1);

@@ -4,19 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::apps::{App, Places, Run};
+use super::apps::App;
 use super::bed::Bed;
 use super::router::address_of;
 
 /// All of them.
 pub static MPI: &[App] = &[
-    steps("Open MPI over UCX rc, data compared", |bed| ranks(bed, "rc_verbs,ud_verbs,self")),
-    steps("Open MPI over UCX ud, data compared", |bed| ranks(bed, "ud_verbs,self")),
+    App::steps("Open MPI over UCX rc, data compared", |bed| ranks(bed, "rc_verbs,ud_verbs,self")),
+    App::steps("Open MPI over UCX ud, data compared", |bed| ranks(bed, "ud_verbs,self")),
 ];
-
-const fn steps(name: &'static str, steps: fn(&Bed) -> Result<String>) -> App {
-    App { name, places: Places::Between, run: Run::Steps(steps), figure: None }
-}
 
 /// How long all ranks may take.
 const PATIENCE: Duration = Duration::from_mins(2);

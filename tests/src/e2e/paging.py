@@ -163,15 +163,15 @@ class Traffic:
         must_be(self.what_was_read(), byte)
 
 
-def replace():
-    """munmap and mmap, in one step."""
+def loses_content(take_away, refill=0):
+    """The region stays, without its content; its memory is others' at once. With `refill` the process writes something new there."""
     traffic = Traffic()
     memory = traffic.memory
     for _ in range(TURNS):
         traffic.write(1)
         stranger, another = Memory(), Memory()
         traffic.start_writes(2)
-        memory.replace()
+        take_away(memory)
         stranger.fill(STRANGER)
         traffic.finish()
         must_be(memory.read(), 0, 2)
@@ -179,41 +179,26 @@ def replace():
         traffic.write(3)
 
         traffic.start_reads()
-        memory.replace()
+        take_away(memory)
         another.fill(STRANGER)
-        memory.fill(4)
+        if refill:
+            memory.fill(refill)
         traffic.finish()
-        must_be(traffic.what_was_read(), 3, 0, 4)
-        traffic.read(4)
+        must_be(traffic.what_was_read(), *{3, 0, refill})
+        traffic.read(refill)
         for other in stranger, another:
             must_be(other.read(), STRANGER)
             other.unmap()
+
+
+def replace():
+    """munmap and mmap, in one step."""
+    loses_content(Memory.replace, refill=4)
 
 
 def discard():
     """MADV_DONTNEED: the same mapping, without its content."""
-    traffic = Traffic()
-    memory = traffic.memory
-    for _ in range(TURNS):
-        traffic.write(1)
-        stranger, another = Memory(), Memory()
-        traffic.start_writes(2)
-        memory.advise(MADV_DONTNEED)
-        stranger.fill(STRANGER)
-        traffic.finish()
-        must_be(memory.read(), 0, 2)
-        must_be(stranger.read(), STRANGER)
-        traffic.write(3)
-
-        traffic.start_reads()
-        memory.advise(MADV_DONTNEED)
-        another.fill(STRANGER)
-        traffic.finish()
-        must_be(traffic.what_was_read(), 3, 0)
-        traffic.read(0)
-        for other in stranger, another:
-            must_be(other.read(), STRANGER)
-            other.unmap()
+    loses_content(lambda memory: memory.advise(MADV_DONTNEED))
 
 
 def move():

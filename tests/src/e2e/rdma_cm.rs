@@ -26,7 +26,7 @@ pub static RDMA_CM: &[App] = &[
     ends("ib_send_bw -R -c UD", "ib_send_bw -F -R -p $PORT", "ib_send_bw -F -R -p $PORT $ADDRESS", UD, &[" 1024 "]),
     UDADDY,
     MCKEY,
-    steps("librspreload under netcat", preloaded),
+    App::steps("librspreload under netcat", preloaded),
 ];
 
 const RPING: App = ends(
@@ -36,11 +36,11 @@ const RPING: App = ends(
     "-v -V -C 20",
     &["rdma-ping-19"],
 );
-const UDADDY: App = steps("udaddy", udaddy);
-const MCKEY: App = steps("mckey", mckey);
+const UDADDY: App = App::steps("udaddy", udaddy);
+const MCKEY: App = App::steps("mckey", mckey);
 
 /// Within one guest the connection manager takes the made-up queue pairs of its second half for stale ones.
-const CMTIME: App = steps("cmtime", cmtime);
+const CMTIME: App = App::steps("cmtime", cmtime);
 
 /// A few for `make test`: connections, datagrams and multicast.
 pub static FEW: &[App] = &[RPING, UDADDY, MCKEY];
@@ -59,10 +59,6 @@ const fn ends(
     let forbidden = &["rror", "failed", "mismatch", "verification"];
     let ends = Ends { environment: "", server, client, flags, listens: Listens::RdmaCm, expected, forbidden };
     App { name, places: Places::BetweenAndWithin, run: Run::Ends(ends), figure: None }
-}
-
-const fn steps(name: &'static str, steps: fn(&Bed) -> Result<String>) -> App {
-    App { name, places: Places::Between, run: Run::Steps(steps), figure: None }
 }
 
 /// A server in the first guest and a client in the second, for servers whose port is not to be chosen; `ready` tells whether the
