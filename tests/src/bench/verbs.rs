@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use freeflow_backend::Gid;
 use freeflow_backend::mr::Layout;
 use freeflow_backend::verbs::fake::Script;
@@ -50,6 +50,8 @@ pub fn rows(cores: Option<Cores>) -> Result<Vec<Row>> {
     let (own, theirs) = (regions(&traffic.a.pd, a)?, regions(&traffic.b.pd, b)?);
     let run = |keys| (0..RUNS).map(|_| rate(&traffic, &own[..keys], &theirs[..keys])).collect::<Result<Vec<_>>>();
     let (one, many) = (median(run(1)?), median(run(KEYS)?));
+    let on_nic: u64 = bed.router.router().nics().iter().map(|nic| nic.counters.nic_wqes).sum();
+    ensure!(on_nic >= (2 * RUNS * LISTS * LIST) as u64, "only {on_nic} work requests went over the NIC");
     Ok(vec![
         Row::at_least("verbs path, NIC that does nothing: 8 B WRITE, lists of 32, 1 key", one, "M/s", 8.0),
         Row::at_least("verbs path, NIC that does nothing: the same, 10,000 keys", many, "M/s", 8.0),
