@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use freeflow_tests::bed::Bed;
-use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, Remote, SendWr};
+use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, Remote, SendWr, Sge};
 use virtio_rdma::area::{ARM_NEXT, ARM_NONE, ARM_SOLICITED};
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{QpState, SendFlags, WcStatus};
@@ -163,6 +163,26 @@ fn completion_queue_overflow_is_an_error() {
     let (c, d) = bed.pair(64);
     c.qp.post(SendWr::inline(1, Op::Write(d.mr.remote(0)), b"fine")).unwrap();
     c.cq.next().ok();
+}
+
+/// Of a request that fails there is no completion either, if there is no room for it: an event says so.
+#[test]
+fn a_failure_that_no_completion_can_tell_is_an_event() {
+    for spec in [QpSpec::rc(), QpSpec::uc()] {
+        let bed = Bed::new(2);
+        let (guest_a, guest_b) = bed.two();
+        let (pd, cq) = (guest_a.alloc_pd().unwrap(), guest_a.create_cq(3).unwrap());
+        let qp = pd.create_qp(spec.clone(), &cq).unwrap();
+        let peer = Rc::new(guest_b, spec, 64).unwrap();
+        freeflow_tests::guest::verbs::connect(&qp, &peer.qp, &RcOptions::default()).unwrap();
+        for i in 0..3 {
+            qp.post(SendWr::inline(i, Op::Write(peer.mr.remote(0)), b"o")).unwrap();
+        }
+        let wrong_lkey = Sge { addr: 0, len: 8, lkey: 0x1234_5678 };
+        qp.post(SendWr::new(3, Op::Write(peer.mr.remote(0)), &[wrong_lkey])).unwrap();
+        guest_a.events().wait(EventType::QpFatal, qp.number(), SOON).unwrap();
+        assert_eq!(qp.state().unwrap(), QpState::Err);
+    }
 }
 
 #[test]

@@ -187,7 +187,12 @@ pub(super) fn note_limit(nic: &Nic, qp: &Qp) {
 /// Something that no completion can say moves the QP to ERR.
 pub(super) fn fatal(nic: &Nic, qp: &Qp, reason: &str) {
     if qp.fail() {
-        nic.warn(format_args!("QP {:#x} failed: {reason}", qp.id.qpn));
-        nic.raise(EventType::QpFatal, qp.id.qpn);
+        tell_fatal(nic, qp, reason);
     }
+}
+
+/// The QP has just been moved to ERR for this.
+pub(super) fn tell_fatal(nic: &Nic, qp: &Qp, reason: &str) {
+    nic.warn(format_args!("QP {:#x} failed: {reason}", qp.id.qpn));
+    nic.raise(EventType::QpFatal, qp.id.qpn);
 }

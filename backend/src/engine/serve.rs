@@ -7,7 +7,7 @@ use parking_lot::MutexGuard;
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{QpState, QpType, WcStatus};
 
-use super::complete::{LONG, OVERFLOW, RecvDone, Step, complete_recv, complete_send, fatal};
+use super::complete::{LONG, OVERFLOW, RecvDone, Step, complete_recv, complete_send, fatal, tell_fatal};
 use super::context::{Budget, Context};
 use super::job::Job;
 use super::{cost, local, rc, uc, ud, verbs};
@@ -286,15 +286,12 @@ fn fail(
     nic.warn(format_args!("QP {:#x}: work request failed: {status:?}", qp.id.qpn));
     ctx.charge(cost::FAILURE);
     job.give_up_receive();
+    // Before the completion: who sees that may ask for the state at once.
+    let moved = if qp.id.kind == QpType::Rc { qp.fail() } else { qp.change_state(QpState::Rts, QpState::Sqe) };
     let pushed = complete_send(ctx, nic, qp, send, &job, status);
     ctx.recycle(job);
-    if !pushed {
-        return give_up(nic, qp, OVERFLOW);
-    }
-    if qp.id.kind == QpType::Rc {
-        qp.fail();
-    } else {
-        qp.change_state(QpState::Rts, QpState::Sqe);
+    if !pushed && (qp.fail() || moved) {
+        tell_fatal(nic, qp, OVERFLOW);
     }
     Next::Again
 }
