@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -20,6 +19,7 @@ use crate::qp::{Qp, SendQueue};
 use crate::verbs::Device;
 use crate::vhost::aio::Signaller;
 use crate::vhost::server::Server;
+use crate::vhost::socket::Socket;
 use crate::vhost::vring::Vring;
 
 /// Why a virtual NIC could not be added.
@@ -31,14 +31,9 @@ pub enum AddNicError {
     /// Number of vectors or workers.
     #[error("{0}")]
     Config(&'static str),
-    /// The socket cannot be made.
-    #[error("cannot listen on {path}")]
-    Socket {
-        /// Its path.
-        path: String,
-        /// Why.
-        source: io::Error,
-    },
+    /// The system gives no thread or descriptors for it.
+    #[error("cannot serve it")]
+    System(#[from] io::Error),
 }
 
 /// Virtual NICs of this host and the engine that serves them.
@@ -61,11 +56,11 @@ impl Host {
         Ok(Self { engine, tenants: Tenants::default(), servers: Mutex::default() })
     }
 
-    /// Adds a virtual NIC and listens for its VMM on `socket`.
+    /// Adds a virtual NIC and waits for its VMM on `socket`.
     ///
     /// # Errors
-    /// When its configuration is not possible, or the socket cannot be made.
-    pub fn add_nic(&self, id: NicId, config: NicConfig, socket: &Path) -> Result<(), AddNicError> {
+    /// When its configuration is not possible, or the system has no room for it. The file of `socket` is left to the caller then.
+    pub fn add_nic(&self, id: NicId, config: NicConfig, socket: Socket) -> Result<(), AddNicError> {
         config.profile.check()?;
         let workers = usize::from(config.num_workers);
         let vectors = usize::from(config.num_vectors);
@@ -82,8 +77,7 @@ impl Host {
         let events = vrings.iter().skip(NUM_CTRL_QUEUES).take(vectors).cloned().collect();
         let groups = self.tenants.groups(&config.tenant);
         let nic = Arc::new(Nic::new(id, config, groups, &served_by, events));
-        let server = Server::start(socket, nic.clone(), self.engine.clone(), vrings)
-            .map_err(|source| AddNicError::Socket { path: socket.display().to_string(), source })?;
+        let server = Server::start(socket, nic.clone(), self.engine.clone(), vrings)?;
         self.engine.add_nic(&nic);
         self.servers.lock().insert(id, (nic, server));
         Ok(())

@@ -9,16 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use freeflow_backend::vhost::socket::listen;
 use freeflow_backend::{NicStatus, QpStatus};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::router::{Router, make_parent};
+use crate::files::make_parent;
+use crate::inventory::NewNic;
+use crate::router::{Added, Removed, Router};
 
 /// What can be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// Virtual NICs; answered with a list of [`NicStatus`].
@@ -27,6 +30,10 @@ pub enum Request {
     Qps,
     /// Counters; answered with [`Stats`].
     Stats,
+    /// A virtual NIC is to be there; answered with [`Added`].
+    NicAdd(Box<NewNic>),
+    /// The virtual NIC of this name is to be gone; answered with [`Removed`].
+    NicDel(String),
 }
 
 /// Answer to [`Request::Stats`].
@@ -50,6 +57,9 @@ enum Reply<T> {
 const MAX_REQUEST: u64 = 64 * 1024;
 /// How long a client may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long the daemon may take: a virtual NIC whose VMM does not let go of it takes ten seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The thread that answers.
 #[derive(Debug)]
@@ -109,28 +119,35 @@ fn answer(mut stream: UnixStream, router: &Router) -> io::Result<()> {
         return Ok(());
     }
     let mut reply = match serde_json::from_str(&line) {
-        Ok(Request::Nics) => serde_json::to_string(&Reply::Ok(router.nics())),
-        Ok(Request::Qps) => serde_json::to_string(&Reply::Ok(router.qps())),
-        Ok(Request::Stats) => {
-            let stats = Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() };
-            serde_json::to_string(&Reply::Ok(stats))
-        }
-        Err(error) => serde_json::to_string(&Reply::<()>::Error(format!("not a request: {error}"))),
-    }?;
+        Ok(request) => fulfil(request, router),
+        Err(error) => Err(anyhow!("not a request: {error}")),
+    }
+    .and_then(|value| Ok(serde_json::to_string(&Reply::Ok(value))?))
+    .or_else(|error| serde_json::to_string(&Reply::<()>::Error(format!("{error:#}"))))?;
     reply.push('\n');
     stream.write_all(reply.as_bytes())
+}
+
+fn fulfil(request: Request, router: &Router) -> Result<Value> {
+    Ok(match request {
+        Request::Nics => serde_json::to_value(router.nics()),
+        Request::Qps => serde_json::to_value(router.qps()),
+        Request::Stats => serde_json::to_value(Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() }),
+        Request::NicAdd(nic) => serde_json::to_value(router.add(*nic)?),
+        Request::NicDel(name) => serde_json::to_value(router.remove(name)?),
+    }?)
 }
 
 /// Asks the daemon behind `socket`.
 ///
 /// # Errors
 /// When there is no daemon, it does not answer in time, or it refuses.
-pub fn ask<T: DeserializeOwned>(socket: &Path, request: Request) -> Result<T> {
+pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T> {
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!("cannot reach freeflow-router at {} (is it running? another socket: --control)", socket.display())
     })?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let mut line = serde_json::to_string(&request)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut line = serde_json::to_string(request)?;
     line.push('\n');
     stream.write_all(line.as_bytes())?;
     let mut reply = String::new();
@@ -146,7 +163,7 @@ pub fn ask<T: DeserializeOwned>(socket: &Path, request: Request) -> Result<T> {
 /// # Errors
 /// As [`ask`].
 pub fn nics(socket: &Path) -> Result<Vec<NicStatus>> {
-    ask(socket, Request::Nics)
+    ask(socket, &Request::Nics)
 }
 
 /// Queue pairs of the daemon behind `socket`.
@@ -154,7 +171,7 @@ pub fn nics(socket: &Path) -> Result<Vec<NicStatus>> {
 /// # Errors
 /// As [`ask`].
 pub fn qps(socket: &Path) -> Result<Vec<QpStatus>> {
-    ask(socket, Request::Qps)
+    ask(socket, &Request::Qps)
 }
 
 /// Counters of the daemon behind `socket`.
@@ -162,5 +179,21 @@ pub fn qps(socket: &Path) -> Result<Vec<QpStatus>> {
 /// # Errors
 /// As [`ask`].
 pub fn stats(socket: &Path) -> Result<Stats> {
-    ask(socket, Request::Stats)
+    ask(socket, &Request::Stats)
+}
+
+/// Adds a virtual NIC to the daemon behind `socket`.
+///
+/// # Errors
+/// As [`ask`].
+pub fn add(socket: &Path, nic: NewNic) -> Result<Added> {
+    ask(socket, &Request::NicAdd(Box::new(nic)))
+}
+
+/// Removes one.
+///
+/// # Errors
+/// As [`ask`].
+pub fn remove(socket: &Path, name: &str) -> Result<Removed> {
+    ask(socket, &Request::NicDel(name.to_owned()))
 }

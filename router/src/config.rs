@@ -12,6 +12,8 @@ use crate::sandbox::Security;
 
 /// Default of [`Config::control`].
 pub const DEFAULT_CONTROL: &str = "/run/freeflow/control.sock";
+/// Default of [`Config::state`].
+pub const DEFAULT_STATE: &str = "/var/lib/freeflow/nics.toml";
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +63,8 @@ pub enum ConfigError {
 pub struct Config {
     /// Unix socket for the `freeflow` command.
     pub control: Option<PathBuf>,
+    /// File that keeps the virtual NICs of `freeflow nic add` for the next start.
+    pub state: Option<PathBuf>,
     /// Data-path workers.
     pub engine: EngineSettings,
     /// What the daemon gives up.
@@ -165,6 +169,15 @@ impl NicSettings {
         }
     }
 
+    /// What no other may have, each with the tenant within which that holds; none is all tenants.
+    fn unique(&self) -> Vec<(String, String)> {
+        let everywhere = [format!("name {:?}", self.name), format!("socket {}", self.socket.display())]
+            .map(|what| (String::new(), what));
+        let addresses = self.ip.iter().map(|ip| format!("address {ip}"));
+        let in_tenant = [format!("MAC {}", self.mac())].into_iter().chain(addresses);
+        everywhere.into_iter().chain(in_tenant.map(|what| (self.tenant.clone(), what))).collect()
+    }
+
     fn check(&self, workers: usize) -> Result<(), ConfigError> {
         let wrong = |why: &str| Err(ConfigError::Nic { name: self.name.clone(), why: why.to_owned() });
         if self.name.is_empty() || self.name.contains(char::is_whitespace) {
@@ -220,6 +233,11 @@ impl Config {
         self.control.as_deref().unwrap_or(Path::new(DEFAULT_CONTROL))
     }
 
+    /// The file of the virtual NICs that were added, given or default.
+    pub fn state(&self) -> &Path {
+        self.state.as_deref().unwrap_or(Path::new(DEFAULT_STATE))
+    }
+
     /// Checks everything that can be checked without starting anything.
     ///
     /// # Errors
@@ -228,34 +246,34 @@ impl Config {
         if self.engine.workers == 0 {
             return Err(ConfigError::Setting("engine.workers must be at least 1"));
         }
-        for nic in &self.nic {
-            nic.check(self.engine.workers)?;
-            if nic.socket == self.control() {
-                let why = "its socket is the control socket, too".to_owned();
-                return Err(ConfigError::Nic { name: nic.name.clone(), why });
-            }
-        }
-        self.check_unique()
+        check_nics(self.nic.iter(), self.engine.workers, self.control())
     }
+}
 
-    fn check_unique(&self) -> Result<(), ConfigError> {
-        let mut seen: HashMap<(String, String), &str> = HashMap::new();
-        for nic in &self.nic {
-            let own = [
-                (String::new(), format!("name {:?}", nic.name)),
-                (String::new(), format!("socket {}", nic.socket.display())),
-                (nic.tenant.clone(), format!("MAC {}", nic.mac())),
-            ];
-            let addresses = nic.ip.iter().map(|ip| (nic.tenant.clone(), format!("address {ip}")));
-            for key in own.into_iter().chain(addresses) {
-                if let Some(first) = seen.insert(key.clone(), &nic.name) {
-                    let (first, second) = (first.to_owned(), nic.name.clone());
-                    return Err(ConfigError::Duplicate { first, second, what: key.1 });
-                }
+/// Whether these virtual NICs are possible beside each other, in a router with so many workers and this control socket.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn check_nics<'a>(
+    nics: impl IntoIterator<Item = &'a NicSettings>,
+    workers: usize,
+    control: &Path,
+) -> Result<(), ConfigError> {
+    let mut seen: HashMap<(String, String), &str> = HashMap::new();
+    for nic in nics {
+        nic.check(workers)?;
+        if nic.socket == control {
+            let why = "its socket is the control socket, too".to_owned();
+            return Err(ConfigError::Nic { name: nic.name.clone(), why });
+        }
+        for key in nic.unique() {
+            if let Some(first) = seen.insert(key.clone(), &nic.name) {
+                let (first, second) = (first.to_owned(), nic.name.clone());
+                return Err(ConfigError::Duplicate { first, second, what: key.1 });
             }
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The daemon's life, from a checked configuration to its end by a signal.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,9 +9,11 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::api;
-use crate::config::Config;
+use crate::config::{Config, NicSettings};
+use crate::inventory;
 use crate::router::Router;
 use crate::sandbox::Sandbox;
+use crate::steward::Steward;
 
 /// Serves the virtual NICs of `config` until SIGINT or SIGTERM. Privileges that it does not need are given up on the way, and do not
 /// come back: this is for a process of its own.
@@ -20,14 +23,20 @@ use crate::sandbox::Sandbox;
 pub fn run(config: &Config) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot wait for signals")?;
     let sandbox = Sandbox::new(&config.security)?;
-    sandbox.enter(&make_folders(config)?)?;
-    let router = Arc::new(Router::start(config)?);
+    let added = load_added(config)?;
+    let folders = make_folders(config)?;
+    let steward = Steward::start(&config.security, config.state())?;
+    sandbox.enter(&folders)?;
+    let router = Arc::new(Router::start_with(config, None, Box::new(steward), &added)?);
     let api = api::Server::start(config.control(), router.clone())?;
     sandbox.seal()?;
     log::info!(
-        "serving {} virtual NIC{}; look with: freeflow --control {} nics",
-        config.nic.len(),
-        if config.nic.len() == 1 { "" } else { "s" },
+        "serving {}; look with: freeflow --control {} nics",
+        match router.nics().len() {
+            0 => "no virtual NIC yet (freeflow nic add)".to_owned(),
+            1 => "1 virtual NIC".to_owned(),
+            n => format!("{n} virtual NICs"),
+        },
         config.control().display()
     );
     signals.forever().next();
@@ -37,10 +46,35 @@ pub fn run(config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// Virtual NICs that were added before the last end. The configuration has the last word on those that it has, too.
+fn load_added(config: &Config) -> Result<Vec<NicSettings>> {
+    let path = config.state();
+    let text = match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        text => text.with_context(|| format!("cannot read the virtual NICs that were added, {}", path.display()))?,
+    };
+    let mut added = inventory::from_state(&text)
+        .with_context(|| format!("{} is not what a router of this version writes", path.display()))?;
+    added.retain(|nic| {
+        let configured = config.nic.iter().any(|other| other.name == nic.name);
+        if configured {
+            log::warn!("virtual NIC {:?} was added, and is in the configuration now: that is used", nic.name);
+        }
+        !configured
+    });
+    Ok(added)
+}
+
 /// Makes the folders that sockets go into; those that were not there before are returned.
 fn make_folders(config: &Config) -> Result<Vec<PathBuf>> {
     let sockets = config.nic.iter().map(|nic| nic.socket.as_path()).chain([config.control()]);
     let mut made = Vec::new();
+    // Whether it can be made matters only if a virtual NIC is added.
+    if let Some(folder) = config.state().parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists())
+        && std::fs::create_dir_all(folder).is_ok()
+    {
+        made.push(folder.to_owned());
+    }
     for folder in sockets.filter_map(Path::parent).filter(|folder| !folder.as_os_str().is_empty()) {
         if !folder.exists() {
             std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;

@@ -1,15 +1,17 @@
 //! A running router.
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use freeflow_backend::verbs::Device;
+use freeflow_backend::vhost::socket::Socket;
 use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus};
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, NicSettings};
+use crate::files::{Direct, Files};
+use crate::inventory::{Inventory, NewNic, Origin};
 use crate::overlay::LocalOverlay;
 
 /// The device side of this host with its virtual NICs. Dropping it stops everything.
@@ -17,49 +19,150 @@ use crate::overlay::LocalOverlay;
 pub struct Router {
     host: Host,
     overlay: Arc<LocalOverlay>,
+    files: Box<dyn Files>,
+    /// Where sockets go for which no place was named.
+    folder: PathBuf,
+    has_device: bool,
+    inventory: Mutex<Inventory>,
+}
+
+/// Answer to [`Router::add`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Added {
+    /// Its name.
+    pub name: String,
+    /// The socket for its VMM.
+    pub socket: PathBuf,
+    /// False if it was there already.
+    pub created: bool,
+}
+
+/// Answer to [`Router::remove`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    /// Its name.
+    pub name: String,
+    /// False if there was none.
+    pub removed: bool,
 }
 
 impl Router {
-    /// Starts with the virtual NICs of `config`.
-    ///
-    /// # Errors
-    /// When the configuration is wrong, or a socket cannot be made.
-    pub fn start(config: &Config) -> Result<Self> {
-        Self::start_on(config, None)
-    }
-
-    /// The same, on this NIC of the host.
+    /// Starts with the virtual NICs of `config`, on this NIC of the host if there is one.
     ///
     /// # Errors
     /// When the configuration is wrong, or a socket cannot be made.
     pub fn start_on(config: &Config, device: Option<Arc<dyn Device>>) -> Result<Self> {
+        Self::start_with(config, device, Box::new(Direct::default()), &[])
+    }
+
+    /// The same, with virtual NICs that were added by an earlier life of it, and somebody who makes sockets and files.
+    ///
+    /// # Errors
+    /// When the configuration is wrong, or a socket cannot be made.
+    pub fn start_with(
+        config: &Config,
+        device: Option<Arc<dyn Device>>,
+        files: Box<dyn Files>,
+        added: &[NicSettings],
+    ) -> Result<Self> {
         config.check()?;
-        if let (Some(nic), None) = (config.nic.iter().find(|nic| nic.path == PathChoice::Nic), &device) {
-            bail!(
-                "virtual NIC {:?} is to use the host's RDMA NIC (path = \"nic\"), and there is none to use",
-                nic.name
-            );
-        }
         let overlay = Arc::new(LocalOverlay::default());
+        let has_device = device.is_some();
         let host =
             Host::start(config.engine.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
-        let router = Self { host, overlay };
-        for (index, nic) in config.nic.iter().enumerate() {
-            router.add(NicId(index as u32), nic)?;
+        let inventory = Mutex::new(Inventory::new(config.engine.workers, config.control()));
+        let folder = config.control().parent().map(Path::to_owned).unwrap_or_default();
+        let router = Self { host, overlay, files, folder, has_device, inventory };
+        for nic in &config.nic {
+            router.start_nic(nic, Origin::Configured)?;
+        }
+        for nic in added {
+            let kept = || format!("{} keeps virtual NIC {:?}, which was added", config.state().display(), nic.name);
+            router.start_nic(nic, Origin::Added).with_context(kept)?;
         }
         Ok(router)
     }
 
-    fn add(&self, id: NicId, settings: &NicSettings) -> Result<()> {
+    /// Adds a virtual NIC, and sees to it that it is there after a restart. One that is there already and is the same is left alone.
+    ///
+    /// # Errors
+    /// When it is not possible beside the others, or the system has no room for it: nothing has changed then.
+    pub fn add(&self, nic: NewNic) -> Result<Added> {
+        let nic = nic.settle(&self.folder);
+        let created = self.start_nic(&nic, Origin::Added)?;
+        if let Some(id) = created {
+            self.keep().inspect_err(|_| self.stop_nic(id))?;
+        }
+        Ok(Added { name: nic.name, socket: nic.socket, created: created.is_some() })
+    }
+
+    /// Removes a virtual NIC that was added: its VMM is disconnected, everything of its guest is freed.
+    ///
+    /// # Errors
+    /// When it comes from the configuration, or what is kept for a restart cannot be written: nothing has changed then.
+    pub fn remove(&self, name: String) -> Result<Removed> {
+        let mut inventory = self.inventory();
+        let id = inventory.removable(&name)?;
+        if let Some(id) = id {
+            let nic = inventory.remove(id);
+            if let Err(error) = self.save(&inventory) {
+                inventory.put_back(id, nic);
+                return Err(error);
+            }
+        }
+        drop(inventory);
+        if let Some(id) = id {
+            self.stop_nic(id);
+            log::info!("virtual NIC {name} is removed");
+        }
+        Ok(Removed { name, removed: id.is_some() })
+    }
+
+    /// Its number, unless it is there already.
+    fn start_nic(&self, settings: &NicSettings, origin: Origin) -> Result<Option<NicId>> {
+        ensure!(
+            self.has_device || settings.path != PathChoice::Nic,
+            "virtual NIC {:?} is to use the host's RDMA NIC (path = \"nic\"), and there is none to use",
+            settings.name
+        );
+        let mut inventory = self.inventory();
+        if inventory.check(settings)?.is_some() {
+            return Ok(None);
+        }
+        let path = settings.socket.clone();
+        let listener = self.files.listen(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
         let nic = settings.to_nic();
-        make_parent(&settings.socket)?;
+        let id = inventory.insert(settings.clone(), origin);
         self.overlay.add(id, &nic);
-        self.host.add_nic(id, nic, &settings.socket).with_context(|| format!("virtual NIC {:?}", settings.name))?;
-        let group_may_connect = Permissions::from_mode(0o660);
-        std::fs::set_permissions(&settings.socket, group_may_connect)
-            .with_context(|| format!("cannot set the mode of {}", settings.socket.display()))?;
-        log::info!("virtual NIC {}: {} for tenant {}", settings.name, settings.socket.display(), settings.tenant);
-        Ok(())
+        let started = self.host.add_nic(id, nic, Socket { path: path.clone(), listener });
+        if let Err(error) = started {
+            self.overlay.remove(id);
+            inventory.remove(id);
+            remove_socket(&path);
+            return Err(error).with_context(|| format!("virtual NIC {:?}", settings.name));
+        }
+        log::info!("virtual NIC {}: {} for tenant {}", settings.name, path.display(), settings.tenant);
+        Ok(Some(id))
+    }
+
+    fn stop_nic(&self, id: NicId) {
+        // Nobody finds it any more, and then nobody uses it any more.
+        self.overlay.remove(id);
+        self.host.remove_nic(id);
+        self.inventory().remove(id);
+    }
+
+    fn keep(&self) -> Result<()> {
+        self.save(&self.inventory())
+    }
+
+    fn save(&self, inventory: &Inventory) -> Result<()> {
+        let state = inventory.to_state().context(CANNOT_KEEP)?;
+        self.files.save(&state).context(CANNOT_KEEP)
+    }
+
+    fn inventory(&self) -> MutexGuard<'_, Inventory> {
+        self.inventory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Virtual NICs, with their objects and counters.
@@ -83,12 +186,11 @@ impl Router {
     }
 }
 
-/// Makes the folder that a socket goes into.
-pub(crate) fn make_parent(socket: &Path) -> Result<()> {
-    match socket.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => {
-            std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))
-        }
-        _ => Ok(()),
+/// What fails when the state cannot be saved.
+const CANNOT_KEEP: &str = "cannot keep the virtual NICs for the next start (--state FILE names another file)";
+
+fn remove_socket(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        log::debug!("cannot remove {}: {error}", path.display());
     }
 }

@@ -1,91 +1,24 @@
 //! The daemon itself, without privileges and behind its system-call filter, under guests that use all of it.
 #![allow(missing_docs, reason = "a test program")]
 
-use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use freeflow_router::api;
 use freeflow_router::sandbox::{Sandbox, Seccomp, Security};
 use freeflow_tests::bed::eventually;
+use freeflow_tests::guest::Guest;
 use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr};
-use freeflow_tests::guest::{Guest, GuestConfig};
-use freeflow_tests::router::TestRouter;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use virtio_rdma::ib::WcStatus;
 
-const SOON: Duration = Duration::from_secs(10);
+mod common;
 
-/// A daemon that is killed when a test fails.
-struct Daemon {
-    child: Child,
-    dir: tempfile::TempDir,
-}
-
-impl Daemon {
-    /// With two virtual NICs, as `nobody` where we may choose.
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let run = dir.path().join("run");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_freeflow-router"));
-        command.arg("--control").arg(run.join("control.sock"));
-        for nic in 0..2 {
-            let (n, socket) = (nic + 1, run.join(format!("nic{nic}")));
-            let nic = format!("name=n{nic},ip=10.0.0.{n},ip=fd00::{n},mac=02:00:00:00:00:0{n}");
-            command.args(["--nic", &format!("{nic},socket={}", socket.display())]);
-        }
-        if Uid::effective().is_root() {
-            // The folder is private, and the daemon must get through.
-            std::os::unix::fs::chown(dir.path(), Some(65534), None).unwrap();
-            command.args(["--user", "65534"]);
-        }
-        let child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let daemon = Self { child, dir };
-        eventually("start of the daemon", SOON, || api::nics(&daemon.path("control.sock")).is_ok());
-        daemon
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join("run").join(name)
-    }
-
-    fn guest(&self, nic: usize) -> Guest {
-        let config = GuestConfig { gids: TestRouter::gids_of(nic), ..GuestConfig::default() };
-        Guest::connect(&self.path(&format!("nic{nic}")), config).unwrap()
-    }
-
-    /// A field of each thread's status.
-    fn status(&self, field: &str) -> Vec<String> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        tasks.map(|task| status_field(&task.unwrap().path().join("status"), field)).collect()
-    }
-
-    fn is_connected(&self, nic: usize) -> bool {
-        api::nics(&self.path("control.sock")).unwrap()[nic].connected
-    }
-
-    fn stop(mut self) -> (ExitStatus, String) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        let status = self.child.wait().unwrap();
-        let mut log = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-        let left: Vec<_> = std::fs::read_dir(self.dir.path().join("run")).unwrap().collect();
-        assert!(left.is_empty(), "sockets stay behind: {left:?}\n{log}");
-        (status, log)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It has ended already, or a test has failed.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use common::{Daemon, Place, SOON};
 
 fn status_field(path: &Path, field: &str) -> String {
     let text = std::fs::read_to_string(path).unwrap();
@@ -100,28 +33,51 @@ fn write(a: &Rc, b: &Rc) {
 
 #[test]
 fn all_threads_are_without_privileges() {
-    let daemon = Daemon::start();
+    let place = Place::new();
+    let daemon = place.start(2);
     // The last filter is installed a moment after the control socket answers.
-    eventually("the last filter", SOON, || daemon.status("Seccomp_filters").iter().all(|value| value == "3"));
-    assert!(daemon.status("NoNewPrivs").iter().all(|value| value == "1"));
-    assert!(daemon.status("Seccomp").iter().all(|value| value == "2"));
+    let threads = |field: &str| status_of(daemon.child.id(), field);
+    eventually("the last filter", SOON, || threads("Seccomp_filters").iter().all(|value| value == "4"));
+    assert!(threads("Uid").len() >= 5, "main, control, a worker, two virtual NICs");
+    assert_without_privileges(daemon.child.id());
+    let steward = children_of(daemon.child.id());
+    assert_eq!(steward.len(), 1, "one process beside it");
+    eventually("the steward's filter", SOON, || status_of(steward[0], "Seccomp_filters") == ["1"]);
+    assert_without_privileges(steward[0]);
+}
+
+fn assert_without_privileges(process: u32) {
+    let all = |field: &str, expected: &str| status_of(process, field).iter().all(|value| value == expected);
+    assert!(all("NoNewPrivs", "1"));
+    assert!(all("Seccomp", "2"));
     for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
-        assert!(daemon.status(set).iter().all(|value| value == "0000000000000000"), "{set}");
+        assert!(all(set, "0000000000000000"), "{set}");
     }
     if Uid::effective().is_root() {
-        assert!(daemon.status("CapBnd").iter().all(|value| value == "0000000000000000"));
+        assert!(all("CapBnd", "0000000000000000"));
         for ids in ["Uid", "Gid"] {
-            assert!(daemon.status(ids).iter().all(|value| value == "65534 65534 65534 65534"), "{ids}");
+            assert!(all(ids, "65534 65534 65534 65534"), "{ids}");
         }
-        assert!(daemon.status("Groups").iter().all(|value| value == "65534" || value.is_empty()));
+        assert!(status_of(process, "Groups").iter().all(|value| value == "65534" || value.is_empty()));
     }
-    assert!(daemon.status("Uid").len() >= 5, "main, control, a worker, two virtual NICs");
+}
+
+fn children_of(process: u32) -> Vec<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
+    children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+/// A field of the status of each thread of a process.
+fn status_of(process: u32, field: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    tasks.map(|task| status_field(&task.unwrap().path().join("status"), field)).collect()
 }
 
 /// Guests that come, work, sleep, change their memory, lose it, and go: none of that makes a call that is not allowed.
 #[test]
 fn guests_can_do_everything() {
-    let daemon = Daemon::start();
+    let place = Place::new();
+    let daemon = place.start(2);
     let (first, second) = (daemon.guest(0), daemon.guest(1));
     let impatient = RcOptions { timeout: 8, retry_cnt: 2, ..RcOptions::default() };
     let (a, b) = Rc::pair_with(&first, &second, &QpSpec::rc(), 4096, &impatient).unwrap();
@@ -134,7 +90,7 @@ fn guests_can_do_everything() {
     let again = daemon.guest(1);
     let (a, b) = Rc::pair(&first, &again, 4096).unwrap();
     write(&a, &b);
-    api::qps(&daemon.path("control.sock")).unwrap();
+    api::qps(&daemon.control()).unwrap();
     drop((a, b, again, first));
     let (status, log) = daemon.stop();
     assert!(status.success(), "{status}\n{log}");
@@ -166,7 +122,7 @@ fn stop_and_start(guest: &Guest) {
 }
 
 /// The VMM takes memory away behind the daemon's back: SIGBUS, and the end of its session.
-fn lose_memory(daemon: &Daemon, guest: &Guest, a: &Rc, b: &Rc) {
+fn lose_memory(daemon: &Daemon<'_>, guest: &Guest, a: &Rc, b: &Rc) {
     let region = guest.memory().plug(1 << 40, 16 << 20).unwrap();
     guest.with_connection(|vmm| vmm.add_region(&region)).unwrap();
     let plugged = Arc::new(guest.memory().view(1 << 40, 16 << 20).unwrap());
@@ -174,16 +130,17 @@ fn lose_memory(daemon: &Daemon, guest: &Guest, a: &Rc, b: &Rc) {
     region.truncate().unwrap();
     a.qp.post(SendWr::new(1, Op::Write(mr.remote(0)), &[a.mr.sge(0, 4096)])).unwrap();
     a.cq.next();
-    eventually("end of the session", SOON, || !daemon.is_connected(1));
+    eventually("end of the session", SOON, || !api::nics(&daemon.control()).unwrap()[1].connected);
 }
 
 /// What [`forbidden`] is told to do, and whether the daemon may do it at its start, and when it runs.
-const CALLS: [(&str, bool, bool); 9] = [
+const CALLS: [(&str, bool, bool); 10] = [
     ("nothing", true, true),
     // When it runs, it gets an error.
     ("open", true, true),
     ("give-memory-back", true, true),
-    ("thread", true, false),
+    ("thread", true, true),
+    ("fork", true, false),
     ("connect", true, false),
     ("write-file", false, false),
     ("internet", false, false),
@@ -220,6 +177,7 @@ fn forbidden() {
         }
         "write-file" => drop(std::fs::OpenOptions::new().write(true).open("/dev/null")),
         "thread" => drop(std::thread::Builder::new().spawn(|| {}).map(std::thread::JoinHandle::join)),
+        "fork" => drop(Command::new("/nowhere").spawn()),
         "connect" => drop(std::os::unix::net::UnixStream::connect("/nowhere")),
         "internet" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
         "program" => drop(Command::new("/nowhere").exec()),

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::session::Session;
-use super::socket::listen;
+use super::socket::Socket;
 use super::vring::Vring;
 use crate::engine::Engine;
 use crate::mem::Alarm;
@@ -54,17 +54,16 @@ struct Shared {
 }
 
 impl Server {
-    /// Listens on `path` and starts the thread.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// When the socket is in use or cannot be made.
+    /// When the system gives no descriptors or no thread.
     pub fn start(
-        path: &Path,
+        Socket { path, listener }: Socket,
         nic: Arc<Nic>,
         engine: Arc<Engine>,
         vrings: Vec<Arc<parking_lot::Mutex<Vring>>>,
     ) -> io::Result<Self> {
-        let listener = listen(path)?;
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let shared = Arc::new(Shared {
             stop,
@@ -82,7 +81,7 @@ impl Server {
         thread.watch_all()?;
         let name = format!("nic:{}", thread.nic.config.name);
         let thread = std::thread::Builder::new().name(name).spawn(move || thread.run())?;
-        Ok(Self { path: path.to_owned(), shared, thread: Some(thread) })
+        Ok(Self { path, shared, thread: Some(thread) })
     }
 
     /// Whether a VMM is connected.

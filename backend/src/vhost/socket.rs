@@ -3,7 +3,16 @@
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// A Unix socket for a VMM, whoever made it. Its file is removed by the one who serves it.
+#[derive(Debug)]
+pub struct Socket {
+    /// Its file.
+    pub path: PathBuf,
+    /// What takes connections.
+    pub listener: UnixListener,
+}
 
 /// Binds the socket; one that a dead daemon left behind is replaced. Nothing else that has its path is touched.
 ///

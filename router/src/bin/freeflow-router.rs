@@ -1,22 +1,24 @@
 //! `freeflow-router`: the daemon.
 
 use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
-use clap::Parser;
+use anyhow::Result;
+use clap::{Parser, Subcommand};
 use freeflow_backend::Mac;
 use freeflow_backend::PathChoice;
 use freeflow_backend::Profile;
 use freeflow_router::config::NicSettings;
-use freeflow_router::sandbox::Seccomp;
-use freeflow_router::{Config, daemon};
+use freeflow_router::sandbox::{Seccomp, Security};
+use freeflow_router::{Config, daemon, steward};
 
 /// Serve virtual RDMA NICs to the virtual machines of this host.
 ///
 /// Each virtual NIC is a vhost-user socket that a VMM connects to (QEMU: `-chardev socket,path=SOCKET`). They come from
-/// a configuration file, from --nic, or both.
+/// a configuration file, from --nic, and later from `freeflow nic add`.
 #[derive(Debug, Parser)]
 #[command(name = "freeflow-router", version, after_help = EXAMPLES)]
 struct Args {
@@ -29,6 +31,9 @@ struct Args {
     /// Unix socket for the freeflow command [default: /run/freeflow/control.sock].
     #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
+    /// File that keeps the virtual NICs of `freeflow nic add` for the next start [default: /var/lib/freeflow/nics.toml].
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
     /// Data-path worker threads.
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -47,6 +52,23 @@ struct Args {
     /// Check the configuration and exit.
     #[arg(long)]
     check: bool,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// What this program is beside the daemon.
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// The process that makes sockets and files for the daemon, which starts it.
+    #[command(hide = true)]
+    Steward {
+        #[arg(long)]
+        state: PathBuf,
+        #[arg(long)]
+        user: Option<String>,
+        #[arg(long)]
+        seccomp: Seccomp,
+    },
 }
 
 const EXAMPLES: &str = "Examples:
@@ -99,6 +121,7 @@ impl Args {
         };
         config.nic.extend(self.nic);
         config.control = self.control.or(config.control);
+        config.state = self.state.or(config.state);
         config.engine.workers = self.workers.unwrap_or(config.engine.workers);
         config.engine.poll_us = self.poll_us.unwrap_or(config.engine.poll_us);
         if !self.cores.is_empty() {
@@ -106,9 +129,6 @@ impl Args {
         }
         config.security.user = self.user.or(config.security.user);
         config.security.seccomp = self.seccomp.unwrap_or(config.security.seccomp);
-        if config.nic.is_empty() {
-            bail!("no virtual NICs: name them in --config FILE or with --nic (see --help)");
-        }
         config.check()?;
         Ok(config)
     }
@@ -146,7 +166,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<()> {
+fn run(mut args: Args) -> Result<()> {
+    if let Some(Part::Steward { state, user, seccomp }) = args.part.take() {
+        let daemon = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+        return steward::serve(&daemon, &Security { user, seccomp }, state);
+    }
     let check = args.check;
     let config = args.config()?;
     if check {

@@ -2,12 +2,14 @@
 //! that it does not need.
 //!
 //! In two steps. [`Sandbox::enter`] comes before any thread and any socket: the user and the capabilities go, and with them most of the system
-//! calls. [`Sandbox::seal`] comes when everything runs: opening files, connecting, listening and starting threads are over.
+//! calls. [`Sandbox::seal`] comes when everything runs: opening files, connecting and listening are over. What virtual NICs that come later
+//! need of these is done by the [steward](crate::steward), which gives up the rest ([`Sandbox::enter_steward`]).
 //! Limits on memory, processors and files are not here: those are the service manager's.
 
 mod filter;
 mod user;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -30,6 +32,16 @@ pub enum Seccomp {
     Log,
     /// Nothing: there is no filter.
     Off,
+}
+
+impl fmt::Display for Seccomp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enforce => "enforce",
+            Self::Log => "log",
+            Self::Off => "off",
+        })
+    }
 }
 
 impl FromStr for Seccomp {
@@ -88,11 +100,27 @@ impl Sandbox {
     /// # Errors
     /// When the user may not be taken on, or the kernel has no filters.
     pub fn enter(&self, folders: &[PathBuf]) -> Result<(), SandboxError> {
+        if self.stays_root() {
+            log::warn!("running as root: name a user of its own with --user");
+        }
         if let Some(user) = &self.user {
             user.own(folders)?;
         }
         user::drop_privileges(self.user.as_ref())?;
         Ok(filter::install(self.seccomp, Stage::Start)?)
+    }
+
+    /// Gives up what the steward does not need.
+    ///
+    /// # Errors
+    /// As [`enter`](Self::enter).
+    pub fn enter_steward(&self) -> Result<(), SandboxError> {
+        user::drop_privileges(self.user.as_ref())?;
+        Ok(filter::install(self.seccomp, Stage::Steward)?)
+    }
+
+    fn stays_root(&self) -> bool {
+        user::stays_root(self.user.as_ref())
     }
 
     /// Gives up, in all threads, what was needed for the start only.

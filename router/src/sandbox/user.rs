@@ -89,15 +89,16 @@ impl Target {
     }
 }
 
+/// Whether it will be root.
+pub fn stays_root(user: Option<&Target>) -> bool {
+    user.map_or(Uid::effective(), |user| user.uid).is_root()
+}
+
 /// Goes on as `user`, without capabilities, and without any way to get some back. To be called while there is only one thread:
 /// capabilities are each thread's own.
 pub fn drop_privileges(user: Option<&Target>) -> Result<(), UserError> {
-    let stays_root = user.map_or(Uid::effective(), |user| user.uid).is_root();
     // A daemon that remains root may still make sockets in other users' folders.
-    let keep = if stays_root { CapabilitySet::DAC_OVERRIDE } else { CapabilitySet::empty() };
-    if stays_root {
-        log::warn!("running as root: name a user of its own with --user");
-    }
+    let keep = if stays_root(user) { CapabilitySet::DAC_OVERRIDE } else { CapabilitySet::empty() };
     // Before the user, who may not do this.
     shut(keep).map_err(UserError::Capabilities)?;
     if let Some(user) = user {

@@ -67,7 +67,8 @@ impl Daemon {
     fn start() -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut command = Command::new(sibling("FREEFLOW_ROUTER_BIN", "freeflow-router")?);
-        command.arg("--control").arg(dir.path().join("control")).stderr(Stdio::null());
+        command.arg("--control").arg(dir.path().join("control")).arg("--state").arg(dir.path().join("nics.toml"));
+        command.stderr(Stdio::null());
         for (name, ip) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
             command.args(["--nic", &format!("name={name},ip={ip},socket={}", dir.path().join(name).display())]);
         }

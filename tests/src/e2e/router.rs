@@ -121,8 +121,9 @@ impl RouterProcess {
 }
 
 fn configuration(dir: &Path, nics: usize, spread: u16) -> String {
-    let control = dir.join("control.sock");
-    let mut text = format!("control = \"{}\"\n[engine]\nworkers = {spread}\n", control.display());
+    let (control, state) = (dir.join("control.sock"), dir.join("nics.toml"));
+    let mut text = format!("control = \"{}\"\nstate = \"{}\"\n", control.display(), state.display());
+    let _ = writeln!(text, "[engine]\nworkers = {spread}");
     for nic in 0..nics {
         let (name, ip, socket) = (name_of(nic), address_of(nic), socket_in(dir, nic));
         let _ = write!(text, "[[nic]]\nname = {name:?}\nip = [\"{ip}\"]\nsocket = \"{}\"\n", socket.display());

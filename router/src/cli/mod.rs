@@ -1,8 +1,10 @@
-//! The `freeflow` command: what a running router has, as tables or JSON.
+//! The `freeflow` command: what a running router has, as tables or JSON, and changes to it.
+
+mod nic;
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
 use freeflow_backend::{NicStatus, QpStatus};
@@ -11,7 +13,7 @@ use serde::Serialize;
 use crate::api::{self, Stats};
 use crate::config::DEFAULT_CONTROL;
 
-/// Look at the virtual RDMA NICs of this host.
+/// Look at the virtual RDMA NICs of this host, add and remove them.
 ///
 /// Asks the daemon freeflow-router over its Unix socket; whoever may open that socket may ask.
 #[derive(Debug, Parser)]
@@ -30,7 +32,9 @@ pub struct Cli {
 const EXAMPLES: &str = "Examples:
   freeflow nics                       which virtual NICs there are, and who is connected
   freeflow qps --nic a                queue pairs of virtual NIC a: state, peer, path, traffic
-  freeflow stats --json | jq .nics    all counters";
+  freeflow stats --json | jq .nics    all counters
+  freeflow nic add --ip 10.32.0.5     a new virtual NIC; prints the socket for its VMM
+  freeflow nic del default-10.32.0.5  and away with it";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -48,6 +52,9 @@ enum Command {
         #[arg(long, value_name = "NAME")]
         nic: Option<String>,
     },
+    /// Add, remove and show a virtual NIC.
+    #[command(subcommand)]
+    Nic(nic::Command),
 }
 
 impl Cli {
@@ -71,6 +78,7 @@ impl Cli {
                 stats.nics.retain(|n| keep(nic, &n.config.name));
                 self.show(stats, stats_table)
             }
+            Command::Nic(command) => self.nic(command),
         }
     }
 
@@ -83,11 +91,24 @@ impl Cli {
         Ok(())
     }
 
-    fn show<T: Serialize>(&self, value: T, table: impl FnOnce(&T) -> Table) -> Result<String> {
-        if self.json {
-            return Ok(serde_json::to_string_pretty(&value)?);
+    fn nic(&self, command: &nic::Command) -> Result<String> {
+        match command {
+            nic::Command::Add(add) => self.say(api::add(&self.control, add.to_nic()?)?, nic::added),
+            nic::Command::Del { name } => self.say(api::remove(&self.control, name)?, nic::removed),
+            nic::Command::Show { name } => {
+                self.check_name(Some(name))?;
+                let found = api::nics(&self.control)?.into_iter().find(|nic| nic.config.name == *name);
+                self.show(found.with_context(|| format!("virtual NIC {name:?} has just gone"))?, nic::table)
+            }
         }
-        Ok(table(&value).trim_fmt())
+    }
+
+    fn show<T: Serialize>(&self, value: T, table: impl FnOnce(&T) -> Table) -> Result<String> {
+        self.say(value, |value| table(value).trim_fmt())
+    }
+
+    fn say<T: Serialize>(&self, value: T, human: impl FnOnce(&T) -> String) -> Result<String> {
+        if self.json { Ok(serde_json::to_string_pretty(&value)?) } else { Ok(human(&value)) }
     }
 }
 
@@ -100,18 +121,12 @@ fn table(header: &[&str]) -> Table {
 fn nics_table(nics: &[NicStatus]) -> Table {
     let mut table = table(&["NAME", "TENANT", "ADDRESSES", "MAC", "GUEST", "QPS", "MRS", "CQS", "SOCKET"]);
     for nic in nics {
-        let guest = match (nic.connected, nic.running) {
-            (false, _) => "none",
-            (true, false) => "starting",
-            (true, true) => "running",
-        };
-        let addresses: Vec<_> = nic.config.addresses.iter().map(ToString::to_string).collect();
         table.add_row([
             nic.config.name.clone(),
             nic.config.tenant.clone(),
-            addresses.join(" "),
+            addresses_of(nic),
             nic.config.mac.to_string(),
-            guest.to_owned(),
+            guest_of(nic).to_owned(),
             nic.objects.qps.to_string(),
             nic.objects.mrs.to_string(),
             nic.objects.cqs.to_string(),
@@ -119,6 +134,19 @@ fn nics_table(nics: &[NicStatus]) -> Table {
         ]);
     }
     table
+}
+
+fn addresses_of(nic: &NicStatus) -> String {
+    let addresses: Vec<_> = nic.config.addresses.iter().map(ToString::to_string).collect();
+    addresses.join(" ")
+}
+
+fn guest_of(nic: &NicStatus) -> &'static str {
+    match (nic.connected, nic.running) {
+        (false, _) => "none",
+        (true, false) => "starting",
+        (true, true) => "running",
+    }
 }
 
 fn qps_table(qps: &[QpStatus]) -> Table {

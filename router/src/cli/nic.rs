@@ -1,0 +1,173 @@
+//! `freeflow nic`: virtual NICs that come and go while the router runs.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand, ValueEnum};
+use comfy_table::Table;
+use freeflow_backend::{Mac, NicStatus, PathChoice, Profile};
+
+use super::{addresses_of, guest_of};
+use crate::inventory::NewNic;
+use crate::router::{Added, Removed};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Have a virtual NIC, and print the socket for its VMM; one that is there already and is the same is left alone.
+    ///
+    /// The router keeps it over restarts.
+    #[command(after_help = ADD_EXAMPLES)]
+    Add(Add),
+    /// Have no such virtual NIC: its VMM is disconnected, and everything of its guest is freed. It is no mistake if there is none.
+    Del {
+        /// Its name.
+        name: String,
+    },
+    /// Everything about one virtual NIC but its counters, which `freeflow stats` has.
+    Show {
+        /// Its name.
+        name: String,
+    },
+}
+
+const ADD_EXAMPLES: &str = "Examples:
+  freeflow nic add --tenant blue --ip 10.32.0.5/12
+  freeflow nic add --name db --ip 10.0.0.1 --ip fd00::1 --mac 02:00:00:00:00:01 --qps 1024 --limit max_mr=4096
+  qemu-system-x86_64 ... -chardev socket,id=rdma,path=$(freeflow nic add --ip 10.32.0.5)";
+
+#[derive(Debug, Args)]
+pub struct Add {
+    /// Name for people and commands [default: TENANT-ADDRESS].
+    #[arg(long)]
+    name: Option<String>,
+    /// Tenant: virtual NICs of different tenants do not see each other, even with the same addresses.
+    #[arg(long, default_value = "default")]
+    tenant: String,
+    /// Address that the guest may use; may be given more than once. The length of a prefix is taken and ignored: there are no subnets here.
+    #[arg(long, required = true, value_name = "ADDRESS[/PREFIX]", value_parser = address)]
+    ip: Vec<IpAddr>,
+    /// MAC of the guest's ordinary interface [default: 02:ff and the last four bytes of the first address].
+    #[arg(long)]
+    mac: Option<Mac>,
+    /// Unix socket for the VMM [default: NAME.sock beside the control socket].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Completion vectors.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vectors: u16,
+    /// Data-path workers that serve it.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    workers: u16,
+    /// How bytes get to peers.
+    #[arg(long, value_enum, default_value_t = Path::Auto)]
+    path: Path,
+    /// Most queue pairs; short for `--limit max_qp=N`.
+    #[arg(long, value_name = "N")]
+    qps: Option<u32>,
+    /// A limit of the device by its name in the configuration (docs/operations.md); may be given more than once.
+    #[arg(long = "limit", value_name = "NAME=N")]
+    limits: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Path {
+    /// As is best: on one host straight from memory to memory.
+    Auto,
+    /// Through the host's RDMA NIC, if the peer does so too.
+    Nic,
+}
+
+impl Add {
+    /// For the router.
+    ///
+    /// # Errors
+    /// When there is no such limit.
+    pub fn to_nic(&self) -> Result<NewNic> {
+        Ok(NewNic {
+            name: self.name.clone(),
+            tenant: self.tenant.clone(),
+            ip: self.ip.clone(),
+            mac: self.mac,
+            socket: self.socket.as_deref().map(std::path::absolute).transpose()?,
+            vectors: self.vectors,
+            workers: self.workers,
+            path: match self.path {
+                Path::Auto => PathChoice::Auto,
+                Path::Nic => PathChoice::Nic,
+            },
+            limits: self.profile()?,
+        })
+    }
+
+    fn profile(&self) -> Result<Profile> {
+        let qps = self.qps.map(|n| format!("max_qp={n}"));
+        let lines: Vec<_> = self.limits.iter().cloned().chain(qps).collect();
+        toml::from_str(&lines.join("\n")).with_context(|| format!("not limits: {}", lines.join(" ")))
+    }
+}
+
+/// An address, with or without the length of its network's prefix.
+fn address(text: &str) -> Result<IpAddr, String> {
+    let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
+    let address: IpAddr = address.parse().map_err(|error| format!("{error}"))?;
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    match prefix.map(str::parse::<u8>) {
+        None => Ok(address),
+        Some(Ok(length)) if length <= longest => Ok(address),
+        _ => Err(format!("a prefix of it has 0 to {longest} bits")),
+    }
+}
+
+/// Only what a script needs.
+pub fn added(added: &Added) -> String {
+    added.socket.display().to_string()
+}
+
+pub fn removed(removed: &Removed) -> String {
+    let name = &removed.name;
+    if removed.removed { format!("removed {name}") } else { format!("there was no virtual NIC {name}") }
+}
+
+pub fn table(nic: &NicStatus) -> Table {
+    let mut table = super::table(&["VIRTUAL NIC", &nic.config.name]);
+    let path = match nic.config.path {
+        PathChoice::Auto => "auto",
+        PathChoice::Nic => "nic",
+    };
+    let objects = nic.objects;
+    let rows = [
+        ("tenant", nic.config.tenant.clone()),
+        ("addresses", addresses_of(nic)),
+        ("mac", nic.config.mac.to_string()),
+        ("socket", nic.socket.clone()),
+        ("guest", guest_of(nic).to_owned()),
+        ("gids", nic.gids.join(" ")),
+        ("path", path.to_owned()),
+        ("vectors", nic.config.num_vectors.to_string()),
+        ("workers", nic.config.num_workers.to_string()),
+        ("pds, mrs, cqs, qps", [objects.pds, objects.mrs, objects.cqs, objects.qps].map(|n| n.to_string()).join(", ")),
+    ];
+    table.add_rows(rows.map(|(name, value)| [name.to_owned(), value]));
+    table.add_rows(limits(&nic.config.profile));
+    table
+}
+
+fn limits(profile: &Profile) -> Vec<[String; 2]> {
+    let fields = serde_json::to_value(profile).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
+    fields.into_iter().map(|(name, value)| [name, value.to_string()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_are_checked_and_forgotten() {
+        assert_eq!(address("10.32.0.5/12").unwrap(), IpAddr::from([10, 32, 0, 5]));
+        assert_eq!(address("fd00::1/64").unwrap(), "fd00::1".parse::<IpAddr>().unwrap());
+        for bad in ["10.32.0.5/33", "10.32.0.5/", "10.32.0", "fd00::1/129", ""] {
+            address(bad).unwrap_err();
+        }
+    }
+}
