@@ -323,6 +323,118 @@ fn workers_sleep_when_the_nic_has_nothing() {
     assert!(sleeps.iter().sum::<u64>() > 25, "{sleeps:?}");
 }
 
+fn sleeps(bed: &Bed) -> u64 {
+    bed.router.router().worker_sleeps().iter().sum()
+}
+
+/// Waits until the workers have nothing to do for a while, and so sleep.
+fn wait_asleep(bed: &Bed) {
+    eventually("sleep", SOON, || {
+        let before = sleeps(bed);
+        std::thread::sleep(A_WHILE);
+        sleeps(bed) == before
+    });
+}
+
+#[test]
+fn workers_sleep_while_the_nic_is_at_work() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(4096);
+        a.qp.post(write(1, &a, &b)).unwrap();
+        a.cq.next().ok();
+        for id in 2..20 {
+            nic.hold(true);
+            let before = sleeps(&bed);
+            a.qp.post(write(id, &a, &b)).unwrap();
+            eventually("sleep", SOON, || sleeps(&bed) > before);
+            nic.hold(false);
+            assert_eq!(statuses(&a, 1), [(id, WcStatus::Success)]);
+        }
+    }
+}
+
+/// The NIC completes something in the last moment in which that makes no event.
+#[test]
+fn what_completes_as_a_worker_goes_to_sleep_is_seen() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    for id in 2..20 {
+        wait_asleep(&bed);
+        nic.hold(true);
+        a.qp.post(write(id, &a, &b)).unwrap();
+        wait_asleep(&bed);
+        nic.hold_until_armed();
+        assert_eq!(statuses(&a, 1), [(id, WcStatus::Success)]);
+    }
+}
+
+#[test]
+fn what_breaks_is_heard_of_while_all_sleep() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
+    wait_asleep(&bed);
+    nic.qps().into_iter().for_each(|number| nic.break_qp(number));
+    for (end, guest) in [(&a, &bed.guests[0]), (&b, &bed.guests[1])] {
+        guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
+    }
+    assert_eq!(statuses(&b, 1), [(3, WcStatus::WrFlushErr)]);
+}
+
+#[test]
+fn others_go_on_while_queue_pairs_are_connected() {
+    let (_nic, bed) = bed(Script { connecting: Duration::from_millis(50), ..Script::default() });
+    let (a, b) = bed.pair(4096);
+    a.qp.post(write(0, &a, &b)).unwrap();
+    a.cq.next().ok();
+    let others: Vec<_> = (0..4).map(|_| bed.pair(64)).collect();
+    for (x, y) in &others {
+        x.qp.post(write(1, x, y)).unwrap();
+    }
+    let mut rounds = 0;
+    while others.last().is_some_and(|(x, _)| x.cq.poll().is_none()) {
+        a.qp.post(write(2, &a, &b)).unwrap();
+        a.cq.next().ok();
+        rounds += 1;
+    }
+    assert!(rounds > 100, "{rounds} in the time of eight connections");
+}
+
+#[test]
+fn the_nic_retries_as_the_guest_says() {
+    let (nic, bed) = bed(Script::default());
+    let (x, y) = bed.two();
+    let options = RcOptions { timeout: 9, retry_cnt: 3, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(x, y, &QpSpec::rc(), 64, &options).unwrap();
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    let told: Vec<_> = nic.sending().iter().map(|sending| (sending.timeout, sending.retry_cnt)).collect();
+    assert_eq!(told, [(9, 3)], "one has sent");
+}
+
+/// Nothing goes to a NIC that has connected one side only.
+#[test]
+fn what_the_nic_does_not_connect_goes_without_it() {
+    for after in 0..2 {
+        let (nic, bed) = bed(Script::default());
+        nic.refuse_connection(after);
+        let (a, b) = bed.pair(64);
+        for id in 0..2 {
+            a.qp.post(write(id, &a, &b)).unwrap();
+            a.cq.next().ok();
+        }
+        assert_eq!(nic.counts().sent, 0);
+        b.qp.post(write(2, &b, &a)).unwrap();
+        b.cq.next().ok();
+        assert_eq!(nic.counts().sent, 1 - after, "both can still be connected if neither is");
+    }
+}
+
 /// Threads of both guests send both ways over several connections at once, over workers of their own, and compare every byte.
 #[test]
 fn many_connections_at_once() {

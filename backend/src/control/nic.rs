@@ -57,6 +57,8 @@ impl Control {
         }
         let end = fabric.add(&self.nic, qp, &**domain, send.entries());
         let end = end.map_err(|error| self.no_room("queue pair", &error))?;
+        // Its worker may have to wait for completions of another queue from now on.
+        self.engine.wake(end.worker());
         qp.set_end(end.clone());
         send.nic = Some(Box::new(NicQueue::new(end, &self.nic.grants)));
         Ok(())

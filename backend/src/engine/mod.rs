@@ -107,6 +107,10 @@ impl Engine {
             let thread = worker::spawn(engine.clone(), index)?;
             engine.threads.lock().push(thread);
         }
+        if engine.fabric.is_some() {
+            let thread = verbs::spawn(engine.clone())?;
+            engine.threads.lock().push(thread);
+        }
         Ok(engine)
     }
 
@@ -126,16 +130,19 @@ impl Engine {
 
     fn new(config: EngineConfig, overlay: Arc<dyn Overlay>, device: Option<Arc<dyn Device>>) -> io::Result<Arc<Self>> {
         let workers = config.workers.max(1);
+        let fabric = device.map(|device| Fabric::new(device, workers)).transpose()?.map(Arc::new);
+        let events = |worker| fabric.as_ref().map(|fabric| fabric.side(worker).events_fd());
+        let mailboxes = (0..workers).map(|worker| Mailbox::new(events(worker))).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
             overlay,
             nics: RwLock::default(),
             version: AtomicU64::new(1),
             seen: (0..workers).map(|_| AtomicU64::new(0)).collect(),
             quiesce: Quiesce::new(workers),
-            mailboxes: (0..workers).map(|_| Mailbox::new()).collect::<io::Result<_>>()?,
+            mailboxes,
             stop: AtomicBool::new(false),
             threads: Mutex::default(),
-            fabric: device.map(|device| Arc::new(Fabric::new(device, workers))),
+            fabric,
             config,
         }))
     }
@@ -144,10 +151,13 @@ impl Engine {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
         self.wake_all();
+        if let Some(fabric) = &self.fabric {
+            fabric.wake();
+        }
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             if thread.join().is_err() {
-                log::error!("a data-path worker has panicked");
+                log::error!("a thread of the data path has panicked");
             }
         }
     }

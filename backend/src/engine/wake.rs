@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -32,8 +32,8 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// An empty one.
-    pub fn new() -> io::Result<Self> {
+    /// An empty one, of a worker that is woken by this descriptor, too.
+    pub fn new(also: Option<RawFd>) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let wake = EventFd::new(EFD_NONBLOCK)?;
         let timer = TimerFd::new().map_err(io::Error::from)?;
@@ -41,6 +41,9 @@ impl Mailbox {
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(edge, 0))?;
         epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), EpollEvent::new(edge, 0))?;
+        if let Some(fd) = also {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
+        }
         Ok(Self {
             posts: SegQueue::new(),
             asleep: AtomicU32::new(0),

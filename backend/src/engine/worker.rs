@@ -60,9 +60,14 @@ impl SteppedWorker {
         // Before the version is looked at: whoever changes it then waits for us, or we see the change.
         worker.engine.seen[worker.index].store(worker.version, Ordering::SeqCst);
         worker.ctx.now = now;
+        if let Some(fabric) = worker.engine.fabric() {
+            verbs::see_to(&worker.engine, fabric);
+        }
         let before = worker.spent;
         let worked = worker.round();
         worker.engine.seen[worker.index].store(RESTING, Ordering::SeqCst);
+        // Nobody waits for its events here: there is something to do as long as it is at work.
+        let worked = worked || worker.engine.fabric().is_some_and(|fabric| fabric.side(worker.index).is_busy());
         (worked, Duration::from_nanos(cost::ROUND + worker.spent - before))
     }
 }
@@ -345,13 +350,8 @@ impl Worker {
         changed
             || self.engine.stop.load(Ordering::SeqCst)
             || self.mailbox().has_posts()
-            || self.nic_is_busy()
+            || !verbs::arm(&mut self.ctx)
             || self.rung()
-    }
-
-    /// Whether the host's NIC will complete something here: nothing else would wake us for it.
-    fn nic_is_busy(&self) -> bool {
-        self.engine.fabric().is_some_and(|fabric| fabric.side(self.index).is_busy())
     }
 
     fn tell_guests(&mut self, sleeping: bool) {

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_rdma::ib::WcOpcode;
 
@@ -14,6 +15,8 @@ pub struct NicQueue {
     pub end: Arc<End>,
     /// That of the peer, once connected.
     pub peer: Option<Arc<End>>,
+    /// The end that it is to be connected to, and whether that has been seen to.
+    asked: Option<(Arc<End>, Arc<AtomicBool>)>,
     /// Work requests that are there, oldest first.
     pub posted: VecDeque<Posted>,
     /// Work requests whose end was seen, of all that were ever there.
@@ -43,6 +46,7 @@ impl NicQueue {
         Self {
             end,
             peer: None,
+            asked: None,
             posted: VecDeque::new(),
             seen: 0,
             own: GrantCache::new(budget),
@@ -50,11 +54,27 @@ impl NicQueue {
         }
     }
 
+    /// It is to be connected to this end: what will say that this was seen to, if it was not asked for before.
+    pub fn ask(&mut self, theirs: &Arc<End>) -> Option<Arc<AtomicBool>> {
+        if self.asked.as_ref().is_some_and(|(end, _)| Arc::ptr_eq(end, theirs)) {
+            return None;
+        }
+        let done = Arc::new(AtomicBool::new(false));
+        self.asked = Some((theirs.clone(), done.clone()));
+        Some(done)
+    }
+
+    /// Whether what was asked for last has been seen to.
+    pub fn is_answered(&self) -> bool {
+        self.asked.as_ref().is_none_or(|(_, done)| done.load(Ordering::Acquire))
+    }
+
     /// Another peer, with keys of its own.
     pub fn set_peer(&mut self, peer: Arc<End>) {
         if !self.peer.as_ref().is_some_and(|known| Arc::ptr_eq(known, &peer)) {
             self.theirs.forget();
             self.peer = Some(peer);
+            self.asked = None;
         }
     }
 }

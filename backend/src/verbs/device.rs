@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use virtio_rdma::ib::Access;
@@ -54,6 +55,8 @@ pub struct Limits {
     pub mrs: u32,
     /// READs under way from and to a queue pair.
     pub reads: u8,
+    /// Code of the port's MTU.
+    pub mtu: u8,
 }
 
 /// Sizes of a queue pair.
@@ -91,25 +94,30 @@ pub struct Endpoint {
     pub psn: u32,
 }
 
-/// What a queue pair is connected with (IBA 11.2.5.2).
+/// What a queue pair is connected with: attributes of INIT to RTR (IBA 11.2.5.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connection {
     /// The other end.
     pub peer: Endpoint,
-    /// First PSN of this end.
-    pub psn: u32,
     /// What peers may do.
     pub access: Access,
     /// Code of the path MTU.
     pub mtu: u8,
+    /// READs that it answers at a time.
+    pub answers: u8,
+}
+
+/// What a queue pair sends with: attributes of RTR to RTS (IBA 11.2.5.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sending {
+    /// First PSN.
+    pub psn: u32,
     /// Code of the ACK timeout.
     pub timeout: u8,
     /// Retries.
     pub retry_cnt: u8,
     /// READs that it may have under way; zero if it may not.
     pub reads: u8,
-    /// READs that it answers at a time.
-    pub answers: u8,
 }
 
 /// A NIC, opened.
@@ -135,8 +143,11 @@ pub trait Device: fmt::Debug + Send + Sync + Any {
     /// When there is no room for one, or it may not be as long.
     fn create_cq(&self, entries: u32) -> Result<Arc<dyn CompletionQueue>, DeviceError>;
 
-    /// What has gone wrong since the last call, other than completions say.
+    /// What has gone wrong since the last call, other than completions say. Does not wait.
     fn take_trouble(&self, out: &mut Vec<Trouble>);
+
+    /// Readable while there may be some.
+    fn trouble_fd(&self) -> BorrowedFd<'_>;
 }
 
 /// What goes wrong without a completion (IBA 11.6.3).
@@ -182,6 +193,19 @@ pub trait MemoryRegion: fmt::Debug + Send + Sync {
 pub trait CompletionQueue: fmt::Debug + Send + Sync + Any {
     /// Appends completions that there are, at most so many.
     fn poll(&self, most: usize, out: &mut Vec<Wc>);
+
+    /// Asks for one event: the next completion makes [`events_fd`](Self::events_fd) readable. One that came before this call may not: look again
+    /// after it.
+    ///
+    /// # Errors
+    /// When the NIC does not do it: then there is no event.
+    fn arm(&self) -> Result<(), DeviceError>;
+
+    /// Takes the events that have come, so that the descriptor is quiet. Does not wait.
+    fn take_events(&self);
+
+    /// Readable once an event has come.
+    fn events_fd(&self) -> BorrowedFd<'_>;
 }
 
 /// A queue pair. When it has been dropped, the NIC does not touch memory on its behalf any more, and nothing of it completes.
@@ -189,11 +213,17 @@ pub trait QueuePair: fmt::Debug + Send + Sync {
     /// Its number.
     fn number(&self) -> u32;
 
-    /// Takes it from INIT to RTS.
+    /// Takes it from INIT to RTR. May take its time.
     ///
     /// # Errors
     /// When the NIC does not take the attributes.
     fn connect(&self, connection: &Connection) -> Result<(), DeviceError>;
+
+    /// Takes it from RTR to RTS: sends can be posted. May take its time.
+    ///
+    /// # Errors
+    /// When the NIC does not take the attributes.
+    fn start_sending(&self, sending: Sending) -> Result<(), DeviceError>;
 
     /// Takes it to ERR: what is posted is flushed.
     fn fail(&self);

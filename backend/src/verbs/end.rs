@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use virtio_rdma::ib::WcStatus;
 
-use super::device::{Capacity, Connection, Endpoint, PostError, QueuePair, RecvRequest, SendList};
+use super::device::{
+    Capacity, Connection, DeviceError, Endpoint, PostError, QueuePair, RecvRequest, SendList, Sending,
+};
 use super::fabric::Side;
 use crate::wqe::Sge;
 
@@ -88,6 +90,8 @@ pub struct End {
     pair: RwLock<Option<Box<dyn QueuePair>>>,
     /// The end that it is connected to.
     peer: AtomicU64,
+    /// Sends may be posted.
+    sends: AtomicBool,
     failed: AtomicBool,
     /// Sends posted so far.
     sent: AtomicU32,
@@ -116,6 +120,7 @@ impl End {
             capacity,
             pair: RwLock::new(Some(pair)),
             peer: AtomicU64::new(0),
+            sends: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             sent: AtomicU32::new(0),
             ended: AtomicU32::new(0),
@@ -144,9 +149,14 @@ impl End {
     }
 
     /// Whether these two are connected.
-    pub fn is_connected_to(&self, other: &Self) -> bool {
+    pub(super) fn is_connected_to(&self, other: &Self) -> bool {
         let (mine, theirs) = (self.peer.load(Ordering::Acquire), other.peer.load(Ordering::Acquire));
         mine == other.id() && theirs == self.id()
+    }
+
+    /// Whether these two are connected, and this one may send.
+    pub fn sends_to(&self, other: &Self) -> bool {
+        self.sends.load(Ordering::Acquire) && self.is_connected_to(other)
     }
 
     /// The end that it is connected to; zero for none.
@@ -163,18 +173,24 @@ impl End {
         self.peer.load(Ordering::Acquire) == 0
     }
 
-    /// False if the NIC does not do it, or the end is gone.
-    pub(super) fn connect(&self, peer: &Self, connection: &Connection) -> bool {
+    /// Connects this side of it.
+    pub(super) fn connect(&self, peer: &Self, connection: &Connection) -> Result<(), DeviceError> {
+        self.with_pair(|pair| pair.connect(connection))?;
         self.peer.store(peer.id(), Ordering::Release);
-        let connected = self.pair.read().as_ref().map(|pair| pair.connect(connection));
-        match connected {
-            Some(Ok(())) => true,
-            Some(Err(error)) => {
-                log::warn!("a queue pair of the host's NIC cannot be connected: {error}");
-                false
-            }
-            None => false,
+        Ok(())
+    }
+
+    /// Lets it send, once.
+    pub(super) fn start_sending(&self, sending: Sending) -> Result<(), DeviceError> {
+        if !self.sends.load(Ordering::Acquire) {
+            self.with_pair(|pair| pair.start_sending(sending))?;
+            self.sends.store(true, Ordering::Release);
         }
+        Ok(())
+    }
+
+    fn with_pair(&self, act: impl FnOnce(&dyn QueuePair) -> Result<(), DeviceError>) -> Result<(), DeviceError> {
+        act(&**self.pair.read().as_ref().ok_or(DeviceError::Invalid("a queue pair that is gone"))?)
     }
 
     /// Sends that may be posted now.
@@ -298,7 +314,7 @@ impl Drop for End {
 mod tests {
     use virtio_rdma::ib::SendFlags;
 
-    use super::super::device::{DeviceError, PostedOp};
+    use super::super::device::PostedOp;
     use super::super::fake::{FakeNic, Script};
     use super::*;
     use crate::overlay::Gid;
@@ -312,6 +328,10 @@ mod tests {
         }
 
         fn connect(&self, _: &Connection) -> Result<(), DeviceError> {
+            Ok(())
+        }
+
+        fn start_sending(&self, _: Sending) -> Result<(), DeviceError> {
             Ok(())
         }
 
@@ -330,7 +350,7 @@ mod tests {
     #[test]
     fn what_was_refused_or_came_too_late_is_not_waited_for() {
         let device = FakeNic::new(Script::default());
-        let side = Arc::new(Side::default());
+        let side = Arc::new(Side::new().unwrap());
         let capacity = Capacity { sends: 8, recvs: 8, sges: 1, inline: 0 };
         let (index, _cq) = side.reserve(&device, capacity).unwrap();
         let endpoint = Endpoint { qpn: 1, gid: Gid([0; 16]), psn: 0 };

@@ -1,16 +1,21 @@
 //! The NIC as the engine's workers share it: for each worker completion queues, and the queue pairs that complete there.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use rand::Rng;
+use rustix::event::{EventfdFlags, eventfd};
 use virtio_rdma::ib::{Access, QpType};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::device::{
-    Capacity, CompletionQueue, Connection, Device, DeviceError, Endpoint, ProtectionDomain, QueuePairSpec, Wc,
+    Capacity, CompletionQueue, Connection, Device, DeviceError, Endpoint, Limits, ProtectionDomain, QueuePairSpec,
+    Sending, Wc,
 };
 use super::end::{End, Tag};
 use crate::nic::Nic;
@@ -28,17 +33,31 @@ pub struct Fabric {
     device: Arc<dyn Device>,
     sides: Vec<Arc<Side>>,
     next_end: AtomicU64,
-    /// Held while two ends are connected, by whichever of their workers comes first.
-    connecting: Mutex<()>,
+    wishes: Mutex<VecDeque<Wish>>,
+    /// Written when there is another wish.
+    wished: OwnedFd,
+}
+
+/// A queue pair wants to send to another over the NIC.
+#[derive(Debug)]
+pub struct Wish {
+    /// Who sends.
+    pub from: Member,
+    /// To whom.
+    pub to: Member,
+    /// Set when it was seen to, whatever came of it.
+    pub done: Arc<AtomicBool>,
 }
 
 /// One worker's part.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Side {
     queues: RwLock<Vec<Queue>>,
     members: RwLock<HashMap<u64, Member>>,
     /// Work requests that will complete here.
     expected: AtomicUsize,
+    /// Readable when one of the queues has an event.
+    events: Epoll,
 }
 
 #[derive(Debug)]
@@ -46,6 +65,8 @@ struct Queue {
     cq: Arc<dyn CompletionQueue>,
     /// Entries that no queue pair needs.
     free: u32,
+    /// Whether its next completion makes an event, or has.
+    armed: AtomicBool,
 }
 
 /// A guest's queue pair with its end on the NIC.
@@ -61,9 +82,13 @@ pub struct Member {
 
 impl Fabric {
     /// For this many workers.
-    pub fn new(device: Arc<dyn Device>, workers: usize) -> Self {
-        let sides = (0..workers).map(|_| Arc::default()).collect();
-        Self { device, sides, next_end: AtomicU64::new(1), connecting: Mutex::new(()) }
+    ///
+    /// # Errors
+    /// When the system gives no descriptors.
+    pub fn new(device: Arc<dyn Device>, workers: usize) -> io::Result<Self> {
+        let sides = (0..workers).map(|_| Side::new().map(Arc::new)).collect::<io::Result<_>>()?;
+        let wished = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self { device, sides, next_end: AtomicU64::new(1), wishes: Mutex::default(), wished })
     }
 
     /// The NIC.
@@ -120,21 +145,45 @@ impl Fabric {
         Ok(end)
     }
 
-    /// Connects two ends, if they are not yet. False if one of them is another's.
-    pub fn connect(&self, kind: QpType, one: &Arc<End>, other: &Arc<End>) -> bool {
-        if one.is_connected_to(other) {
-            return true;
+    /// Has two ends connected soon, and their queue pair visited then.
+    pub fn wish(&self, wish: Wish) {
+        self.wishes.lock().push_back(wish);
+        self.wake();
+    }
+
+    /// The next wish.
+    pub fn next_wish(&self) -> Option<Wish> {
+        self.wishes.lock().pop_front()
+    }
+
+    /// Has whoever sees to wishes look again.
+    pub fn wake(&self) {
+        // Fails only when the counter is full, and then that is being done.
+        let _ = rustix::io::write(&self.wished, &1u64.to_ne_bytes());
+    }
+
+    /// Readable when there may be wishes.
+    pub fn wished_fd(&self) -> BorrowedFd<'_> {
+        self.wished.as_fd()
+    }
+
+    /// Connects two ends, if they are not yet, and lets the first one send. Only one thread does so, since it may take the NIC some time.
+    ///
+    /// # Errors
+    /// When one of them is another's, or the NIC does not do it.
+    pub fn connect(&self, from: &Member, to: &Member) -> Result<(), DeviceError> {
+        let (own, theirs) = (&from.end, &to.end);
+        if !own.is_connected_to(theirs) {
+            if !own.is_free() || !theirs.is_free() {
+                return Err(DeviceError::Invalid("a queue pair that is connected to another"));
+            }
+            let limits = self.device.limits();
+            own.connect(theirs, &connection(from, theirs, limits))?;
+            if !Arc::ptr_eq(own, theirs) {
+                theirs.connect(own, &connection(to, own, limits))?;
+            }
         }
-        let _connecting = self.connecting.lock();
-        if one.is_connected_to(other) {
-            return true;
-        }
-        if !one.is_free() || !other.is_free() {
-            return false;
-        }
-        let reads = if kind == QpType::Rc { self.device.limits().reads } else { 0 };
-        let first = one.connect(other, &connection(one, other, reads));
-        first && (Arc::ptr_eq(one, other) || other.connect(one, &connection(other, one, reads)))
+        own.start_sending(sending(from, self.device.limits()))
     }
 
     /// Returns when nothing is under way from or to a virtual NIC. What has not ended by then is given up: its queue pairs fail.
@@ -159,20 +208,58 @@ impl Fabric {
 
 /// How one end is connected to the other. What the guests' queue pairs allow is checked before work requests get here, and receives are
 /// there before messages are: so this is the same for all.
-fn connection(own: &End, peer: &End, reads: u8) -> Connection {
-    Connection {
-        peer: peer.endpoint(),
-        psn: own.endpoint().psn,
-        access: Access::REMOTE_WRITE | Access::REMOTE_READ,
-        mtu: 5,
-        timeout: 14,
-        retry_cnt: 7,
-        reads,
-        answers: reads,
+fn connection(own: &Member, peer: &End, limits: Limits) -> Connection {
+    let answers = if own.qp.id.kind == QpType::Rc { limits.reads } else { 0 };
+    let access = Access::REMOTE_WRITE | Access::REMOTE_READ;
+    Connection { peer: peer.endpoint(), access, mtu: limits.mtu, answers }
+}
+
+/// How an end sends: as its guest's queue pair does.
+fn sending(own: &Member, limits: Limits) -> Sending {
+    let attr = own.qp.attrs.lock().attr;
+    let reads = if own.qp.id.kind == QpType::Rc { attr.max_rd_atomic.min(limits.reads) } else { 0 };
+    Sending { psn: own.end.endpoint().psn, timeout: attr.timeout, retry_cnt: attr.retry_cnt, reads }
+}
+
+impl Queue {
+    fn arm(&self) -> bool {
+        match self.cq.arm() {
+            Ok(()) => self.armed.store(true, Ordering::Relaxed),
+            Err(error) => log::error!("the host's NIC tells nothing of its completions: {error}"),
+        }
+        self.armed.load(Ordering::Relaxed)
     }
 }
 
 impl Side {
+    pub(super) fn new() -> io::Result<Self> {
+        let (queues, members, expected) = (RwLock::default(), RwLock::default(), AtomicUsize::new(0));
+        Ok(Self { queues, members, expected, events: Epoll::new()? })
+    }
+
+    /// Readable when one of the queues has an event.
+    pub fn events_fd(&self) -> RawFd {
+        self.events.as_raw_fd()
+    }
+
+    /// Asks all queues for an event; false if that is not to be had. Completions that came before make none: look for them after this.
+    pub fn arm(&self) -> bool {
+        let queues = self.queues.read();
+        self.take_events(&queues);
+        queues.iter().all(|queue| queue.armed.load(Ordering::Relaxed) || queue.arm())
+    }
+
+    /// Those that have come.
+    fn take_events(&self, queues: &[Queue]) {
+        let mut events = [EpollEvent::default(); 64];
+        let count = self.events.wait(0, &mut events).unwrap_or(0);
+        let fired = events[..count].iter().filter_map(|event| queues.get(event.data() as usize));
+        fired.for_each(|queue| {
+            queue.cq.take_events();
+            queue.armed.store(false, Ordering::Relaxed);
+        });
+    }
+
     /// A completion queue with room for all work requests of a queue pair.
     pub(super) fn reserve(
         &self,
@@ -188,8 +275,12 @@ impl Side {
         let entries = CQES.min(device.limits().cqes);
         let free = entries.checked_sub(need).ok_or(DeviceError::Limit("completions"))?;
         let cq = device.create_cq(entries)?;
-        queues.push(Queue { cq: cq.clone(), free });
-        Ok((queues.len() - 1, cq))
+        let index = queues.len();
+        let event = EpollEvent::new(EventSet::IN, index as u64);
+        let watched = self.events.ctl(ControlOperation::Add, cq.events_fd().as_raw_fd(), event);
+        watched.map_err(|source| DeviceError::System { what: "cannot wait for completions", source })?;
+        queues.push(Queue { cq: cq.clone(), free, armed: AtomicBool::new(false) });
+        Ok((index, cq))
     }
 
     /// A queue pair is gone.

@@ -15,8 +15,8 @@ pub mod grant;
 
 pub use device::{
     Access, Capacity, CompletionQueue, Connection, Device, DeviceError, Endpoint, Limits, MemoryRegion, PostError,
-    PostedOp, ProtectionDomain, QueuePair, QueuePairSpec, RecvRequest, SendList, SendRequest, Trouble, Wc,
+    PostedOp, ProtectionDomain, QueuePair, QueuePairSpec, RecvRequest, SendList, SendRequest, Sending, Trouble, Wc,
 };
 pub use end::{End, PostedRecv, Tag};
-pub use fabric::{Fabric, Member};
+pub use fabric::{Fabric, Member, Wish};
 pub use grant::{Grant, GrantBudget, GrantCache};

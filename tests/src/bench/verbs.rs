@@ -2,7 +2,9 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -12,7 +14,7 @@ use freeflow_backend::mr::Layout;
 use freeflow_backend::verbs::fake::Script;
 use freeflow_backend::verbs::{
     Access, CompletionQueue, Connection, Device, DeviceError, Limits, MemoryRegion, PostError, ProtectionDomain,
-    QueuePair, QueuePairSpec, RecvRequest, SendList, Trouble, Wc,
+    QueuePair, QueuePairSpec, RecvRequest, SendList, Sending, Trouble, Wc,
 };
 use virtio_rdma::ib::{SendFlags, WcStatus};
 
@@ -41,8 +43,7 @@ pub fn rows(cores: Option<Cores>) -> Result<Vec<Row>> {
         return Ok(vec![Row::not_measurable("verbs path: translation", "poster and worker need a core each")]);
     };
     pin_thread(0, cores.poster)?;
-    let spec =
-        RouterSpec { vectors: 1, engine: engine(cores), ..RouterSpec::of(2) }.over(Arc::new(InstantNic::default()));
+    let spec = RouterSpec { vectors: 1, engine: engine(cores), ..RouterSpec::of(2) }.over(Arc::new(InstantNic::new()?));
     let config = GuestConfig { rings: Placement::Contiguous, memory_size: 256 << 20, ..GuestConfig::default() };
     let bed = Bed::guests(&spec, &config);
     let (a, b) = bed.two();
@@ -93,9 +94,21 @@ fn rate(traffic: &Traffic, own: &[Mr], theirs: &[Mr]) -> Result<f64> {
 }
 
 /// A NIC that completes as it is posted to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct InstantNic {
     numbers: Arc<AtomicU32>,
+    /// Nobody writes to it.
+    quiet: OwnedFd,
+}
+
+impl InstantNic {
+    fn new() -> Result<Self> {
+        Ok(Self { numbers: Arc::default(), quiet: event()? })
+    }
+}
+
+fn event() -> std::io::Result<OwnedFd> {
+    Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK)?)
 }
 
 impl Device for InstantNic {
@@ -117,10 +130,15 @@ impl Device for InstantNic {
     }
 
     fn create_cq(&self, _: u32) -> Result<Arc<dyn CompletionQueue>, DeviceError> {
-        Ok(Arc::new(InstantCq::default()))
+        let event = event().map_err(|source| DeviceError::System { what: "a completion channel", source })?;
+        Ok(Arc::new(InstantCq { entries: Mutex::default(), armed: AtomicBool::new(false), event }))
     }
 
     fn take_trouble(&self, _: &mut Vec<Trouble>) {}
+
+    fn trouble_fd(&self) -> BorrowedFd<'_> {
+        self.quiet.as_fd()
+    }
 }
 
 #[derive(Debug)]
@@ -153,9 +171,11 @@ impl MemoryRegion for InstantMr {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct InstantCq {
     entries: Mutex<VecDeque<Wc>>,
+    armed: AtomicBool,
+    event: OwnedFd,
 }
 
 impl CompletionQueue for InstantCq {
@@ -163,6 +183,20 @@ impl CompletionQueue for InstantCq {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let count = most.min(entries.len());
         out.extend(entries.drain(..count));
+    }
+
+    fn arm(&self) -> Result<(), DeviceError> {
+        self.armed.store(true, SeqCst);
+        Ok(())
+    }
+
+    fn take_events(&self) {
+        // Fails when there are none.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+    }
+
+    fn events_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 }
 
@@ -181,6 +215,10 @@ impl QueuePair for InstantQp {
         Ok(())
     }
 
+    fn start_sending(&self, _: Sending) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     fn fail(&self) {}
 
     fn post_send(&self, list: &SendList) -> Result<(), PostError> {
@@ -193,6 +231,11 @@ impl QueuePair for InstantQp {
             byte_len: 0,
             imm: None,
         }));
+        drop(entries);
+        if self.cq.armed.swap(false, SeqCst) {
+            // Fails only when it has been written to beyond counting.
+            let _ = rustix::io::write(&self.cq.event, &1u64.to_ne_bytes());
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! fail, and what a NIC does not offer, waits until nothing of its QP is on the NIC any more, and is then executed and judged
 //! as between guests of one host ([`super::connected`]): what goes wrong is said in one place.
 
+mod background;
 mod poll;
 mod reap;
 mod stage;
@@ -19,9 +20,10 @@ use super::context::{Budget, Context};
 use super::serve::{self, Next};
 use crate::nic::Nic;
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};
-use crate::verbs::{SendList, Wc};
+use crate::verbs::{Member, SendList, Wc, Wish};
 
-pub(super) use poll::poll;
+pub(super) use background::{see_to, spawn};
+pub(super) use poll::{arm, poll};
 pub(super) use reap::{reap, settled};
 use stage::Staged;
 
@@ -29,11 +31,10 @@ use stage::Staged;
 #[derive(Debug, Default)]
 pub struct Scratch {
     list: SendList,
+    /// Completions to be seen to.
     wcs: Vec<Wc>,
     /// Completions for guests that do not run now.
-    parked: Vec<Wc>,
-    /// Rounds since the start.
-    rounds: u32,
+    parked: Vec<(Arc<Nic>, Wc)>,
 }
 
 /// Visits a QP that has an end on the NIC and is in RTS. `None` if its present peer has none: then the NIC has nothing of it, and it is
@@ -60,10 +61,12 @@ pub(super) fn run(
         // It will be said of the next request that there is no peer, when those before it have ended.
         return unless_busy(send);
     };
-    let paired = pair(ctx, qp, send, &peer);
+    let pairing = pair(ctx, nic, qp, send, &peer);
     send.binding = Some(peer.clone());
-    if !paired {
-        return unless_busy(send);
+    match pairing {
+        Pairing::Connected => {}
+        Pairing::UnderWay => return Some(Next::Idle),
+        Pairing::Apart => return unless_busy(send),
     }
     let next = post(ctx, nic, qp, send, &peer, alone);
     send.publish();
@@ -75,21 +78,39 @@ fn unless_busy(send: &SendQueue) -> Option<Next> {
     send.nic.as_ref().is_some_and(|queue| !queue.posted.is_empty()).then_some(Next::Idle)
 }
 
-/// Whether both ends are on the NIC, connected to each other; the first to ask connects them.
-fn pair(ctx: &Context, qp: &Qp, send: &mut SendQueue, peer: &Binding) -> bool {
-    let (Some(fabric), Some(queue)) = (ctx.engine.fabric(), &mut send.nic) else { return false };
+/// How a QP and its peer are to each other on the NIC.
+enum Pairing {
+    /// Work requests can be posted.
+    Connected,
+    /// They are being connected: the QP is visited when they are.
+    UnderWay,
+    /// They cannot be connected.
+    Apart,
+}
+
+/// Whether both ends are on the NIC, connected to each other; if not yet, that is asked for.
+fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer: &Binding) -> Pairing {
+    let Some(queue) = &mut send.nic else { return Pairing::Apart };
     if let Some(known) = &queue.peer
-        && queue.end.is_connected_to(known)
+        && queue.end.sends_to(known)
         && known.incarnation == peer.incarnation
     {
-        return true;
+        return Pairing::Connected;
     }
-    let Some(theirs) = peer.qp.end().filter(|end| end.incarnation == peer.incarnation) else { return false };
-    let connected = fabric.connect(qp.id.kind, &queue.end, &theirs);
-    if connected {
+    let Some(theirs) = peer.qp.end().filter(|end| end.incarnation == peer.incarnation) else { return Pairing::Apart };
+    if queue.end.sends_to(&theirs) {
         queue.set_peer(theirs);
+        return Pairing::Connected;
     }
-    connected
+    let Some(done) = queue.ask(&theirs) else {
+        return if queue.is_answered() { Pairing::Apart } else { Pairing::UnderWay };
+    };
+    let from = Member { nic: nic.clone(), qp: qp.clone(), end: queue.end.clone() };
+    let to = Member { nic: peer.nic.clone(), qp: peer.qp.clone(), end: theirs };
+    if let Some(fabric) = ctx.engine.fabric() {
+        fabric.wish(Wish { from, to, done });
+    }
+    Pairing::UnderWay
 }
 
 /// Translates and posts what the ring has, as far as the visit goes.

@@ -4,40 +4,50 @@ use std::sync::Arc;
 
 use virtio_rdma::ib::{WcFlags, WcStatus};
 
+use super::super::Engine;
 use super::super::complete::{RecvDone, Word, complete_recv, fatal};
 use super::super::context::Context;
 use crate::nic::Nic;
 use crate::qp::Qp;
-use crate::verbs::fabric::Side;
-use crate::verbs::{End, Fabric, Member, Tag, Trouble, Wc};
+use crate::verbs::{End, Member, Tag, Wc};
 
 /// Completions that one round takes from each queue.
 const COMPLETIONS_PER_ROUND: usize = 64;
-/// Rounds between two looks for trouble.
-const ROUNDS_PER_LOOK: u32 = 256;
 
 /// Why a QP fails without a fault of its own.
 pub(super) const BROKEN: &str = "its queue pair on the host's NIC has failed";
 
 /// Takes completions of this worker's QPs. `tell` is told whose they are, what that cost, and whether the QP is to be visited. True if
-/// there were any, or some are to come.
+/// there were any.
 pub(in super::super) fn poll(ctx: &mut Context, tell: &mut impl FnMut(&Member, u64, bool)) -> bool {
     let Some(fabric) = ctx.engine.fabric().cloned() else { return false };
-    look_for_trouble(ctx, &fabric);
     let side = fabric.side(ctx.worker);
-    if !side.is_busy() {
+    if !side.is_busy() && ctx.verbs.wcs.is_empty() {
         return false;
     }
     let mut wcs = std::mem::take(&mut ctx.verbs.wcs);
-    wcs.append(&mut ctx.verbs.parked);
     side.poll(COMPLETIONS_PER_ROUND, &mut wcs);
+    let any = !wcs.is_empty();
+    wcs.extend(ctx.verbs.parked.extract_if(.., |(nic, _)| nic.is_running()).map(|(_, wc)| wc));
     for wc in wcs.drain(..) {
         if let Some(member) = side.member(Tag::end(wc.id)) {
             complete(ctx, &member, wc, tell);
         }
     }
     ctx.verbs.wcs = wcs;
-    true
+    any
+}
+
+/// This worker is about to sleep, and is woken by what the NIC completes from here on. False if something is there already.
+pub(in super::super) fn arm(ctx: &mut Context) -> bool {
+    let Some(fabric) = ctx.engine.fabric().cloned() else { return true };
+    let side = fabric.side(ctx.worker);
+    let armed = side.arm();
+    if side.is_busy() {
+        // What completed just before makes no event.
+        side.poll(COMPLETIONS_PER_ROUND, &mut ctx.verbs.wcs);
+    }
+    armed && ctx.verbs.wcs.is_empty()
 }
 
 fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&Member, u64, bool)) {
@@ -47,7 +57,7 @@ fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&M
     }
     if !member.nic.is_running() {
         // Its memory is not to be touched now.
-        ctx.verbs.parked.push(wc);
+        ctx.verbs.parked.push((member.nic.clone(), wc));
         return;
     }
     let Some(recv) = member.end.take_recv() else { return };
@@ -82,34 +92,9 @@ fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&M
     tell(member, spent, !success);
 }
 
-/// What no completion says. Whatever of a QP is on the NIC then is flushed by us, since the NIC may not.
-fn look_for_trouble(ctx: &mut Context, fabric: &Arc<Fabric>) {
-    ctx.verbs.rounds = ctx.verbs.rounds.wrapping_add(1);
-    if !ctx.verbs.rounds.is_multiple_of(ROUNDS_PER_LOOK) {
-        return;
-    }
-    let mut trouble = Vec::new();
-    fabric.device().take_trouble(&mut trouble);
-    for what in trouble {
-        log::warn!("the host's NIC {}: {what:?}", fabric.device().name());
-        match what {
-            Trouble::QueuePair(number) => {
-                fabric
-                    .sides()
-                    .filter_map(|side| side.member_of_qp(number))
-                    .for_each(|it| give_up(ctx, &it.nic, &it.qp, &it.end));
-            }
-            Trouble::Removed => {
-                fabric.sides().flat_map(Side::members).for_each(|it| give_up(ctx, &it.nic, &it.qp, &it.end));
-            }
-            Trouble::CompletionQueue | Trouble::Port { .. } => {}
-        }
-    }
-}
-
 /// A queue pair on the NIC is of no use any more: its QP fails, and is flushed by its worker.
-pub(super) fn give_up(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, end: &End) {
+pub(super) fn give_up(engine: &Engine, nic: &Arc<Nic>, qp: &Arc<Qp>, end: &End) {
     end.destroy();
     fatal(nic, qp, BROKEN);
-    ctx.engine.attend(nic, qp);
+    engine.attend(nic, qp);
 }

@@ -174,13 +174,10 @@ fn receive(ctx: &mut Context, peer: &Binding, end: &End, job: &mut Job, unanswer
     }
     let solicited = job.wqe.flags.contains(SendFlags::SOLICITED);
     let posted = end.post_recv(PostedRecv { wr_id: job.recv.wr_id, solicited }, &sges);
-    if end.worker() != ctx.worker {
-        ctx.engine.wake(end.worker());
-    }
     if posted.is_ok() {
         return Staged::Posted;
     }
-    poll::give_up(ctx, &peer.nic, &peer.qp, end);
+    poll::give_up(&ctx.engine, &peer.nic, &peer.qp, end);
     Staged::Alone
 }
 

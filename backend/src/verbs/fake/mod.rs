@@ -1,50 +1,64 @@
 //! A NIC in software, for tests: it moves bytes between memory that was registered with it, and does on demand what a real one may do and
 //! hardly ever does: completions of different queue pairs in any order and late, errors of every class, slow registration, small limits.
 //!
-//! It has no thread and no clock: it works while it is posted to or polled, so that what a test sees depends on nothing else.
+//! It works while it is posted to or polled, so that what a test sees depends on nothing else. Only if somebody waits for an event of a late
+//! one it works by itself.
 //!
 //! * [`Script`] says how it behaves, [`FakeNic`] is the device, with what a test may do to it and ask of it.
-//! * [`world`] is what it has and what it does.
+//! * [`world`] is what it has and what it does, [`pulse`] what keeps a late one going.
 
+mod pulse;
 mod script;
 #[cfg(test)]
 mod tests;
 mod world;
 
 use std::any::Any;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
 use virtio_rdma::ib::WcStatus;
 
 use super::device::{
     Access, CompletionQueue, Connection, Device, DeviceError, Limits, MemoryRegion, PostError, ProtectionDomain,
-    QueuePair, QueuePairSpec, RecvRequest, SendList, Trouble, Wc,
+    QueuePair, QueuePairSpec, RecvRequest, SendList, Sending, Trouble, Wc,
 };
 use crate::mr::Layout;
 use crate::overlay::Gid;
 
+use self::pulse::Shared;
 pub use self::script::{Counts, Script, Timing};
 use self::world::World;
-
-type Shared = Arc<Mutex<World>>;
 
 /// The device.
 #[derive(Debug)]
 pub struct FakeNic {
     script: Script,
-    world: Shared,
+    world: Arc<Shared>,
+    trouble: Arc<OwnedFd>,
 }
 
 impl FakeNic {
     /// One that behaves like this.
+    ///
+    /// # Panics
+    /// When the system gives no descriptors.
     pub fn new(script: Script) -> Self {
-        Self { script, world: Arc::new(Mutex::new(World::new(&script))) }
+        let trouble = event();
+        let world = World::new(&script, trouble.clone());
+        Self { script, world: Arc::new(Shared::new(world)), trouble }
     }
 
     /// The send work request that is executed after so many others ends with this status.
     pub fn fail_send(&self, after: u64, status: WcStatus) {
         self.world.lock().fail_send(after, status);
+    }
+
+    /// The queue pair that is connected after so many others is not.
+    pub fn refuse_connection(&self, after: u64) {
+        self.world.lock().refuse_connection(after);
     }
 
     /// Takes a queue pair to ERR, as a broken cable or firmware would; with a number that does not exist nothing happens.
@@ -60,6 +74,17 @@ impl FakeNic {
     /// Executes nothing, or goes on.
     pub fn hold(&self, hold: bool) {
         self.world.lock().hold(hold);
+    }
+
+    /// Executes nothing until a completion queue is armed: then all, in the last moment before that counts. Whoever waits gets an event for
+    /// nothing now.
+    pub fn hold_until_armed(&self) {
+        self.world.lock().hold_until_armed();
+    }
+
+    /// What its queue pairs were made to send with, ever.
+    pub fn sending(&self) -> Vec<Sending> {
+        self.world.lock().sending()
     }
 
     /// What it has and what it did.
@@ -88,20 +113,36 @@ impl Device for FakeNic {
     }
 
     fn create_cq(&self, entries: u32) -> Result<Arc<dyn CompletionQueue>, DeviceError> {
-        let number = self.world.lock().add_cq(entries)?;
-        Ok(Arc::new(FakeCq { number, world: self.world.clone() }))
+        let event = event();
+        let number = self.world.lock().add_cq(entries, event.clone())?;
+        Ok(Arc::new(FakeCq { number, event, world: self.world.clone() }))
     }
 
     fn take_trouble(&self, out: &mut Vec<Trouble>) {
         self.world.lock().take_trouble(out);
     }
+
+    fn trouble_fd(&self) -> BorrowedFd<'_> {
+        self.trouble.as_fd()
+    }
+}
+
+impl Drop for FakeNic {
+    fn drop(&mut self) {
+        self.world.stop();
+    }
+}
+
+/// A descriptor for events.
+fn event() -> Arc<OwnedFd> {
+    Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd"))
 }
 
 #[derive(Debug)]
 struct FakePd {
     number: u32,
     script: Script,
-    world: Shared,
+    world: Arc<Shared>,
 }
 
 impl ProtectionDomain for FakePd {
@@ -116,7 +157,7 @@ impl ProtectionDomain for FakePd {
         let cq: &dyn Any = spec.cq.as_ref();
         let cq: &FakeCq = cq.downcast_ref().ok_or(DeviceError::Invalid("the completion queue"))?;
         let number = self.world.lock().add_qp(self.number, cq.number, spec)?;
-        Ok(Box::new(FakeQp { number, world: self.world.clone() }))
+        Ok(Box::new(FakeQp { number, connecting: self.script.connecting, world: self.world.clone() }))
     }
 }
 
@@ -129,7 +170,7 @@ impl Drop for FakePd {
 #[derive(Debug)]
 struct FakeMr {
     key: u32,
-    world: Shared,
+    world: Arc<Shared>,
 }
 
 impl MemoryRegion for FakeMr {
@@ -151,12 +192,27 @@ impl Drop for FakeMr {
 #[derive(Debug)]
 struct FakeCq {
     number: u32,
-    world: Shared,
+    event: Arc<OwnedFd>,
+    world: Arc<Shared>,
 }
 
 impl CompletionQueue for FakeCq {
     fn poll(&self, most: usize, out: &mut Vec<Wc>) {
         self.world.lock().poll(self.number, most, out);
+    }
+
+    fn arm(&self) -> Result<(), DeviceError> {
+        self.world.lock().arm(self.number);
+        self.world.keep_going();
+        Ok(())
+    }
+
+    fn take_events(&self) {
+        world::clear(&self.event);
+    }
+
+    fn events_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 }
 
@@ -169,7 +225,8 @@ impl Drop for FakeCq {
 #[derive(Debug)]
 struct FakeQp {
     number: u32,
-    world: Shared,
+    connecting: Duration,
+    world: Arc<Shared>,
 }
 
 impl QueuePair for FakeQp {
@@ -178,7 +235,12 @@ impl QueuePair for FakeQp {
     }
 
     fn connect(&self, connection: &Connection) -> Result<(), DeviceError> {
+        std::thread::sleep(self.connecting);
         self.world.lock().connect(self.number, connection)
+    }
+
+    fn start_sending(&self, sending: Sending) -> Result<(), DeviceError> {
+        self.world.lock().start_sending(self.number, sending)
     }
 
     fn fail(&self) {

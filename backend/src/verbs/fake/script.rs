@@ -25,6 +25,8 @@ pub struct Script {
     pub limits: Limits,
     /// How long a registration takes.
     pub registration: Duration,
+    /// How long it takes to connect one side of a queue pair.
+    pub connecting: Duration,
 }
 
 impl Default for Script {
@@ -38,8 +40,9 @@ impl Default for Script {
             cqes: 1 << 22,
             mrs: 1 << 20,
             reads: 16,
+            mtu: 5,
         };
-        Self { timing: Timing::AtOnce, limits, registration: Duration::ZERO }
+        Self { timing: Timing::AtOnce, limits, registration: Duration::ZERO, connecting: Duration::ZERO }
     }
 }
 

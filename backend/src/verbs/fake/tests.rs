@@ -56,8 +56,8 @@ impl End {
     fn connect_to(&self, peer: &Self) {
         let peer = Endpoint { qpn: peer.qp.number(), gid: Gid([0; 16]), psn: 1 };
         let access = Access::REMOTE_WRITE | Access::REMOTE_READ;
-        let (timeout, retry_cnt, reads, answers) = (14, 7, 1, 1);
-        self.qp.connect(&Connection { peer, psn: 1, access, mtu: 5, timeout, retry_cnt, reads, answers }).unwrap();
+        self.qp.connect(&Connection { peer, access, mtu: 5, answers: 1 }).unwrap();
+        self.qp.start_sending(Sending { psn: 1, timeout: 14, retry_cnt: 7, reads: 1 }).unwrap();
     }
 
     fn post(&self, id: u64, op: PostedOp, sge: Sge, remote: (u64, u32)) {
@@ -235,4 +235,53 @@ fn limits_hold_and_nothing_stays() {
     assert!(matches!(make(8), Err(DeviceError::Limit(_))));
     drop((a, pd, second));
     assert_eq!(nic.counts(), Counts { registrations: 1, ..Counts::default() });
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    poll(&mut fds, Some(&rustix::fs::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+}
+
+#[test]
+fn one_event_for_one_arming() {
+    let nic = FakeNic::new(Script::default());
+    let (a, b) = pair(&nic, QpType::Rc);
+    let write = |id| a.post(id, PostedOp::Write, a.sge(0, 5), (IOVA, b.mr.rkey()));
+    write(1);
+    assert!(!is_readable(a.cq.events_fd()), "nobody has asked");
+    a.cq.arm().unwrap();
+    assert!(!is_readable(a.cq.events_fd()), "what was there before makes no event");
+    write(2);
+    assert!(is_readable(a.cq.events_fd()) && !is_readable(b.cq.events_fd()));
+    a.cq.take_events();
+    write(3);
+    assert!(!is_readable(a.cq.events_fd()));
+    assert!(!is_readable(nic.trouble_fd()));
+    nic.break_qp(b.qp.number());
+    assert!(is_readable(nic.trouble_fd()));
+    nic.take_trouble(&mut Vec::new());
+    assert!(!is_readable(nic.trouble_fd()));
+}
+
+/// A late one gets on by itself while somebody waits, and only then.
+#[test]
+fn who_waits_for_an_event_gets_one() {
+    let nic = FakeNic::new(Script::shuffled(1));
+    let (a, b) = pair(&nic, QpType::Rc);
+    for id in 0..50 {
+        a.cq.arm().unwrap();
+        a.post(id, PostedOp::Write, a.sge(0, 5), (IOVA, b.mr.rkey()));
+        let start = std::time::Instant::now();
+        while !is_readable(a.cq.events_fd()) {
+            assert!(start.elapsed().as_secs() < 10, "the event of {id}");
+            std::thread::yield_now();
+        }
+        a.cq.take_events();
+        let mut all = Vec::new();
+        while all.is_empty() {
+            all = a.statuses();
+        }
+        assert_eq!(all, [(id, WcStatus::Success)]);
+    }
 }

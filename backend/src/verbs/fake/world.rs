@@ -1,6 +1,7 @@
 //! What a fake NIC has, and how it executes work requests (IBA 9.4, 9.7, 9.8; of packets nothing is left).
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
@@ -9,7 +10,7 @@ use virtio_rdma::ib::{QpType, SendFlags, WcOpcode, WcStatus};
 
 use super::super::device::{
     Access, Capacity, Connection, DeviceError, Limits, PostError, PostedOp, QueuePairSpec, RecvRequest, SendList,
-    Trouble, Wc,
+    Sending, Trouble, Wc,
 };
 use super::script::{Counts, Script, Timing};
 use crate::mem::{self, Seg, Source};
@@ -23,6 +24,9 @@ pub(super) struct World {
     /// For late execution.
     dice: Option<StdRng>,
     held: bool,
+    /// What is held is executed when a queue is armed.
+    until_armed: bool,
+    stopped: bool,
     numbers: u32,
     mrs: HashMap<u32, Region>,
     cqs: HashMap<u32, Queue>,
@@ -31,7 +35,12 @@ pub(super) struct World {
     busy: Vec<u32>,
     /// The send that is executed after so many others fails like this.
     fault: Option<(u64, WcStatus)>,
+    /// The connection after so many others is refused.
+    refused: Option<u64>,
     trouble: Vec<Trouble>,
+    /// Readable while there is some.
+    trouble_event: Arc<OwnedFd>,
+    sending: Vec<Sending>,
     counts: Counts,
 }
 
@@ -51,11 +60,28 @@ struct Queue {
     /// Completions that nobody can see yet, in outboxes of queue pairs.
     late: usize,
     broken: bool,
+    /// The next completion makes an event.
+    armed: bool,
+    event: Arc<OwnedFd>,
+}
+
+impl Queue {
+    fn push(&mut self, of: u32, wc: Wc) {
+        self.entries.push_back((of, wc));
+        self.fire();
+    }
+
+    fn fire(&mut self) {
+        if std::mem::take(&mut self.armed) {
+            signal(&self.event);
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Init,
+    Rtr,
     Rts,
     Err,
 }
@@ -110,7 +136,7 @@ enum End {
 }
 
 impl World {
-    pub fn new(script: &Script) -> Self {
+    pub fn new(script: &Script, trouble_event: Arc<OwnedFd>) -> Self {
         let dice = match script.timing {
             Timing::AtOnce => None,
             Timing::Shuffled { seed } => Some(StdRng::seed_from_u64(seed)),
@@ -119,6 +145,8 @@ impl World {
             limits: script.limits,
             dice,
             held: false,
+            until_armed: false,
+            stopped: false,
             // Numbers and keys are unlike those that the engine gives to guests, should one appear where it must not.
             numbers: 0x00f0_0000,
             mrs: HashMap::new(),
@@ -126,7 +154,10 @@ impl World {
             qps: HashMap::new(),
             busy: Vec::new(),
             fault: None,
+            refused: None,
             trouble: Vec::new(),
+            trouble_event,
+            sending: Vec::new(),
             counts: Counts::default(),
         }
     }
@@ -159,12 +190,13 @@ impl World {
         self.mrs.remove(&key);
     }
 
-    pub fn add_cq(&mut self, entries: u32) -> Result<u32, DeviceError> {
+    pub fn add_cq(&mut self, entries: u32, event: Arc<OwnedFd>) -> Result<u32, DeviceError> {
         if self.cqs.len() >= self.limits.cqs as usize || entries > self.limits.cqes {
             return Err(DeviceError::Limit("completion queues"));
         }
         let number = self.number();
-        let queue = Queue { capacity: entries as usize, entries: VecDeque::new(), late: 0, broken: false };
+        let queue =
+            Queue { capacity: entries as usize, entries: VecDeque::new(), late: 0, broken: false, armed: false, event };
         self.cqs.insert(number, queue);
         Ok(number)
     }
@@ -210,16 +242,39 @@ impl World {
     }
 
     pub fn connect(&mut self, number: u32, connection: &Connection) -> Result<(), DeviceError> {
+        if self.refused.take_if(|after| *after == 0).is_some() {
+            return Err(DeviceError::Limit("connections"));
+        }
+        self.refused = self.refused.map(|after| after - 1);
         let pair = self.qps.get_mut(&number).ok_or(DeviceError::Invalid("the queue pair"))?;
-        if pair.state != State::Init || connection.reads.max(connection.answers) > self.limits.reads {
+        if pair.state != State::Init || connection.answers > self.limits.reads || connection.mtu > self.limits.mtu {
             return Err(DeviceError::Invalid("the connection"));
         }
-        (pair.state, pair.connection) = (State::Rts, Some(*connection));
+        (pair.state, pair.connection) = (State::Rtr, Some(*connection));
         Ok(())
+    }
+
+    pub fn start_sending(&mut self, number: u32, sending: Sending) -> Result<(), DeviceError> {
+        let pair = self.qps.get_mut(&number).ok_or(DeviceError::Invalid("the queue pair"))?;
+        if pair.state != State::Rtr || sending.reads > self.limits.reads {
+            return Err(DeviceError::Invalid("how to send"));
+        }
+        pair.state = State::Rts;
+        self.sending.push(sending);
+        Ok(())
+    }
+
+    /// What its queue pairs were made to send with, ever.
+    pub fn sending(&self) -> Vec<Sending> {
+        self.sending.clone()
     }
 
     pub fn fail_send(&mut self, after: u64, status: WcStatus) {
         self.fault = Some((after, status));
+    }
+
+    pub fn refuse_connection(&mut self, after: u64) {
+        self.refused = Some(after);
     }
 
     pub fn hold(&mut self, hold: bool) {
@@ -227,12 +282,52 @@ impl World {
         self.work();
     }
 
+    pub fn hold_until_armed(&mut self) {
+        (self.held, self.until_armed) = (true, true);
+        self.cqs.values_mut().for_each(Queue::fire);
+    }
+
+    pub fn arm(&mut self, number: u32) {
+        if std::mem::take(&mut self.until_armed) {
+            self.hold(false);
+        }
+        if let Some(queue) = self.cqs.get_mut(&number) {
+            queue.armed = true;
+        }
+    }
+
+    pub fn stop(&mut self) {
+        self.stopped = true;
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// Whether it executes late.
+    pub fn is_late(&self) -> bool {
+        self.dice.is_some()
+    }
+
+    /// Whether somebody waits for an event that more work may bring.
+    pub fn is_waited_for(&self) -> bool {
+        let some_late = self.cqs.values().any(|queue| queue.late > 0);
+        let armed = self.cqs.values().any(|queue| queue.armed);
+        !self.held && armed && (some_late || !self.busy.is_empty())
+    }
+
     pub fn counts(&self) -> Counts {
         Counts { mrs: self.mrs.len(), cqs: self.cqs.len(), qps: self.qps.len(), ..self.counts }
     }
 
     pub fn take_trouble(&mut self, out: &mut Vec<Trouble>) {
+        clear(&self.trouble_event);
         out.append(&mut self.trouble);
+    }
+
+    fn tell(&mut self, trouble: Trouble) {
+        self.trouble.push(trouble);
+        signal(&self.trouble_event);
     }
 
     pub fn post_send(&mut self, number: u32, list: &SendList) -> Result<(), PostError> {
@@ -260,7 +355,7 @@ impl World {
             return false;
         }
         match pair.state {
-            State::Init => return false,
+            State::Init | State::Rtr => return false,
             State::Rts => {
                 pair.sends.push_back(send);
                 if !self.busy.contains(&number) {
@@ -293,7 +388,7 @@ impl World {
         pair.state = State::Err;
         let (sends, recvs) = (std::mem::take(&mut pair.sends), std::mem::take(&mut pair.recvs));
         if tell {
-            self.trouble.push(Trouble::QueuePair(number));
+            self.tell(Trouble::QueuePair(number));
         }
         for send in sends {
             self.complete(number, Side::Send, flushed(send.id));
@@ -317,7 +412,7 @@ impl World {
     }
 
     /// Executes what can be executed, or some of it.
-    fn work(&mut self) {
+    pub fn work(&mut self) {
         if self.held {
             return;
         }
@@ -362,7 +457,7 @@ impl World {
         let queue = self.cqs.get_mut(&pair.cq);
         if let (Some(wc), Some(queue)) = (wc, queue) {
             queue.late -= 1;
-            queue.entries.push_back((number, wc));
+            queue.push(number, wc);
         }
     }
 
@@ -534,13 +629,13 @@ impl World {
             queue.late += 1;
             pair.outboxes[side as usize].push_back(wc);
         } else {
-            queue.entries.push_back((number, wc));
+            queue.push(number, wc);
         }
     }
 
     /// Nobody took its completions: its queue pairs are of no use any more.
     fn overrun(&mut self, cq: u32) {
-        self.trouble.push(Trouble::CompletionQueue);
+        self.tell(Trouble::CompletionQueue);
         let users: Vec<_> = self.qps.iter().filter(|(_, pair)| pair.cq == cq).map(|(number, _)| *number).collect();
         for number in users {
             self.fail(number, true);
@@ -550,4 +645,15 @@ impl World {
 
 fn flushed(id: u64) -> Wc {
     Wc { id, status: WcStatus::WrFlushErr, opcode: WcOpcode::Send, byte_len: 0, imm: None }
+}
+
+/// Makes a descriptor readable.
+fn signal(event: &OwnedFd) {
+    // Fails only when it has been a number of times beyond counting.
+    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+}
+
+/// Makes it quiet.
+pub(super) fn clear(event: &OwnedFd) {
+    let _ = rustix::io::read(event, &mut [0; 8]);
 }

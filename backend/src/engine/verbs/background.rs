@@ -1,0 +1,76 @@
+//! What is done for the host's NIC beside the data path, since it may take long or nobody else would hear of it: queue pairs are connected,
+//! and what no completion says finds its queue pairs. One thread does it; a host without threads does it between two steps.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::super::Engine;
+use super::poll::give_up;
+use crate::verbs::fabric::Side;
+use crate::verbs::{Fabric, Trouble, Wish};
+
+/// Starts the thread.
+pub(in super::super) fn spawn(engine: Arc<Engine>) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("verbs".to_owned()).spawn(move || {
+        let Some(fabric) = engine.fabric().cloned() else { return };
+        while !engine.stop.load(Ordering::SeqCst) {
+            see_to(&engine, &fabric);
+            wait(&fabric);
+        }
+    })
+}
+
+/// Does what there is to do.
+pub(in super::super) fn see_to(engine: &Engine, fabric: &Fabric) {
+    while let Some(wish) = fabric.next_wish() {
+        fulfil(engine, fabric, &wish);
+    }
+    let mut trouble = Vec::new();
+    fabric.device().take_trouble(&mut trouble);
+    for what in trouble {
+        suffer(engine, fabric, what);
+    }
+}
+
+fn wait(fabric: &Fabric) {
+    let mut fds =
+        [fabric.device().trouble_fd(), fabric.wished_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    if let Err(error) = poll(&mut fds, None)
+        && error != rustix::io::Errno::INTR
+    {
+        log::error!("the host's NIC cannot be waited for: {error}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    // Before the next look, so that none is missed. Fails when it is zero.
+    let _ = rustix::io::read(fabric.wished_fd(), &mut [0; 8]);
+}
+
+/// The two are connected, or it is known that they will not be: the sender is visited.
+fn fulfil(engine: &Engine, fabric: &Fabric, Wish { from, to, done }: &Wish) {
+    if let Err(error) = fabric.connect(from, to) {
+        let qpn = from.qp.id.qpn;
+        from.nic.warn(format_args!("QP {qpn:#x} does without the host's NIC: {error}"));
+    }
+    done.store(true, Ordering::Release);
+    engine.attend(&from.nic, &from.qp);
+}
+
+/// Whatever of a QP is on the NIC is flushed by us when its queue pair there breaks, since the NIC may not.
+fn suffer(engine: &Engine, fabric: &Fabric, what: Trouble) {
+    log::warn!("the host's NIC {}: {what:?}", fabric.device().name());
+    match what {
+        Trouble::QueuePair(number) => {
+            let broken = fabric.sides().filter_map(|side| side.member_of_qp(number));
+            broken.for_each(|it| give_up(engine, &it.nic, &it.qp, &it.end));
+        }
+        Trouble::Removed => {
+            let all = fabric.sides().flat_map(Side::members);
+            all.for_each(|it| give_up(engine, &it.nic, &it.qp, &it.end));
+        }
+        Trouble::CompletionQueue | Trouble::Port { .. } => {}
+    }
+}
