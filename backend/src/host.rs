@@ -16,6 +16,7 @@ use crate::nic::{Nic, NicConfig};
 use crate::overlay::{Gid, NicId, Overlay};
 use crate::profile::BadLimit;
 use crate::qp::{Qp, SendQueue};
+use crate::rate::Rates;
 use crate::verbs::Device;
 use crate::vhost::aio::Signaller;
 use crate::vhost::server::Server;
@@ -90,6 +91,18 @@ impl Host {
         };
         server.stop();
         self.engine.remove_nic(id);
+        true
+    }
+
+    /// Changes how fast a virtual NIC may be. False if there is none.
+    pub fn set_rates(&self, id: NicId, rates: Rates) -> bool {
+        let servers = self.servers.lock();
+        let Some((nic, _)) = servers.get(&id) else {
+            return false;
+        };
+        nic.pacer.set(rates);
+        // Workers that sleep until it may go on.
+        self.engine.ports_changed();
         true
     }
 
@@ -174,7 +187,7 @@ impl NicStatus {
         let gids: Vec<_> = nic.gids.read().iter().map(|(_, gid)| gid.to_string()).collect();
         Self {
             id: nic.id,
-            config: nic.config.clone(),
+            config: NicConfig { rates: nic.pacer.rates(), ..nic.config.clone() },
             socket: server.path().display().to_string(),
             connected: server.connected(),
             running: nic.is_running(),

@@ -4,6 +4,7 @@
 //! * [`vhost`] talks to the VMM, [`control`] executes the guest's control commands on the objects of [`nic`], [`mr`], [`cq`] and [`qp`].
 //! * [`engine`] moves the bytes: doorbells to work requests ([`ring`], [`wqe`]) to copies between guests' memories ([`mem`]) to completions.
 //! * [`verbs`] is the host's RDMA NIC.
+//! * [`rate`] holds virtual NICs and QPs to their rates.
 //! * [`overlay`] is what it asks of the router.
 //! * [`stepped`] is a host for simulations.
 //!
@@ -27,6 +28,7 @@ pub mod on_demand;
 pub mod overlay;
 pub mod profile;
 pub mod qp;
+pub mod rate;
 pub mod ring;
 mod slots;
 mod srq;
@@ -40,3 +42,4 @@ pub use host::{AddNicError, Host, NicStatus, Objects, QpStatus};
 pub use nic::{Mac, NicConfig, PathChoice};
 pub use overlay::{Gid, NicId, Overlay, Place};
 pub use profile::Profile;
+pub use rate::{BitRate, Rates};

@@ -11,14 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use freeflow_backend::vhost::socket::listen;
-use freeflow_backend::{NicStatus, QpStatus};
+use freeflow_backend::{NicStatus, QpStatus, Rates};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::files::make_parent;
 use crate::inventory::NewNic;
-use crate::router::{Added, Removed, Router};
+use crate::router::{Added, RateSet, Removed, Router};
 
 /// What can be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub enum Request {
     NicAdd(Box<NewNic>),
     /// The virtual NIC of this name is to be gone; answered with [`Removed`].
     NicDel(String),
+    /// The virtual NIC of this name is to be so fast; answered with [`RateSet`].
+    NicRate(String, Rates),
 }
 
 /// Answer to [`Request::Stats`].
@@ -135,6 +137,7 @@ fn fulfil(request: Request, router: &Router) -> Result<Value> {
         Request::Stats => serde_json::to_value(Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() }),
         Request::NicAdd(nic) => serde_json::to_value(router.add(*nic)?),
         Request::NicDel(name) => serde_json::to_value(router.remove(name)?),
+        Request::NicRate(name, rate) => serde_json::to_value(router.set_rate(&name, rate)?),
     }?)
 }
 
@@ -196,4 +199,12 @@ pub fn add(socket: &Path, nic: NewNic) -> Result<Added> {
 /// As [`ask`].
 pub fn remove(socket: &Path, name: &str) -> Result<Removed> {
     ask(socket, &Request::NicDel(name.to_owned()))
+}
+
+/// Changes how fast one may be.
+///
+/// # Errors
+/// As [`ask`].
+pub fn set_rate(socket: &Path, name: &str, rate: Rates) -> Result<RateSet> {
+    ask(socket, &Request::NicRate(name.to_owned(), rate))
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use freeflow_backend::{EngineConfig, Mac, NicConfig, PathChoice, Profile};
+use freeflow_backend::{EngineConfig, Mac, NicConfig, PathChoice, Profile, Rates};
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::Security;
@@ -136,6 +136,9 @@ pub struct NicSettings {
     /// How bytes get to peers: `auto`, or `nic` for the host's RDMA NIC.
     #[serde(default)]
     pub path: PathChoice,
+    /// How fast it and its QPs may be.
+    #[serde(default)]
+    pub rate: Rates,
     /// Limits, which are quotas at the same time.
     #[serde(default)]
     pub limits: Profile,
@@ -166,6 +169,7 @@ impl NicSettings {
             num_workers: self.workers,
             profile: self.limits.clone(),
             path: self.path,
+            rates: self.rate.clone(),
         }
     }
 
@@ -195,6 +199,7 @@ impl NicSettings {
         if !(1..=workers).contains(&usize::from(self.workers)) {
             return wrong("it uses at least one worker and no more than engine.workers");
         }
+        self.rate.check().or_else(|bad| wrong(&bad))?;
         self.limits.check().or_else(|bad| wrong(&bad.to_string()))
     }
 }
@@ -299,6 +304,7 @@ mod tests {
         ip = ["10.0.0.1"]
         mac = "02:00:00:00:00:0b"
         socket = "/run/freeflow/b.sock"
+        rate = { bits = "10G", qp-ops = 1000 }
         limits = { max_qp = 10 }
     "#;
 
@@ -330,6 +336,9 @@ mod tests {
             ("workers = 2", "worker = 2", "unknown field"),
             ("user = \"freeflow\"", "seccomp = \"kill\"", "unknown variant"),
             ("max_qp = 10", "max_qp = 0", "max_qp"),
+            ("10G", "fast", "not a rate in bit/s"),
+            ("qp-ops = 1000", "burst-ms = 10001", "burst-ms must be at most"),
+            ("qp-ops = 1000", "qp-ops = 0", "nonzero"),
             ("[\"10.0.0.1\"]", "[]", "address"),
             ("fd00::1", "10.0.0.1", "twice"),
             ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use freeflow_backend::{Mac, NicId, PathChoice, Profile};
+use freeflow_backend::{Mac, NicId, PathChoice, Profile, Rates};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, NicSettings, check_nics};
@@ -26,7 +26,8 @@ pub enum InventoryError {
     Config(#[from] ConfigError),
     /// There is another one of that name.
     #[error(
-        "there is a virtual NIC {name:?} already, with another {differences}: remove it first (freeflow nic del {name})"
+        "there is a virtual NIC {name:?} already, with another {differences}: remove it first (freeflow nic del {name}); \
+         a rate can be changed (freeflow nic set {name})"
     )]
     Different {
         /// The name.
@@ -59,6 +60,8 @@ pub struct NewNic {
     pub workers: u16,
     /// How bytes get to peers.
     pub path: PathChoice,
+    /// How fast it and its QPs may be.
+    pub rate: Rates,
     /// Limits.
     pub limits: Profile,
 }
@@ -79,6 +82,7 @@ impl NewNic {
             vectors: self.vectors,
             workers: self.workers,
             path: self.path,
+            rate: self.rate,
             limits: self.limits,
         }
     }
@@ -148,6 +152,12 @@ impl Inventory {
         self.nics.remove(&id)
     }
 
+    /// What is known of the virtual NIC of this name, to be changed.
+    pub fn find_mut(&mut self, name: &str) -> Option<(NicId, Origin, &mut NicSettings)> {
+        let found = self.nics.iter_mut().find(|(_, (nic, _))| nic.name == name);
+        found.map(|(id, (nic, origin))| (*id, *origin, nic))
+    }
+
     /// It was not removed after all.
     pub fn put_back(&mut self, id: NicId, nic: Option<(NicSettings, Origin)>) {
         self.nics.extend(nic.map(|nic| (id, nic)));
@@ -202,6 +212,7 @@ mod tests {
             vectors: 1,
             workers: 1,
             path: PathChoice::Auto,
+            rate: Rates::default(),
             limits: Profile::default(),
         }
     }

@@ -60,6 +60,7 @@ mod tests {
             num_workers: 1,
             profile: Profile::default(),
             path: freeflow_backend::PathChoice::Auto,
+            rates: freeflow_backend::Rates::default(),
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, ensure};
 use freeflow_backend::verbs::Device;
 use freeflow_backend::vhost::socket::Socket;
-use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus};
+use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus, Rates};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, NicSettings};
@@ -44,6 +44,17 @@ pub struct Removed {
     pub name: String,
     /// False if there was none.
     pub removed: bool,
+}
+
+/// Answer to [`Router::set_rate`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateSet {
+    /// The virtual NIC.
+    pub name: String,
+    /// What holds now.
+    pub rate: Rates,
+    /// Whether it will after a restart, too: not if the virtual NIC comes from the configuration.
+    pub kept: bool,
 }
 
 impl Router {
@@ -116,6 +127,27 @@ impl Router {
             log::info!("virtual NIC {name} is removed");
         }
         Ok(Removed { name, removed: id.is_some() })
+    }
+
+    /// Changes how fast a virtual NIC may be, at once.
+    ///
+    /// # Errors
+    /// When there is none of that name, the limits are not possible, or they cannot be kept for a restart: nothing has changed then.
+    pub fn set_rate(&self, name: &str, rate: Rates) -> Result<RateSet> {
+        rate.check().map_err(anyhow::Error::msg)?;
+        let mut inventory = self.inventory();
+        let (id, origin, nic) =
+            inventory.find_mut(name).with_context(|| format!("there is no virtual NIC {name:?}"))?;
+        let before = std::mem::replace(&mut nic.rate, rate.clone());
+        let kept = origin == Origin::Added;
+        if let Err(error) = if kept { self.save(&inventory) } else { Ok(()) } {
+            if let Some((_, _, nic)) = inventory.find_mut(name) {
+                nic.rate = before;
+            }
+            return Err(error);
+        }
+        self.host.set_rates(id, rate.clone());
+        Ok(RateSet { name: name.to_owned(), rate, kept })
     }
 
     /// Its number, unless it is there already.

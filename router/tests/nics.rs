@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use common::{Daemon, Place, SOON, guest_on};
 use freeflow_router::api;
@@ -137,6 +138,47 @@ fn added_nics_survive_a_restart() {
     let (a, b) = Rc::pair(&first, &second, 4096).unwrap();
     assert_eq!(write(&a, &b), WcStatus::Success);
     assert!(!Path::new(&third).exists());
+}
+
+/// By the clock: how long what goes beyond the burst takes.
+fn time_of(a: &Rc, b: &Rc, writes: u64) -> Duration {
+    let start = Instant::now();
+    for _ in 0..writes {
+        assert_eq!(write(a, b), WcStatus::Success);
+    }
+    start.elapsed()
+}
+
+#[test]
+fn a_rate_holds_at_once_and_after_a_restart() {
+    let place = Place::new();
+    let daemon = place.start(1);
+    let socket = add(&daemon, 2);
+    let (first, second) = (daemon.guest(0), guest_on(Path::new(&socket), 1));
+    let (a, b) = Rc::pair(&first, &second, 4096).unwrap();
+    let said = daemon.says(&["nic", "set", "added2", "--rate", "8M", "--burst-ms", "0"]);
+    assert_eq!(said, "added2: 8M bit/s, burst 0 ms");
+    // 25 KiB and more at a million bytes a second: each but the first waits for the one before.
+    assert!(time_of(&b, &a, 7) >= Duration::from_millis(24));
+    let waits = || api::nics(&daemon.control()).unwrap()[1].counters.rate_waits;
+    assert!(waits() >= 6);
+    daemon.says(&["nic", "set", "added2", "--rate", "none"]);
+    let before = waits();
+    time_of(&b, &a, 7);
+    assert_eq!(waits(), before);
+    daemon.says(&["nic", "set", "added2", "--ops", "200"]);
+    assert!(daemon.says(&["nic", "set", "n0", "--ops", "5"]).contains("until the next start"));
+    assert!(daemon.fails(&["nic", "set", "added3", "--ops", "5"]).contains("no virtual NIC \"added3\""));
+    assert!(daemon.fails(&["nic", "set", "n0", "--burst-ms", "10001"]).contains("at most 10000"));
+    drop((a, b, first, second));
+    daemon.stop();
+    let daemon = place.start(1);
+    let shown = daemon.says(&["nic", "show", "added2"]);
+    assert!(shown.contains("200 ops/s, burst 0 ms"), "{shown}");
+    assert!(daemon.says(&["nic", "show", "n0"]).contains("unlimited"));
+    let (first, second) = (daemon.guest(0), guest_on(Path::new(&socket), 1));
+    let (a, b) = Rc::pair(&first, &second, 4096).unwrap();
+    assert!(time_of(&b, &a, 5) >= Duration::from_millis(20));
 }
 
 /// What the daemon itself cannot do any more when it is killed.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use freeflow_backend::Mac;
 use freeflow_backend::verbs::Device;
 use freeflow_backend::verbs::fake::{FakeNic, Script};
-use freeflow_backend::{NicStatus, PathChoice, Profile};
+use freeflow_backend::{NicStatus, PathChoice, Profile, Rates};
 use freeflow_router::config::{Config, EngineSettings, NicSettings};
 
 use crate::bed::eventually;
@@ -37,6 +37,8 @@ pub struct RouterSpec {
     pub engine: EngineSettings,
     /// Workers that each virtual NIC uses; all if not given.
     pub nic_workers: Option<u16>,
+    /// How fast each virtual NIC and its QPs may be.
+    pub rates: Rates,
     /// The host's NIC, which virtual NICs are to use then.
     pub device: Option<Arc<dyn Device>>,
 }
@@ -52,6 +54,7 @@ impl RouterSpec {
             vectors: 2,
             engine,
             nic_workers: None,
+            rates: Rates::default(),
             device: device_of_tests(),
         }
     }
@@ -73,6 +76,7 @@ impl RouterSpec {
             vectors: self.vectors,
             workers: self.nic_workers.unwrap_or(self.engine.workers as u16),
             limits: self.limits.clone(),
+            rate: self.rates.clone(),
             path: if self.device.is_some() { PathChoice::Nic } else { PathChoice::Auto },
         };
         Config { engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect(), ..Config::default() }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use freeflow_backend::stepped::{SteppedHost, SteppedNic};
-use freeflow_backend::{EngineConfig, NicId, Profile};
+use freeflow_backend::{EngineConfig, NicId, Profile, Rates};
 use freeflow_router::config::EngineSettings;
 use freeflow_router::overlay::LocalOverlay;
 
@@ -29,9 +29,15 @@ pub struct Stepped {
 impl Stepped {
     /// This many virtual NICs of one tenant.
     pub fn new(nics: usize, limits: &Profile) -> Result<Self> {
+        Self::with_rates(nics, limits, &Rates::default())
+    }
+
+    /// The same, each of which may be only so fast.
+    pub fn with_rates(nics: usize, limits: &Profile, rates: &Rates) -> Result<Self> {
         let overlay = Arc::new(LocalOverlay::default());
         let engine = EngineSettings { workers: 1, ..EngineSettings::default() };
-        let spec = RouterSpec { limits: limits.clone(), vectors: 1, engine, ..RouterSpec::of(nics) };
+        let spec =
+            RouterSpec { limits: limits.clone(), rates: rates.clone(), vectors: 1, engine, ..RouterSpec::of(nics) };
         let mut host = SteppedHost::new(EngineConfig::default(), overlay.clone(), spec.device.clone())?;
         let config = spec.config(Path::new("/"), |nic| format!("n{nic}"));
         let mut all = Vec::new();

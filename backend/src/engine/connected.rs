@@ -391,6 +391,7 @@ fn move_piece(
         job.done += len;
         budget.bytes = budget.bytes.saturating_sub(len);
         ctx.charge(cost::bytes(len));
+        ctx.count_bytes(len);
     }
     if !last || !invalidate(ctx, peer, job)? {
         return Ok(Progress::Paused);

@@ -20,6 +20,7 @@ use crate::nic::stats::Counter;
 use crate::on_demand::{Fault, Missing, OnDemand};
 use crate::overlay::NicId;
 use crate::qp::Identity;
+use crate::rate::Work;
 use crate::wqe::Sge;
 
 /// Bytes that one visit to a QP may move before others have their turn.
@@ -102,6 +103,10 @@ pub struct Context {
     touched: Vec<Touched>,
     /// Cost of what was done since somebody asked.
     spent: u64,
+    /// What the present visit may do at most, for the sake of rates.
+    room: Option<Work>,
+    /// All that was done for guests, of what rates limit.
+    work: Work,
     /// Completions written that the guest may not have been shown.
     unpublished: u32,
     sent: Tally,
@@ -131,6 +136,8 @@ impl Context {
             spare: Vec::new(),
             touched: Vec::new(),
             spent: 0,
+            room: None,
+            work: Work::default(),
             unpublished: 0,
             sent: Tally::default(),
             received: Tally::default(),
@@ -140,6 +147,37 @@ impl Context {
     /// Counts work, in units of [`cost`].
     pub fn charge(&mut self, cost: u64) {
         self.spent += cost;
+    }
+
+    /// Counts a work request that is begun.
+    pub fn count_op(&mut self) {
+        self.work.ops += 1;
+    }
+
+    /// Counts payload that is moved.
+    pub fn count_bytes(&mut self, len: u64) {
+        self.work.bytes += len;
+    }
+
+    /// Visits may do this much from now on, and not go on when they have; without, what a visit may.
+    pub fn limit_visits(&mut self, room: Option<Work>) {
+        self.room = room;
+    }
+
+    /// For a visit.
+    pub fn budget(&self) -> Budget {
+        let full = Budget::full();
+        let Some(room) = self.room else { return full };
+        Budget {
+            bytes: full.bytes.min(room.bytes),
+            wqes: full.wqes.min(room.ops.try_into().unwrap_or(u32::MAX)),
+            refills: 0,
+        }
+    }
+
+    /// All that was done so far.
+    pub fn work(&self) -> Work {
+        self.work
     }
 
     /// Counts keys or extents that are looked up, also in what is left of a visit.

@@ -35,7 +35,8 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
         return Next::Again;
     };
     match qp.state() {
-        QpState::Rts => run(ctx, nic, qp, send, alone),
+        QpState::Rts if nic.pacer.is_limited() => paced(ctx, nic, qp, &mut send),
+        QpState::Rts => run(ctx, nic, qp, &mut send, alone),
         QpState::Err if !verbs::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
         QpState::Sqd | QpState::Sqe if !verbs::settled(ctx, nic, qp, &mut send, false) => Next::Idle,
         QpState::Sqd => drain(ctx, nic, qp, send),
@@ -61,15 +62,25 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
     }
 }
 
-fn run(
-    ctx: &mut Context,
-    nic: &Arc<Nic>,
-    qp: &Arc<Qp>,
-    mut send: MutexGuard<'_, SendQueue>,
-    alone: impl Fn() -> bool,
-) -> Next {
+/// A visit to a QP of a virtual NIC with limits.
+fn paced(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Next {
+    match nic.pacer.room(ctx.now, &send.pace) {
+        Ok(room) => ctx.limit_visits(Some(room)),
+        Err(at) => {
+            nic.counters.rate_waits.add(1);
+            return Next::At(at);
+        }
+    }
+    let before = ctx.work();
+    let next = run(ctx, nic, qp, send, || false);
+    ctx.limit_visits(None);
+    nic.pacer.count_qp(ctx.now, &send.pace, ctx.work() - before);
+    next
+}
+
+fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, alone: impl Fn() -> bool) -> Next {
     if send.nic.is_some()
-        && let Some(next) = verbs::run(ctx, nic, qp, &mut send, &alone)
+        && let Some(next) = verbs::run(ctx, nic, qp, send, &alone)
     {
         return next;
     }
@@ -78,7 +89,7 @@ fn run(
     {
         return Next::At(wait.next_look);
     }
-    let mut budget = Budget::full();
+    let mut budget = ctx.budget();
     let next = loop {
         if !budget.take_wqe() {
             if !budget.refill(&alone) {
@@ -87,7 +98,7 @@ fn run(
             send.publish();
             ctx.announce();
         }
-        match run_one(ctx, nic, qp, &mut send, &mut budget) {
+        match run_one(ctx, nic, qp, send, &mut budget) {
             None => {}
             Some(Next::Again) if qp.state() == QpState::Rts && budget.refill(&alone) => ctx.announce(),
             Some(next) => break next,
@@ -104,6 +115,7 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
         None => match fetch(ctx, qp, send) {
             Ok(job) => job.inspect(|job| {
                 ctx.charge_lookups(budget, job.wqe.lookups());
+                ctx.count_op();
             }),
             Err(reason) => return Some(give_up(nic, qp, reason)),
         },

@@ -185,6 +185,7 @@ fn place(
     let to = Gather { nic, pdn: qp.id.recv_pdn(), need: Access::LOCAL_WRITE, sges, from: 0, len };
     ctx.gather(Side::Destination, &to)?;
     mem::copy(Source { own: &[header, &job.wqe.inline], guest: &ctx.src }, &ctx.dst);
+    ctx.count_bytes(job.wqe.length);
     Ok(())
 }
 

@@ -111,6 +111,8 @@ struct Port {
     hot: Option<Arc<Qp>>,
     /// Visits to it since the doorbells were last looked at.
     streak: u32,
+    /// Until when it is held to its rate.
+    held: Option<Instant>,
 }
 
 impl Worker {
@@ -187,15 +189,21 @@ impl Worker {
     /// must wait.
     fn turn(&mut self, index: usize) -> bool {
         let mut worked = false;
-        while let Some(port) = self.ports.get(index) {
+        let now = self.ctx.now;
+        while let Some(port) = self.ports.get_mut(index) {
+            if (port.nic.pacer.is_limited() || port.held.is_some()) && port.is_held(now) {
+                return worked;
+            }
             if port.is_in_debt() {
                 return worked || !port.is_quiet();
             }
+            let before = self.ctx.work();
             if !self.visit(index) {
                 return worked;
             }
             self.leave();
             self.charge(index);
+            self.ports[index].nic.pacer.count(now, self.ctx.work() - before);
             self.enter();
             (worked, self.served) = (true, true);
         }
@@ -333,7 +341,7 @@ impl Worker {
         if wanted {
             self.mailbox().stay_awake();
         } else {
-            let next = self.ports.iter().filter_map(|port| port.timers.next()).min();
+            let next = self.ports.iter().flat_map(|port| [port.timers.next(), port.held]).flatten().min();
             let limit = next.map(|at| at.saturating_duration_since(Instant::now()));
             self.mailbox().sleep(limit);
         }
@@ -366,7 +374,7 @@ impl Worker {
     fn rung(&mut self) -> bool {
         // Taking doorbells costs credit.
         self.all_rich = false;
-        let mut ports = self.ports.iter_mut().filter(|p| p.nic.is_running());
+        let mut ports = self.ports.iter_mut().filter(|p| p.nic.is_running() && p.held.is_none());
         ports.any(|port| port.take_doorbells() || !port.run.is_empty())
     }
 
@@ -399,6 +407,7 @@ impl Port {
                 credit: 0,
                 hot: None,
                 streak: 0,
+                held: None,
             },
         }
     }
@@ -453,9 +462,19 @@ impl Port {
         self.hot.take_if(|qp| qp.has_posted())
     }
 
-    /// Whether none of its QPs waits to be visited. Those of a guest that does not run do not, and its memory is left alone.
+    /// Whether it must wait, for the sake of its rate.
+    fn is_held(&mut self, now: Instant) -> bool {
+        let was_held = self.held.is_some();
+        self.held = self.nic.pacer.held(now);
+        if self.held.is_some() && !was_held {
+            self.nic.counters.rate_waits.add(1);
+        }
+        self.held.is_some()
+    }
+
+    /// Whether none of its QPs waits to be visited, or may be. Those of a guest that does not run do not, and its memory is left alone.
     fn is_quiet(&self) -> bool {
-        if !self.nic.is_running() {
+        if !self.nic.is_running() || self.held.is_some() {
             return true;
         }
         self.run.is_empty() && !self.is_pending && !self.is_rung()

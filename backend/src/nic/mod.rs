@@ -33,6 +33,7 @@ use crate::on_demand::Missing;
 use crate::overlay::{Gid, NicId, eui64};
 use crate::profile::Profile;
 use crate::qp::Qp;
+use crate::rate::{Pacer, Rates};
 use crate::slots::Slots;
 use crate::verbs::GrantBudget;
 use crate::vhost::vring::Vring;
@@ -59,6 +60,9 @@ pub struct NicConfig {
     /// How bytes get to peers.
     #[serde(default)]
     pub path: PathChoice,
+    /// How fast it may be, to begin with.
+    #[serde(default)]
+    pub rates: Rates,
 }
 
 /// How bytes get to peers that could be reached in several ways.
@@ -122,6 +126,8 @@ pub struct Nic {
     gid_epoch: AtomicU64,
     running: AtomicBool,
     link_up: AtomicBool,
+    /// How fast it and its QPs may be.
+    pub pacer: Pacer,
 }
 
 impl Nic {
@@ -150,6 +156,7 @@ impl Nic {
             gid_epoch: AtomicU64::new(0),
             running: AtomicBool::new(false),
             link_up: AtomicBool::new(true),
+            pacer: Pacer::new(config.rates.clone()),
             config,
         }
     }

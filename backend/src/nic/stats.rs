@@ -46,6 +46,8 @@ counters! {
     rnr_waits,
     /// Waits for a peer that did not answer.
     lost_waits,
+    /// Times that it or one of its QPs was held to its rate.
+    rate_waits,
     /// Pages of on-demand regions that the guest was asked for.
     page_faults,
     /// Datagrams dropped: no such destination, `Q_Key`, or receive.

@@ -8,6 +8,7 @@ use super::nic::NicQueue;
 use crate::engine::job::Job;
 use crate::mem::Map;
 use crate::nic::Nic;
+use crate::rate::Pace;
 use crate::ring::rxe::{Caps, prefetch_send};
 use crate::ring::{BadIndex, Ring};
 
@@ -97,6 +98,8 @@ pub struct SendQueue {
     pub rnr_retries: u8,
     /// SQD: an event is due when what is under way is done.
     pub notify_drained: bool,
+    /// How much it has done, where that is limited.
+    pub pace: Pace,
     /// Work requests completed.
     pub completed: u64,
     /// Bytes moved.
@@ -123,6 +126,7 @@ impl SendQueue {
             retries: 0,
             rnr_retries: 0,
             notify_drained: false,
+            pace: Pace::default(),
             completed: 0,
             bytes: 0,
             nic: None,

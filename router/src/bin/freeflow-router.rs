@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 use freeflow_backend::Mac;
 use freeflow_backend::PathChoice;
 use freeflow_backend::Profile;
+use freeflow_backend::Rates;
 use freeflow_router::config::NicSettings;
 use freeflow_router::sandbox::{Seccomp, Security};
 use freeflow_router::{Config, daemon, steward};
@@ -109,6 +110,7 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
         vectors: 1,
         workers: 1,
         path: PathChoice::Auto,
+        rate: Rates::default(),
         limits: Profile::default(),
     })
 }

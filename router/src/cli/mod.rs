@@ -82,6 +82,12 @@ impl Cli {
         }
     }
 
+    fn find(&self, name: &str) -> Result<NicStatus> {
+        self.check_name(Some(name))?;
+        let found = api::nics(&self.control)?.into_iter().find(|nic| nic.config.name == *name);
+        found.with_context(|| format!("virtual NIC {name:?} has just gone"))
+    }
+
     /// Whether there is a virtual NIC of this name, so that a wrong one does not look like an idle one.
     fn check_name(&self, name: Option<&str>) -> Result<()> {
         let Some(name) = name else { return Ok(()) };
@@ -94,12 +100,12 @@ impl Cli {
     fn nic(&self, command: &nic::Command) -> Result<String> {
         match command {
             nic::Command::Add(add) => self.say(api::add(&self.control, add.to_nic()?)?, nic::added),
-            nic::Command::Del { name } => self.say(api::remove(&self.control, name)?, nic::removed),
-            nic::Command::Show { name } => {
-                self.check_name(Some(name))?;
-                let found = api::nics(&self.control)?.into_iter().find(|nic| nic.config.name == *name);
-                self.show(found.with_context(|| format!("virtual NIC {name:?} has just gone"))?, nic::table)
+            nic::Command::Set { name, rate } => {
+                let present = self.find(name)?.config.rates;
+                self.say(api::set_rate(&self.control, name, rate.over(&present))?, nic::rate_set)
             }
+            nic::Command::Del { name } => self.say(api::remove(&self.control, name)?, nic::removed),
+            nic::Command::Show { name } => self.show(self.find(name)?, nic::table),
         }
     }
 

@@ -1,16 +1,18 @@
 //! `freeflow nic`: virtual NICs that come and go while the router runs.
 
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use comfy_table::Table;
-use freeflow_backend::{Mac, NicStatus, PathChoice, Profile};
+use freeflow_backend::{BitRate, Mac, NicStatus, PathChoice, Profile, Rates};
 
 use super::{addresses_of, guest_of};
 use crate::inventory::NewNic;
-use crate::router::{Added, Removed};
+use crate::router::{Added, RateSet, Removed};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -19,6 +21,14 @@ pub enum Command {
     /// The router keeps it over restarts.
     #[command(after_help = ADD_EXAMPLES)]
     Add(Add),
+    /// Change how fast a virtual NIC and its queue pairs may be, at once; what is not named stays.
+    #[command(after_help = SET_EXAMPLES)]
+    Set {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        rate: Limits,
+    },
     /// Have no such virtual NIC: its VMM is disconnected, and everything of its guest is freed. It is no mistake if there is none.
     Del {
         /// Its name.
@@ -35,6 +45,54 @@ const ADD_EXAMPLES: &str = "Examples:
   freeflow nic add --tenant blue --ip 10.32.0.5/12
   freeflow nic add --name db --ip 10.0.0.1 --ip fd00::1 --mac 02:00:00:00:00:01 --qps 1024 --limit max_mr=4096
   qemu-system-x86_64 ... -chardev socket,id=rdma,path=$(freeflow nic add --ip 10.32.0.5)";
+
+const SET_EXAMPLES: &str = "Examples:
+  freeflow nic set db --rate 2.5G --qp-ops 100000
+  freeflow nic set db --rate none";
+
+/// Limits of rates. Work requests count for the virtual NIC that posts them, and payload in whichever direction it goes.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct Limits {
+    /// Most payload per second, in bit/s: a number with k, M, G or T; or none.
+    #[arg(long, value_name = "BITS", value_parser = limit::<BitRate>)]
+    rate: Option<Limit<BitRate>>,
+    /// Most work requests per second; or none.
+    #[arg(long, value_name = "N", value_parser = limit::<NonZeroU64>)]
+    ops: Option<Limit<NonZeroU64>>,
+    /// The same as --rate for each queue pair.
+    #[arg(long, value_name = "BITS", value_parser = limit::<BitRate>)]
+    qp_rate: Option<Limit<BitRate>>,
+    /// The same as --ops for each queue pair.
+    #[arg(long, value_name = "N", value_parser = limit::<NonZeroU64>)]
+    qp_ops: Option<Limit<NonZeroU64>>,
+    /// Who was below its rate may exceed it until what it missed in so many milliseconds is made up for [default: 10].
+    #[arg(long, value_name = "MS")]
+    burst_ms: Option<u32>,
+}
+
+/// A limit, or that there is none.
+type Limit<T> = Result<T, Unlimited>;
+
+/// There is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unlimited;
+
+fn limit<T: FromStr<Err: ToString>>(text: &str) -> Result<Limit<T>, String> {
+    if text == "none" { Ok(Err(Unlimited)) } else { text.parse().map(Ok).map_err(|error: T::Err| error.to_string()) }
+}
+
+impl Limits {
+    /// What was given, in place of what is.
+    pub fn over(&self, present: &Rates) -> Rates {
+        Rates {
+            bits: self.rate.map_or(present.bits, Result::ok),
+            ops: self.ops.map_or(present.ops, Result::ok),
+            qp_bits: self.qp_rate.map_or(present.qp_bits, Result::ok),
+            qp_ops: self.qp_ops.map_or(present.qp_ops, Result::ok),
+            burst_ms: self.burst_ms.unwrap_or(present.burst_ms),
+        }
+    }
+}
 
 #[derive(Debug, Args)]
 pub struct Add {
@@ -62,6 +120,8 @@ pub struct Add {
     /// How bytes get to peers.
     #[arg(long, value_enum, default_value_t = Path::Auto)]
     path: Path,
+    #[command(flatten)]
+    rate: Limits,
     /// Most queue pairs; short for `--limit max_qp=N`.
     #[arg(long, value_name = "N")]
     qps: Option<u32>,
@@ -96,6 +156,7 @@ impl Add {
                 Path::Auto => PathChoice::Auto,
                 Path::Nic => PathChoice::Nic,
             },
+            rate: self.rate.over(&Rates::default()),
             limits: self.profile()?,
         })
     }
@@ -129,6 +190,26 @@ pub fn removed(removed: &Removed) -> String {
     if removed.removed { format!("removed {name}") } else { format!("there was no virtual NIC {name}") }
 }
 
+pub fn rate_set(set: &RateSet) -> String {
+    let until = if set.kept { "" } else { ", until the next start: the virtual NIC comes from the configuration" };
+    format!("{}: {}{until}", set.name, rate_of(&set.rate))
+}
+
+fn rate_of(rates: &Rates) -> String {
+    let named = |name: &str, value: Option<String>| value.map(|value| format!("{value} {name}"));
+    let parts = [
+        named("bit/s", rates.bits.map(|rate| rate.to_string())),
+        named("ops/s", rates.ops.map(|ops| ops.to_string())),
+        named("bit/s per QP", rates.qp_bits.map(|rate| rate.to_string())),
+        named("ops/s per QP", rates.qp_ops.map(|ops| ops.to_string())),
+    ];
+    let parts: Vec<_> = parts.into_iter().flatten().collect();
+    if parts.is_empty() {
+        return "unlimited".to_owned();
+    }
+    format!("{}, burst {} ms", parts.join(", "), rates.burst_ms)
+}
+
 pub fn table(nic: &NicStatus) -> Table {
     let mut table = super::table(&["VIRTUAL NIC", &nic.config.name]);
     let path = match nic.config.path {
@@ -144,6 +225,7 @@ pub fn table(nic: &NicStatus) -> Table {
         ("guest", guest_of(nic).to_owned()),
         ("gids", nic.gids.join(" ")),
         ("path", path.to_owned()),
+        ("rate", rate_of(&nic.config.rates)),
         ("vectors", nic.config.num_vectors.to_string()),
         ("workers", nic.config.num_workers.to_string()),
         ("pds, mrs, cqs, qps", [objects.pds, objects.mrs, objects.cqs, objects.qps].map(|n| n.to_string()).join(", ")),

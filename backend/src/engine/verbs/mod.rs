@@ -16,7 +16,7 @@ use virtio_rdma::ib::{QpState, QpType};
 
 use super::complete::fatal;
 use super::connected;
-use super::context::{Budget, Context};
+use super::context::Context;
 use super::serve::{self, Next};
 use crate::nic::Nic;
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};
@@ -122,7 +122,7 @@ fn post(
     peer: &Binding,
     alone: &impl Fn() -> bool,
 ) -> Next {
-    let mut budget = Budget::full();
+    let mut budget = ctx.budget();
     loop {
         if !budget.take_wqe() {
             if !give(ctx, nic, qp, send) || !budget.refill(alone) {
@@ -132,7 +132,7 @@ fn post(
         }
         let fetched = match send.job.take() {
             Some(job) => Ok(Some(job)),
-            None => serve::fetch(ctx, qp, send),
+            None => serve::fetch(ctx, qp, send).inspect(|job| job.iter().for_each(|_| ctx.count_op())),
         };
         let mut job = match fetched {
             Ok(Some(job)) => job,
@@ -144,6 +144,7 @@ fn post(
         };
         let staged = stage::stage(ctx, nic, qp, send, peer, &mut job);
         if staged == Staged::Posted {
+            ctx.count_bytes(job.wqe.length);
             ctx.recycle(job);
             continue;
         }
