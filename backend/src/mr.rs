@@ -182,6 +182,12 @@ impl Layout {
         self.length
     }
 
+    /// In which pieces.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
     /// Of so many bytes that are nowhere.
     #[cfg(test)]
     pub fn of_length(length: u64) -> Self {

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use freeflow_backend::verbs::DeviceChoice;
 use freeflow_backend::{EngineConfig, Mac, NicConfig, PathChoice, Profile, Rates};
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +66,9 @@ pub struct Config {
     pub control: Option<PathBuf>,
     /// File that keeps the virtual NICs of `freeflow nic add` for the next start.
     pub state: Option<PathBuf>,
+    /// The host's RDMA NIC, for virtual NICs with `path = "nic"`: `auto`, or NAME or NAME:PORT. If left out, it is opened only if there is such a
+    /// virtual NIC at the start, as with `auto`.
+    pub rdma_device: Option<DeviceChoice>,
     /// Data-path workers.
     pub engine: EngineSettings,
     /// What the daemon gives up.
@@ -339,6 +343,7 @@ mod tests {
             ("10G", "fast", "not a rate in bit/s"),
             ("qp-ops = 1000", "burst-ms = 10001", "burst-ms must be at most"),
             ("qp-ops = 1000", "qp-ops = 0", "nonzero"),
+            ("[engine]", "rdma-device = \":1\"\n[engine]", "NAME:PORT"),
             ("[\"10.0.0.1\"]", "[]", "address"),
             ("fd00::1", "10.0.0.1", "twice"),
             ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),

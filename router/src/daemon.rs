@@ -10,6 +10,7 @@ use signal_hook::iterator::Signals;
 
 use crate::api;
 use crate::config::{Config, NicSettings};
+use crate::device;
 use crate::inventory;
 use crate::router::Router;
 use crate::sandbox::Sandbox;
@@ -22,12 +23,17 @@ use crate::steward::Steward;
 /// When something is wrong with the configuration, or the system does not give what it asks for.
 pub fn run(config: &Config) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot wait for signals")?;
-    let sandbox = Sandbox::new(&config.security)?;
     let added = load_added(config)?;
+    let nic = device::wanted(config, &added);
+    let sandbox = Sandbox::new(&config.security, nic.is_some())?;
+    device::prepare(nic.as_ref())?;
     let folders = make_folders(config)?;
     let steward = Steward::start(&config.security, config.state())?;
-    sandbox.enter(&folders)?;
-    let router = Arc::new(Router::start_with(config, None, Box::new(steward), &added)?);
+    sandbox.drop_privileges(&folders)?;
+    // As the user to come, and with its rights: the kernel takes no commands for a NIC but from whoever opened it.
+    let device = device::open(nic.as_ref())?;
+    sandbox.enter()?;
+    let router = Arc::new(Router::start_with(config, device, Box::new(steward), &added)?);
     let api = api::Server::start(config.control(), router.clone())?;
     sandbox.seal()?;
     log::info!(

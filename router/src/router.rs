@@ -154,7 +154,7 @@ impl Router {
     fn start_nic(&self, settings: &NicSettings, origin: Origin) -> Result<Option<NicId>> {
         ensure!(
             self.has_device || settings.path != PathChoice::Nic,
-            "virtual NIC {:?} is to use the host's RDMA NIC (path = \"nic\"), and there is none to use",
+            "virtual NIC {:?} is to use the host's RDMA NIC (path = \"nic\"), and there is none: start it with --rdma-device",
             settings.name
         );
         let mut inventory = self.inventory();

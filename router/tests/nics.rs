@@ -94,7 +94,7 @@ fn what_is_not_possible_is_refused_and_changes_nothing() {
     for (args, expected) in [
         (&["--ip", "10.0.0.1"][..], "\"n0\" and \"default-10.0.0.1\" both have address 10.0.0.1"),
         (&["--ip", "10.0.0.9", "--workers", "2"], "no more than engine.workers"),
-        (&["--ip", "10.0.0.9", "--path", "nic"], "none to use"),
+        (&["--ip", "10.0.0.9", "--path", "nic"], "start it with --rdma-device"),
         (&["--ip", "10.0.0.9", "--qps", "0"], "max_qp must be between 1 and"),
         (&["--ip", "10.0.0.9", "--limit", "max_qps=1"], "unknown field `max_qps`"),
         (&["--ip", "10.0.0.9", "--socket", "/nowhere/a.sock"], "No such file or directory"),

@@ -134,7 +134,7 @@ fn lose_memory(daemon: &Daemon<'_>, guest: &Guest, a: &Rc, b: &Rc) {
 }
 
 /// What [`forbidden`] is told to do, and whether the daemon may do it at its start, and when it runs.
-const CALLS: [(&str, bool, bool); 10] = [
+const CALLS: [(&str, bool, bool); 12] = [
     ("nothing", true, true),
     // When it runs, it gets an error.
     ("open", true, true),
@@ -146,6 +146,8 @@ const CALLS: [(&str, bool, bool); 10] = [
     ("internet", false, false),
     ("program", false, false),
     ("kill", false, false),
+    ("nic", false, false),
+    ("nic-in-use", true, true),
 ];
 
 /// Not a test by itself: the process that [`refused_calls_end_the_daemon`] starts.
@@ -157,10 +159,11 @@ fn forbidden() {
     };
     let [mode, stage, call] = plan.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let security = Security { user: None, seccomp: mode.parse().unwrap() };
-    let sandbox = Sandbox::new(&security).unwrap();
+    let sandbox = Sandbox::new(&security, call == "nic-in-use").unwrap();
     let (go, wait) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || wait.recv().is_ok().then(give_memory_back));
-    sandbox.enter(&[]).unwrap();
+    sandbox.drop_privileges(&[]).unwrap();
+    sandbox.enter().unwrap();
     if stage == "running" {
         sandbox.seal().unwrap();
     }
@@ -182,6 +185,7 @@ fn forbidden() {
         "internet" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
         "program" => drop(Command::new("/nowhere").exec()),
         "kill" => drop(kill(Pid::from_raw(std::process::id().cast_signed()), None)),
+        "nic" | "nic-in-use" => command_a_nic(),
         _ => unreachable!(),
     }
     // Not by way of the test harness, which does all kinds of things.
@@ -192,6 +196,13 @@ fn forbidden() {
 /// The first time that a thread's heap shrinks, glibc opens `/proc/sys/vm/overcommit_memory`.
 fn give_memory_back() {
     drop((0..100).map(|_| vec![1u8; 100_000]).collect::<Vec<_>>());
+}
+
+/// `RDMA_VERBS_IOCTL`, to nobody.
+#[expect(unsafe_code, reason = "ioctl")]
+fn command_a_nic() {
+    // SAFETY: there is no such descriptor, so the kernel reads and writes nothing.
+    unsafe { libc::ioctl(-1, 0xc018_1b01, std::ptr::null_mut::<u8>()) };
 }
 
 fn survives(mode: &str, stage: &str, call: &str) -> bool {

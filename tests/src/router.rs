@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use freeflow_backend::Mac;
-use freeflow_backend::verbs::Device;
 use freeflow_backend::verbs::fake::{FakeNic, Script};
+use freeflow_backend::verbs::host::HostNic;
+use freeflow_backend::verbs::{Device, DeviceChoice};
 use freeflow_backend::{NicStatus, PathChoice, Profile, Rates};
 use freeflow_router::config::{Config, EngineSettings, NicSettings};
 
@@ -84,15 +85,20 @@ impl RouterSpec {
 }
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
-/// late and in another order each time.
+/// late and in another order each time; `=nic` over one that this machine has, rxe for example.
 fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
         Ok("verbs") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
-        Ok(other) if other != "local" => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, verbs or shuffled"),
+        Ok("nic") => return Some(device_of_host()),
+        Ok(other) if other != "local" => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, verbs, shuffled or nic"),
         _ => return None,
     };
     Some(Arc::new(FakeNic::new(script)))
+}
+
+fn device_of_host() -> Arc<dyn Device> {
+    Arc::new(HostNic::open(&DeviceChoice::Auto).expect("a NIC of this machine"))
 }
 
 /// A router. Its sockets are in a directory that goes with it.

@@ -33,6 +33,24 @@ impl Extent {
         &self.region
     }
 
+    /// Where its first byte is mapped, for the host's NIC; valid while the extent lives.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn address(&self) -> *mut std::ffi::c_void {
+        self.seg.ptr.cast()
+    }
+
+    /// The file that it is part of.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn file(&self) -> Option<&std::fs::File> {
+        self.region.file()
+    }
+
+    /// Where in its file it starts.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn file_offset(&self) -> u64 {
+        self.region.id().offset + (self.seg.ptr.addr() - self.region.host_address().addr()) as u64
+    }
+
     /// `len` bytes from `offset` on; clipped to the extent's end.
     pub fn slice(&self, offset: u64, len: u64) -> Seg {
         self.seg.slice(offset as usize, usize::try_from(len).unwrap_or(usize::MAX))

@@ -118,6 +118,13 @@ impl Region {
         self.id == id && is_memory(file) && file.metadata().is_ok_and(|m| (m.dev(), m.ino()) == self.file)
     }
 
+    /// What is mapped.
+    #[cfg(feature = "rdma")]
+    pub(super) fn file(&self) -> Option<&File> {
+        use vm_memory::GuestMemoryRegion;
+        self.mmap.file_offset().map(FileOffset::file)
+    }
+
     pub(super) fn host_address(&self) -> *mut u8 {
         self.mmap.as_ptr()
     }

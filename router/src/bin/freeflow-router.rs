@@ -12,6 +12,7 @@ use freeflow_backend::Mac;
 use freeflow_backend::PathChoice;
 use freeflow_backend::Profile;
 use freeflow_backend::Rates;
+use freeflow_backend::verbs::DeviceChoice;
 use freeflow_router::config::NicSettings;
 use freeflow_router::sandbox::{Seccomp, Security};
 use freeflow_router::{Config, daemon, steward};
@@ -26,7 +27,7 @@ struct Args {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A virtual NIC: name=NAME,ip=ADDRESS[,ip=ADDRESS...],socket=PATH[,tenant=NAME][,mac=MAC].
+    /// A virtual NIC: name=NAME,ip=ADDRESS[,ip=ADDRESS...],socket=PATH[,tenant=NAME][,mac=MAC][,path=auto|nic].
     #[arg(long, value_name = "NIC", value_parser = parse_nic)]
     nic: Vec<NicSettings>,
     /// Unix socket for the freeflow command [default: /run/freeflow/control.sock].
@@ -35,6 +36,11 @@ struct Args {
     /// File that keeps the virtual NICs of `freeflow nic add` for the next start [default: /var/lib/freeflow/nics.toml].
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
+    /// The host's RDMA NIC, for virtual NICs with path=nic: auto for the first that can be used, or NAME or NAME:PORT as `rdma link` shows
+    /// them. RoCE v2 only, with its port's first GID made from an IPv4 address, else IPv6 [default: auto if a virtual NIC has path=nic at the
+    /// start, else none].
+    #[arg(long, value_name = "DEVICE")]
+    rdma_device: Option<DeviceChoice>,
     /// Data-path worker threads.
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -84,10 +90,16 @@ A configuration file:
   ip = [\"10.0.0.1\", \"fd00::1\"]
   socket = \"/run/freeflow/a.sock\"
 
+Two virtual NICs that reach each other through the host's RDMA NIC (docs/nic.md):
+  freeflow-router --rdma-device mlx5_0 \\
+                  --nic name=a,ip=10.0.0.1,socket=/run/freeflow/a.sock,path=nic \\
+                  --nic name=b,ip=10.0.0.2,socket=/run/freeflow/b.sock,path=nic
+
 The log goes to standard error; RUST_LOG=debug shows more.";
 
 fn parse_nic(text: &str) -> Result<NicSettings, String> {
     let (mut name, mut socket, mut tenant, mut mac, mut ip) = (None, None, None, None, Vec::new());
+    let mut path = PathChoice::Auto;
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
         match key {
@@ -95,9 +107,10 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
             "socket" => socket = Some(PathBuf::from(value)),
             "tenant" => tenant = Some(value.to_owned()),
             "mac" => mac = Some(value.parse::<Mac>()?),
+            "path" => path = parse_path(value)?,
             "ip" => ip.push(value.parse::<IpAddr>().map_err(|e| format!("{value:?}: {e}"))?),
             _ => {
-                return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac"));
+                return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac, path"));
             }
         }
     }
@@ -109,10 +122,18 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
         socket: socket.ok_or("socket=PATH is missing")?,
         vectors: 1,
         workers: 1,
-        path: PathChoice::Auto,
+        path,
         rate: Rates::default(),
         limits: Profile::default(),
     })
+}
+
+fn parse_path(text: &str) -> Result<PathChoice, String> {
+    match text {
+        "auto" => Ok(PathChoice::Auto),
+        "nic" => Ok(PathChoice::Nic),
+        _ => Err(format!("path {text:?}: use auto, or nic for the host's RDMA NIC")),
+    }
 }
 
 impl Args {
@@ -124,6 +145,7 @@ impl Args {
         config.nic.extend(self.nic);
         config.control = self.control.or(config.control);
         config.state = self.state.or(config.state);
+        config.rdma_device = self.rdma_device.or(config.rdma_device);
         config.engine.workers = self.workers.unwrap_or(config.engine.workers);
         config.engine.poll_us = self.poll_us.unwrap_or(config.engine.poll_us);
         if !self.cores.is_empty() {

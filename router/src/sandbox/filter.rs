@@ -150,8 +150,12 @@ const STEWARD_OLD: &[libc::c_long] = &[libc::SYS_chmod, libc::SYS_mkdir, libc::S
 #[cfg(not(target_arch = "x86_64"))]
 const STEWARD_OLD: &[libc::c_long] = &[libc::SYS_renameat];
 
-/// Installs the filter of a stage in all threads. Filters add up: the kernel takes the strictest answer.
-pub fn install(mode: Seccomp, stage: Stage) -> Result<(), FilterError> {
+/// `RDMA_VERBS_IOCTL` of `rdma_user_ioctl_cmds.h`: by which libibverbs makes and changes the objects of a NIC. It posts and polls by writing
+/// to memory, or to a descriptor.
+const VERBS: u64 = 0xc018_1b01;
+
+/// Installs the filter of a stage in all threads. Filters add up: the kernel takes the strictest answer. `nic`: the host's RDMA NIC is used.
+pub fn install(mode: Seccomp, stage: Stage, nic: bool) -> Result<(), FilterError> {
     let refused = match mode {
         Seccomp::Enforce => SeccompAction::KillProcess,
         Seccomp::Log => SeccompAction::Log,
@@ -163,7 +167,7 @@ pub fn install(mode: Seccomp, stage: Stage) -> Result<(), FilterError> {
             apply_filter_all_threads(&denial(denied)?)?;
         }
     }
-    Ok(apply_filter_all_threads(&program(stage, refused)?)?)
+    Ok(apply_filter_all_threads(&program(stage, refused, nic)?)?)
 }
 
 /// Calls that get an error and not the death penalty, since libraries make them of their own accord and can do without:
@@ -181,15 +185,15 @@ fn arch() -> Result<TargetArch, seccompiler::BackendError> {
     TargetArch::try_from(std::env::consts::ARCH)
 }
 
-fn program(stage: Stage, refused: SeccompAction) -> Result<BpfProgram, seccompiler::BackendError> {
-    SeccompFilter::new(rules(stage)?, refused, SeccompAction::Allow, arch()?)?.try_into()
+fn program(stage: Stage, refused: SeccompAction, nic: bool) -> Result<BpfProgram, seccompiler::BackendError> {
+    SeccompFilter::new(rules(stage, nic)?, refused, SeccompAction::Allow, arch()?)?.try_into()
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-fn rules(stage: Stage) -> Result<Rules, seccompiler::BackendError> {
+fn rules(stage: Stage, nic: bool) -> Result<Rules, seccompiler::BackendError> {
     let mut rules: Rules = [RUNNING, RUNNING_OLD].concat().into_iter().map(|call| (call, Vec::new())).collect();
-    limited(&mut rules)?;
+    limited(&mut rules, nic)?;
     let any = |calls: Vec<libc::c_long>| calls.into_iter().map(|call| (call, Vec::new()));
     let unix = || argument(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64);
     match stage {
@@ -214,12 +218,14 @@ fn rules(stage: Stage) -> Result<Rules, seccompiler::BackendError> {
 }
 
 /// Calls that are made with certain arguments only.
-fn limited(rules: &mut Rules) -> Result<(), seccompiler::BackendError> {
+fn limited(rules: &mut Rules, nic: bool) -> Result<(), seccompiler::BackendError> {
     let no_code = || argument(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0);
     rules.insert(libc::SYS_mmap, vec![no_code()?]);
     rules.insert(libc::SYS_mprotect, vec![no_code()?]);
     rules.insert(libc::SYS_prctl, vec![argument(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?]);
-    rules.insert(libc::SYS_ioctl, vec![argument(1, SeccompCmpOp::Eq, libc::FIONBIO)?]);
+    let requests = [libc::FIONBIO].into_iter().chain(nic.then_some(VERBS));
+    let requests = requests.map(|request| argument(1, SeccompCmpOp::Eq, request));
+    rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
     rules.insert(libc::SYS_tgkill, vec![argument(0, SeccompCmpOp::Eq, u64::from(std::process::id()))?]);
     let commands =
         [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_GET_SEALS];
@@ -239,7 +245,7 @@ mod tests {
 
     #[test]
     fn running_allows_nothing_that_the_start_does_not() {
-        let (start, running) = (rules(Stage::Start).unwrap(), rules(Stage::Running).unwrap());
+        let (start, running) = (rules(Stage::Start, true).unwrap(), rules(Stage::Running, true).unwrap());
         assert!(running.keys().all(|call| start.contains_key(call)));
         for call in [libc::SYS_socket, libc::SYS_connect, libc::SYS_bind] {
             assert!(start.contains_key(&call) && !running.contains_key(&call), "{call}");
@@ -250,7 +256,7 @@ mod tests {
 
     #[test]
     fn nothing_starts_programs_or_reaches_other_processes() {
-        for rules in [Stage::Start, Stage::Steward].map(|stage| rules(stage).unwrap()) {
+        for rules in [Stage::Start, Stage::Steward].map(|stage| rules(stage, true).unwrap()) {
             for call in
                 [libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_kill]
             {

@@ -1,9 +1,10 @@
 //! What the daemon gives up, since it works on bytes that hostile guests write: its user, its capabilities, and the system calls
 //! that it does not need.
 //!
-//! In two steps. [`Sandbox::enter`] comes before any thread and any socket: the user and the capabilities go, and with them most of the system
-//! calls. [`Sandbox::seal`] comes when everything runs: opening files, connecting and listening are over. What virtual NICs that come later
-//! need of these is done by the [steward](crate::steward), which gives up the rest ([`Sandbox::enter_steward`]).
+//! In three steps. [`Sandbox::drop_privileges`] comes before any thread and any socket: the user and the capabilities go. The host's RDMA NIC is
+//! opened then, which makes calls of its own. [`Sandbox::enter`] takes most of the system calls away. [`Sandbox::seal`] comes when everything runs:
+//! opening files, connecting and listening are over. What virtual NICs that come later need of these is done by the [steward](crate::steward),
+//! which gives up the rest ([`Sandbox::enter_steward`]).
 //! Limits on memory, processors and files are not here: those are the service manager's.
 
 mod filter;
@@ -83,31 +84,39 @@ pub enum SandboxError {
 pub struct Sandbox {
     user: Option<Target>,
     seccomp: Seccomp,
+    nic: bool,
 }
 
 impl Sandbox {
-    /// Changes nothing yet.
+    /// Changes nothing yet. `nic`: whether the host's RDMA NIC is used.
     ///
     /// # Errors
     /// When the user does not exist.
-    pub fn new(security: &Security) -> Result<Self, SandboxError> {
+    pub fn new(security: &Security, nic: bool) -> Result<Self, SandboxError> {
         let user = security.user.as_deref().map(Target::find).transpose()?;
-        Ok(Self { user, seccomp: security.seccomp })
+        Ok(Self { user, seccomp: security.seccomp, nic })
     }
 
-    /// Gives up what the start does not need. `folders` were made for the user to come, and become its own.
+    /// Gives up the user and the capabilities. `folders` were made for the user to come, and become its own.
     ///
     /// # Errors
-    /// When the user may not be taken on, or the kernel has no filters.
-    pub fn enter(&self, folders: &[PathBuf]) -> Result<(), SandboxError> {
+    /// When the user may not be taken on.
+    pub fn drop_privileges(&self, folders: &[PathBuf]) -> Result<(), SandboxError> {
         if self.stays_root() {
             log::warn!("running as root: name a user of its own with --user");
         }
         if let Some(user) = &self.user {
             user.own(folders)?;
         }
-        user::drop_privileges(self.user.as_ref())?;
-        Ok(filter::install(self.seccomp, Stage::Start)?)
+        Ok(user::drop_privileges(self.user.as_ref())?)
+    }
+
+    /// Gives up, in all threads, the system calls that the start does not need.
+    ///
+    /// # Errors
+    /// When the kernel has no filters.
+    pub fn enter(&self) -> Result<(), SandboxError> {
+        Ok(filter::install(self.seccomp, Stage::Start, self.nic)?)
     }
 
     /// Gives up what the steward does not need.
@@ -116,7 +125,7 @@ impl Sandbox {
     /// As [`enter`](Self::enter).
     pub fn enter_steward(&self) -> Result<(), SandboxError> {
         user::drop_privileges(self.user.as_ref())?;
-        Ok(filter::install(self.seccomp, Stage::Steward)?)
+        Ok(filter::install(self.seccomp, Stage::Steward, false)?)
     }
 
     fn stays_root(&self) -> bool {
@@ -128,6 +137,6 @@ impl Sandbox {
     /// # Errors
     /// When the kernel refuses the filter.
     pub fn seal(&self) -> Result<(), SandboxError> {
-        Ok(filter::install(self.seccomp, Stage::Running)?)
+        Ok(filter::install(self.seccomp, Stage::Running, self.nic)?)
     }
 }

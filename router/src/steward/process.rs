@@ -25,7 +25,7 @@ pub fn serve(stream: &UnixStream, security: &Security, state: PathBuf) -> Result
     let ignored =
         [SIGINT, SIGTERM, SIGHUP].map(|signal| signal_hook::flag::register(signal, std::sync::Arc::default()));
     ignored.into_iter().collect::<io::Result<Vec<_>>>().context("cannot ignore signals")?;
-    Sandbox::new(security)?.enter_steward()?;
+    Sandbox::new(security, false)?.enter_steward()?;
     let files = Direct { state: Some(state) };
     let mut made = Made::default();
     for order in orders(stream) {

@@ -1,0 +1,184 @@
+#![expect(unsafe_code, reason = "calls libibverbs")]
+//! A completion queue.
+
+use std::collections::VecDeque;
+use std::ffi::c_int;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rdma_sys::{
+    ibv_ack_cq_events, ibv_comp_channel, ibv_cq, ibv_create_comp_channel, ibv_create_cq, ibv_destroy_comp_channel,
+    ibv_destroy_cq, ibv_get_cq_event, ibv_poll_cq, ibv_req_notify_cq, ibv_wc, ibv_wc_flags,
+};
+use virtio_rdma::ib::{WcOpcode, WcStatus};
+
+use super::super::device::{CompletionQueue, DeviceError, Wc};
+use super::Shared;
+use super::context::{do_not_wait, errno, last_error};
+
+/// Completions that are asked for at a time.
+const BATCH: usize = 32;
+
+/// A completion queue of the device, with a channel of its own for events.
+#[derive(Debug)]
+pub struct Completions {
+    cq: NonNull<ibv_cq>,
+    /// After the queue.
+    channel: Channel,
+    /// Taken from the queue ahead of time, see [`forget`](Self::forget). Held while the queue is polled, so that order is kept.
+    ahead: Mutex<VecDeque<Wc>>,
+    _shared: Arc<Shared>,
+}
+
+// SAFETY: libibverbs may be called for one completion queue from many threads at a time.
+unsafe impl Send for Completions {}
+// SAFETY: as above.
+unsafe impl Sync for Completions {}
+
+impl Completions {
+    /// Makes one.
+    pub fn create(shared: &Arc<Shared>, entries: u32) -> io::Result<Self> {
+        let entries = c_int::try_from(entries).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let channel = Channel::create(shared)?;
+        // SAFETY: the context is open, and kept as long as the queue, as is the channel.
+        let cq = unsafe { ibv_create_cq(shared.context.as_ptr(), entries, null_mut(), channel.0.as_ptr(), 0) };
+        let cq = NonNull::new(cq).ok_or_else(last_error)?;
+        Ok(Self { cq, channel, ahead: Mutex::default(), _shared: shared.clone() })
+    }
+
+    /// For calls of the library.
+    pub fn as_ptr(&self) -> *mut ibv_cq {
+        self.cq.as_ptr()
+    }
+
+    /// Throws away what a queue pair that was destroyed has completed: not every driver does that, and numbers are used again.
+    pub fn forget(&self, qpn: u32) {
+        let mut ahead = self.ahead.lock();
+        loop {
+            let batch = self.next_batch(BATCH);
+            ahead.extend(batch.iter().filter(|wc| wc.qp_num != qpn).map(completion));
+            if batch.len() < BATCH {
+                return;
+            }
+        }
+    }
+
+    /// With the lock of `ahead` held.
+    fn next_batch(&self, most: usize) -> Batch {
+        let mut batch = Batch { wcs: [const { MaybeUninit::uninit() }; BATCH], len: 0 };
+        let most = most.min(BATCH) as c_int;
+        // SAFETY: the queue is there, and so many completions may be written.
+        let count = unsafe { ibv_poll_cq(self.as_ptr(), most, batch.wcs.as_mut_ptr().cast()) };
+        // A negative number is an error of the device, of which we hear otherwise.
+        batch.len = usize::try_from(count).unwrap_or(0).min(BATCH);
+        batch
+    }
+}
+
+/// Where events of a queue come from.
+#[derive(Debug)]
+struct Channel(NonNull<ibv_comp_channel>);
+
+impl Channel {
+    fn create(shared: &Shared) -> io::Result<Self> {
+        // SAFETY: the context is open, and kept by the queue that has the channel.
+        let channel =
+            NonNull::new(unsafe { ibv_create_comp_channel(shared.context.as_ptr()) }).ok_or_else(last_error)?;
+        let channel = Self(channel);
+        do_not_wait(channel.fd())?;
+        Ok(channel)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the channel has this descriptor as long as it is there, which is as long as `self`.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_ref().fd) }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // SAFETY: its queue is gone, and nobody uses it after this.
+        if let Err(error) = errno(unsafe { ibv_destroy_comp_channel(self.0.as_ptr()) }) {
+            log::error!("the host's NIC keeps a completion channel: {error}");
+        }
+    }
+}
+
+/// Completions as the library gives them.
+struct Batch {
+    wcs: [MaybeUninit<ibv_wc>; BATCH],
+    len: usize,
+}
+
+impl std::ops::Deref for Batch {
+    type Target = [ibv_wc];
+
+    fn deref(&self) -> &[ibv_wc] {
+        // SAFETY: `len` is how many the library has written.
+        unsafe { std::slice::from_raw_parts(self.wcs.as_ptr().cast(), self.len) }
+    }
+}
+
+impl CompletionQueue for Completions {
+    fn poll(&self, most: usize, out: &mut Vec<Wc>) {
+        let mut ahead = self.ahead.lock();
+        let before = ahead.len().min(most);
+        out.extend(ahead.drain(..before));
+        let mut left = most - before;
+        while left > 0 {
+            let batch = self.next_batch(left);
+            out.extend(batch.iter().map(completion));
+            if batch.len() < left.min(BATCH) {
+                return;
+            }
+            left -= batch.len();
+        }
+    }
+
+    fn arm(&self) -> Result<(), DeviceError> {
+        let failed = |source| DeviceError::System { what: "the completion queue cannot be armed", source };
+        // SAFETY: the queue is there.
+        errno(unsafe { ibv_req_notify_cq(self.as_ptr(), 0) }).map_err(failed)
+    }
+
+    fn take_events(&self) {
+        let (mut cq, mut context) = (null_mut(), null_mut());
+        // SAFETY: the channel is there, and both may be written to. It does not wait, and fails when there is no event.
+        while unsafe { ibv_get_cq_event(self.channel.0.as_ptr(), &raw mut cq, &raw mut context) } == 0 {
+            // SAFETY: the channel has one queue only, this one, whose event this is; it is acknowledged once.
+            unsafe { ibv_ack_cq_events(cq, 1) };
+        }
+    }
+
+    fn events_fd(&self) -> BorrowedFd<'_> {
+        self.channel.fd()
+    }
+}
+
+impl Drop for Completions {
+    fn drop(&mut self) {
+        // SAFETY: queue pairs keep their completion queue, so it has none left, and nobody uses it after this.
+        if let Err(error) = errno(unsafe { ibv_destroy_cq(self.as_ptr()) }) {
+            log::error!("the host's NIC keeps a completion queue: {error}");
+        }
+    }
+}
+
+fn completion(wc: &ibv_wc) -> Wc {
+    let status = WcStatus::from_wire(wc.status).unwrap_or(WcStatus::GeneralErr);
+    let with_imm = wc.wc_flags & ibv_wc_flags::IBV_WC_WITH_IMM.0 != 0 && status == WcStatus::Success;
+    // SAFETY: both parts are numbers of 32 bits.
+    let imm = unsafe { wc.imm_data_invalidated_rkey_union.imm_data };
+    Wc {
+        id: wc.wr_id,
+        status,
+        // Of one that failed nothing else is said.
+        opcode: WcOpcode::from_wire(wc.opcode).unwrap_or(WcOpcode::Send),
+        byte_len: wc.byte_len,
+        imm: with_imm.then_some(imm),
+    }
+}
