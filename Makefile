@@ -48,6 +48,10 @@ guests: images ## Unmodified software in real guests
 apps: images ## UCX, libfabric and other users of RDMA between guests, their data checked
 	$(E2E) apps
 
+.PHONY: nic
+nic: images ## The path over a host's RDMA NIC, in a guest that plays the host, with rxe for the NIC
+	$(E2E) nic
+
 .PHONY: conformance
 conformance: images ## rdma-core's own tests on the virtual NIC and on rxe, side by side
 	$(E2E) conformance

@@ -85,20 +85,21 @@ impl RouterSpec {
 }
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
-/// late and in another order each time; `=nic` over one that this machine has, rxe for example.
+/// late and in another order each time; `=nic` over one that this machine has, `=nic:rxe0` over this one.
 fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
         Ok("verbs") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
-        Ok("nic") => return Some(device_of_host()),
+        Ok(other) if other.starts_with("nic") => return Some(device_of_host(other)),
         Ok(other) if other != "local" => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, verbs, shuffled or nic"),
         _ => return None,
     };
     Some(Arc::new(FakeNic::new(script)))
 }
 
-fn device_of_host() -> Arc<dyn Device> {
-    Arc::new(HostNic::open(&DeviceChoice::Auto).expect("a NIC of this machine"))
+fn device_of_host(path: &str) -> Arc<dyn Device> {
+    let choice = path.strip_prefix("nic:").map_or(Ok(DeviceChoice::Auto), str::parse);
+    Arc::new(HostNic::open(&choice.expect("auto or a name")).expect("a NIC of this machine"))
 }
 
 /// A router. Its sockets are in a directory that goes with it.

@@ -50,6 +50,8 @@ enum Command {
     ///
     /// Prints a table for each distribution. Fails where a test fails on the virtual NIC, or passes on rxe alone.
     Conformance(ConformanceArgs),
+    /// The path over a host's RDMA NIC: in a User-mode Linux guest that plays the host, with rxe for the NIC.
+    Nic(FilterArgs),
     /// The full product of programs, flags, sizes, distributions and VMMs (hours).
     Matrix(MatrixArgs),
 }
@@ -143,6 +145,7 @@ fn run(cli: &Cli) -> Result<bool> {
             Ok(reporter.is_success())
         }
         Command::Test(args) => run_scenes(&if args.quick { lists::quick() } else { lists::full() }, &args.filter),
+        Command::Nic(args) => run_scenes(&lists::nic(), args),
         Command::Apps(args) => run_apps(args),
         Command::Conformance(args) => run_conformance(args),
         Command::Matrix(args) => {

@@ -5,6 +5,7 @@
 //! * [`suite`] runs [`lists`] of checks: pairs, [`solo`] programs, and the ends at bad moments of [`life`].
 //! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
 //!   [`probes`] what is not offered, [`processes`] forks and threads.
+//!   [`nic`] is the path over a host's RDMA NIC,
 //!   [`paging`] memory that is not pinned; [`mpi`], [`rdma_cm`] and [`kernel_users`] among it.
 
 pub mod apps;
@@ -19,6 +20,7 @@ pub mod kernel_users;
 pub mod life;
 pub mod lists;
 pub mod mpi;
+pub mod nic;
 pub mod paging;
 pub mod pair;
 pub mod perf;

@@ -7,6 +7,7 @@ use super::bed::Bed;
 use super::conformance;
 use super::guest::Kind;
 use super::life::{SCENARIOS, Scenario};
+use super::nic;
 use super::paging;
 use super::pair;
 use super::perf::Program;
@@ -39,6 +40,8 @@ pub enum Check {
     Processes(usize, &'static str, &'static str),
     /// One of [`paging::KINDS`] in one guest.
     Paging(usize, &'static str, &'static str),
+    /// One of [`nic::SUITES`], in a guest that plays the host.
+    OverNic(usize, &'static str),
     /// What is not offered, in one guest.
     NotOffered(usize),
     /// rdma-core's own tests, shared by all guests.
@@ -102,6 +105,7 @@ impl Check {
             Self::Resource(nic) => format!("guest {nic}: rdma resource"),
             Self::App(server, client, app) => format!("{}: {}", way(*server, *client), app.name),
             Self::Processes(nic, _, name) | Self::Paging(nic, _, name) => format!("guest {nic}: {name}"),
+            Self::OverNic(nic, name) => format!("guest {nic} as a host: tests of {name} over its NIC (rxe)"),
             Self::NotOffered(nic) => format!("guest {nic}: what is not offered"),
             Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
@@ -123,6 +127,7 @@ impl Check {
             }
             Self::Processes(nic, kind, _) => processes::check(bed, *nic, kind)?,
             Self::Paging(nic, kind, _) => paging::check(bed, *nic, kind)?,
+            Self::OverNic(nic, name) => nic::check(bed, *nic, name)?,
             Self::NotOffered(nic) => probes::check(bed, *nic)?,
             Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.

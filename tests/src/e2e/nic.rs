@@ -1,0 +1,169 @@
+//! The path over a host's RDMA NIC, on a NIC that the kernel knows: in a guest that plays the host, with rxe for the NIC.
+//!
+//! The in-process guest's own tests run there as programs of the host, which see virtual NICs that reach each other over rxe.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+use super::bed::Bed;
+use super::conformance::RXE;
+use super::guest::Guest;
+
+/// How long the tests of one program may take.
+const PATIENCE: Duration = Duration::from_mins(10);
+
+/// Tests of the in-process guest that are run over a NIC.
+#[derive(Debug)]
+pub struct Suite {
+    /// The file in `tests/tests`.
+    pub name: &'static str,
+    /// Tests of it that are left out; why is said beside it.
+    skip: &'static [&'static str],
+    /// Whether the NIC must be seen to carry bytes.
+    carries: bool,
+}
+
+const fn suite(name: &'static str) -> Suite {
+    Suite { name, skip: &[], carries: false }
+}
+
+const fn carried(name: &'static str) -> Suite {
+    Suite { name, skip: &[], carries: true }
+}
+
+/// Those that `make test` runs.
+pub const FEW: [&str; 4] = ["rc", "uc", "srq", "errors"];
+
+/// All, in the order in which they run.
+pub const SUITES: [Suite; 9] = [
+    carried("rc"),
+    carried("uc"),
+    carried("srq"),
+    carried("errors"),
+    suite("atomics"),
+    suite("events"),
+    suite("objects"),
+    suite("resize"),
+    suite("ud"),
+];
+
+/// What the kernel of the host says of its NIC.
+struct Traces {
+    resources: String,
+    sent: u64,
+}
+
+impl Suite {
+    /// By its name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        SUITES.iter().find(|suite| suite.name == name)
+    }
+
+    /// Runs its tests in the guest that plays the host.
+    pub fn run(&self, bed: &Bed, nic: usize) -> Result<()> {
+        let host = bed.guest(nic)?;
+        host.must(&format!("rdma link show rxe0/1 >/dev/null 2>&1 || {{ {RXE}\n}}")).context("no rxe in the guest")?;
+        let program = program(self.name)?;
+        std::fs::copy(&program, bed.share().join("program")).context("cannot give the guest a test program")?;
+        let before = Traces::of(host)?;
+        let skips: Vec<_> = self.skip.iter().map(|test| format!("--skip {test}")).collect();
+        let run = format!("FREEFLOW_TEST_PATH=nic:rxe0 exec /share/program --test-threads=2 {} 2>&1", skips.join(" "));
+        let done = host.run(&run, PATIENCE)?;
+        ensure!(done.status == 0, "status {}:\n{}", done.status, done.output);
+        let after = Traces::of(host)?;
+        ensure!(
+            after.resources == before.resources,
+            "left on the NIC: {}before: {}",
+            after.resources,
+            before.resources
+        );
+        let carried = after.sent - before.sent;
+        ensure!(!self.carries || carried > 1 << 20, "rxe has sent {carried} bytes only:\n{}", done.output);
+        Ok(())
+    }
+}
+
+impl Traces {
+    fn of(host: &Guest) -> Result<Self> {
+        let resources = host.must("rdma resource show rxe0")?;
+        let statistic = host.must("rdma statistic show link rxe0/1")?;
+        let sent = counter(&statistic, "sent_bytes").with_context(|| format!("no sent_bytes in: {statistic}"))?;
+        Ok(Self { resources, sent })
+    }
+}
+
+/// One of `rdma statistic`.
+fn counter(statistic: &str, name: &str) -> Option<u64> {
+    statistic.split_whitespace().skip_while(|word| *word != name).nth(1)?.parse().ok()
+}
+
+/// What cargo says of a thing that it has built.
+#[derive(Debug, Deserialize)]
+struct Built {
+    target: Target,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Target {
+    kind: Vec<String>,
+    name: String,
+}
+
+/// The program of some tests, built if need be.
+fn program(name: &str) -> Result<PathBuf> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["test", "--quiet", "--no-run", "--message-format=json", "-p", "freeflow-tests", "--test", name]);
+    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR"))).stdin(Stdio::null()).stderr(Stdio::inherit());
+    let output = cargo.output().context("cannot start cargo, which builds the tests")?;
+    ensure!(output.status.success(), "cargo cannot build the tests of {name} ({})", output.status);
+    let found = programs(&String::from_utf8_lossy(&output.stdout)).remove(name);
+    found.with_context(|| format!("cargo has not built the tests of {name}"))
+}
+
+fn programs(messages: &str) -> BTreeMap<String, PathBuf> {
+    let built = messages.lines().filter_map(|line| serde_json::from_str::<Built>(line).ok());
+    let tests = built.filter(|built| built.target.kind == ["test"]);
+    tests.filter_map(|built| Some((built.target.name, built.executable?))).collect()
+}
+
+/// The suite of a name in a list.
+pub fn check(bed: &Bed, nic: usize, name: &str) -> Result<()> {
+    match Suite::named(name) {
+        Some(suite) => suite.run(bed, nic),
+        None => bail!("no tests are called {name}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_in_what_cargo_says() {
+        let messages = r#"
+{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"x"},"executable":null}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"rc"},"executable":"/t/rc-1"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(programs(messages), BTreeMap::from([("rc".to_owned(), PathBuf::from("/t/rc-1"))]));
+    }
+
+    #[test]
+    fn counters_are_found() {
+        let text = "link rxe0/1 sent_pkts 7 sent_bytes 4096 rcvd_bytes 5 ";
+        assert_eq!((counter(text, "sent_bytes"), counter(text, "link_downed")), (Some(4096), None));
+    }
+
+    #[test]
+    fn what_is_run_is_there() {
+        for name in SUITES.iter().map(|suite| suite.name).chain(FEW) {
+            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name).with_extension("rs");
+            assert!(file.exists() && Suite::named(name).is_some(), "{name}");
+        }
+    }
+}
