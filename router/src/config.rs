@@ -1,7 +1,7 @@
 //! The router's configuration: a TOML file, checked as a whole before anything starts.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -64,6 +64,8 @@ pub enum ConfigError {
 pub struct Config {
     /// Unix socket for the `freeflow` command.
     pub control: Option<PathBuf>,
+    /// Address and port at which Prometheus finds figures; nowhere if left out.
+    pub metrics: Option<SocketAddr>,
     /// File that keeps the virtual NICs of `freeflow nic add` for the next start.
     pub state: Option<PathBuf>,
     /// The host's RDMA NIC, for virtual NICs with `path = "nic"`: `auto`, or NAME or NAME:PORT. If left out, it is opened only if there is such a

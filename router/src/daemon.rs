@@ -12,6 +12,7 @@ use crate::api;
 use crate::config::{Config, NicSettings};
 use crate::device;
 use crate::inventory;
+use crate::metrics;
 use crate::router::Router;
 use crate::sandbox::Sandbox;
 use crate::steward::Steward;
@@ -28,6 +29,7 @@ pub fn run(config: &Config) -> Result<()> {
     let sandbox = Sandbox::new(&config.security, nic.is_some())?;
     device::prepare(nic.as_ref())?;
     let folders = make_folders(config)?;
+    let metrics = config.metrics.map(metrics::listen).transpose()?;
     let steward = Steward::start(&config.security, config.state())?;
     sandbox.drop_privileges(&folders)?;
     // As the user to come, and with its rights: the kernel takes no commands for a NIC but from whoever opened it.
@@ -35,6 +37,7 @@ pub fn run(config: &Config) -> Result<()> {
     sandbox.enter()?;
     let router = Arc::new(Router::start_with(config, device, Box::new(steward), &added)?);
     let api = api::Server::start(config.control(), router.clone())?;
+    let metrics = metrics.map(|listener| metrics::Server::start(listener, router.clone())).transpose()?;
     sandbox.seal()?;
     log::info!(
         "serving {}; look with: freeflow --control {} nics",
@@ -47,7 +50,7 @@ pub fn run(config: &Config) -> Result<()> {
     );
     signals.forever().next();
     log::info!("stopping");
-    drop(api);
+    drop((api, metrics));
     router.stop();
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! * [`router`] starts the device side with all virtual NICs and stops it; [`inventory`] decides which may come and go.
 //! * [`device`] opens the host's RDMA NIC, if it is to be used.
 //! * [`daemon`] is the daemon's life, [`sandbox`] what it gives up, [`steward`] the process that has [`files`] and sockets made for it.
-//! * [`api`] is the Unix socket by which [`cli`], the `freeflow` command, asks.
+//! * [`api`] is the Unix socket by which [`cli`], the `freeflow` command, asks; [`metrics`] is what Prometheus asks.
 
 pub mod api;
 pub mod cli;
@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod device;
 pub mod files;
 pub mod inventory;
+pub mod metrics;
 pub mod overlay;
 pub mod router;
 pub mod sandbox;

@@ -5,16 +5,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 
 macro_rules! counters {
-    ($($(#[$meta:meta])* $name:ident,)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident,)*) => {
         /// Counters that workers and the control queue add to.
         /// On cache lines of their own: what lies beside them is read by every worker.
         #[derive(Debug, Default)]
         #[repr(align(128))]
-        pub struct Counters { $($(#[$meta])* pub $name: Counter,)* }
+        pub struct Counters { $($(#[doc = $doc])* pub $name: Counter,)* }
 
         /// Values of [`Counters`] at one moment.
         #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-        pub struct CounterValues { $($(#[$meta])* pub $name: u64,)* }
+        pub struct CounterValues { $($(#[doc = $doc])* pub $name: u64,)* }
+
+        impl CounterValues {
+            /// Names of all, in the order of [`named`](Self::named), and what they count.
+            pub const DESCRIPTIONS: &[(&str, &str)] = &[$((stringify!($name), concat!($($doc),*)),)*];
+
+            /// All values with their names.
+            pub fn named(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name),)*]
+            }
+        }
 
         impl Counters {
             /// All values now.

@@ -1,6 +1,6 @@
 //! `freeflow-router`: the daemon.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -41,6 +41,9 @@ struct Args {
     /// start, else none].
     #[arg(long, value_name = "DEVICE")]
     rdma_device: Option<DeviceChoice>,
+    /// Address at which Prometheus finds figures, such as 127.0.0.1:9464 [default: none].
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     /// Data-path worker threads.
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -146,6 +149,7 @@ impl Args {
         config.control = self.control.or(config.control);
         config.state = self.state.or(config.state);
         config.rdma_device = self.rdma_device.or(config.rdma_device);
+        config.metrics = self.metrics.or(config.metrics);
         config.engine.workers = self.workers.unwrap_or(config.engine.workers);
         config.engine.poll_us = self.poll_us.unwrap_or(config.engine.poll_us);
         if !self.cores.is_empty() {

@@ -18,6 +18,9 @@ fn main() -> ExitCode {
 
 /// A reader that has seen enough (`| head`) is no failure.
 fn print(text: &str) -> ExitCode {
+    if text.is_empty() {
+        return ExitCode::SUCCESS;
+    }
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             eprintln!("freeflow: cannot write: {error}");

@@ -1,6 +1,7 @@
 //! The `freeflow` command: what a running router has, as tables or JSON, and changes to it.
 
 mod nic;
+mod top;
 
 use std::path::PathBuf;
 
@@ -33,6 +34,7 @@ const EXAMPLES: &str = "Examples:
   freeflow nics                       which virtual NICs there are, and who is connected
   freeflow qps --nic a                queue pairs of virtual NIC a: state, peer, path, traffic
   freeflow stats --json | jq .nics    all counters
+  freeflow top                        what they do now
   freeflow nic add --ip 10.32.0.5     a new virtual NIC; prints the socket for its VMM
   freeflow nic del default-10.32.0.5  and away with it";
 
@@ -52,13 +54,15 @@ enum Command {
         #[arg(long, value_name = "NAME")]
         nic: Option<String>,
     },
-    /// Add, remove and show a virtual NIC.
+    /// What virtual NICs and queue pairs do now, again and again; with --json a line for each look.
+    Top(top::Top),
+    /// Add, change, remove and show a virtual NIC.
     #[command(subcommand)]
     Nic(nic::Command),
 }
 
 impl Cli {
-    /// Runs the command and returns what it prints.
+    /// Runs the command and returns what it prints at its end, if anything.
     ///
     /// # Errors
     /// When the daemon cannot be asked.
@@ -78,6 +82,7 @@ impl Cli {
                 stats.nics.retain(|n| keep(nic, &n.config.name));
                 self.show(stats, stats_table)
             }
+            Command::Top(top) => top.run(&self.control, self.json).map(|()| String::new()),
             Command::Nic(command) => self.nic(command),
         }
     }

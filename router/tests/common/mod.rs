@@ -49,6 +49,11 @@ impl Place {
 
     /// A daemon with so many virtual NICs from its command line, as `nobody` where we may choose.
     pub fn start(&self, nics: usize) -> Daemon<'_> {
+        self.start_with(nics, &[])
+    }
+
+    /// The same, with more arguments.
+    pub fn start_with(&self, nics: usize, args: &[&str]) -> Daemon<'_> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_freeflow-router"));
         command.arg("--control").arg(self.run().join("control.sock")).arg("--state").arg(self.state());
         for nic in 0..nics {
@@ -59,7 +64,7 @@ impl Place {
         if Uid::effective().is_root() {
             command.args(["--user", "65534"]);
         }
-        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let child = command.args(args).stderr(Stdio::piped()).spawn().unwrap();
         let daemon = Daemon { child, place: self };
         eventually("start of the daemon", SOON, || api::nics(&daemon.control()).is_ok());
         daemon

@@ -1,0 +1,98 @@
+//! The figures of a router at one moment, in the text format of `OpenMetrics`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use freeflow_backend::nic::stats::CounterValues;
+use freeflow_backend::{NicStatus, QpStatus};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::router::Router;
+
+type Labels = Vec<(&'static str, String)>;
+
+/// All figures of `router`.
+///
+/// # Errors
+/// When they cannot be written, which does not happen to a string.
+pub fn of(router: &Router) -> Result<String, fmt::Error> {
+    text(&router.nics(), &router.qps(), &router.worker_sleeps())
+}
+
+fn text(nics: &[NicStatus], qps: &[QpStatus], sleeps: &[u64]) -> Result<String, fmt::Error> {
+    let mut registry = Registry::with_prefix("freeflow");
+    let build = [("version", env!("CARGO_PKG_VERSION").to_owned())];
+    gauge(&mut registry, "build_info", "The router's version", [(build.to_vec(), 1)]);
+    add_nics(&mut registry, nics);
+    add_counters(&mut registry, nics);
+    add_qps(&mut registry, nics, qps);
+    let sleeps = sleeps.iter().enumerate().map(|(worker, &times)| (vec![("worker", worker.to_string())], times));
+    counter(&mut registry, "worker_sleeps", "Times that a data-path worker has slept", sleeps);
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+fn of_nic(nic: &NicStatus) -> Labels {
+    vec![("nic", nic.config.name.clone()), ("tenant", nic.config.tenant.clone())]
+}
+
+fn with(mut labels: Labels, name: &'static str, value: &str) -> Labels {
+    labels.push((name, value.to_owned()));
+    labels
+}
+
+fn add_nics(registry: &mut Registry, nics: &[NicStatus]) {
+    let each = |value: fn(&NicStatus) -> bool| nics.iter().map(move |nic| (of_nic(nic), u64::from(value(nic))));
+    gauge(registry, "nic_connected", "Whether a VMM is connected", each(|nic| nic.connected));
+    gauge(registry, "nic_running", "Whether a guest's driver has set the device up", each(|nic| nic.running));
+    let objects = nics.iter().flat_map(|nic| {
+        let o = nic.objects;
+        let kinds = [("pd", o.pds), ("mr", o.mrs), ("cq", o.cqs), ("qp", o.qps), ("gid", o.gids)];
+        kinds.map(|(kind, count)| (with(of_nic(nic), "kind", kind), count as u64))
+    });
+    gauge(registry, "nic_objects", "Objects that a guest has", objects);
+}
+
+fn add_counters(registry: &mut Registry, nics: &[NicStatus]) {
+    let values: Vec<_> = nics.iter().map(|nic| (of_nic(nic), nic.counters.named())).collect();
+    for (index, (name, help)) in CounterValues::DESCRIPTIONS.iter().enumerate() {
+        let each = values.iter().map(|(labels, named)| (labels.clone(), named[index].1));
+        counter(registry, &format!("nic_{name}"), help.trim().trim_end_matches('.'), each);
+    }
+}
+
+/// Queue pairs by transport, state and path: one by one they would be too many.
+fn add_qps(registry: &mut Registry, nics: &[NicStatus], qps: &[QpStatus]) {
+    let tenants: BTreeMap<_, _> = nics.iter().map(|nic| (nic.config.name.as_str(), nic)).collect();
+    let mut counts: BTreeMap<(&str, &str, &str, &str), u64> = BTreeMap::new();
+    for qp in qps {
+        let path = qp.path.as_deref().unwrap_or("none");
+        *counts.entry((&qp.nic, &qp.kind, &qp.state, path)).or_default() += 1;
+    }
+    let each = counts.into_iter().filter_map(|((nic, kind, state, path), count)| {
+        let labels = [("type", kind), ("state", state), ("path", path)];
+        Some((labels.iter().fold(of_nic(tenants.get(nic)?), |all, (name, value)| with(all, name, value)), count))
+    });
+    gauge(registry, "nic_qps", "Queue pairs by transport, state and path", each);
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, u64)>) {
+    let family = Family::<Labels, Gauge>::default();
+    for (labels, value) in values {
+        family.get_or_create(&labels).set(value.cast_signed());
+    }
+    registry.register(name, help, family);
+}
+
+fn counter(registry: &mut Registry, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, u64)>) {
+    let family = Family::<Labels, Counter>::default();
+    for (labels, value) in values {
+        family.get_or_create(&labels).inc_by(value);
+    }
+    registry.register(name, help, family);
+}
