@@ -55,7 +55,7 @@ impl Control {
         if !connects || send.nic.is_some() {
             return Ok(());
         }
-        let end = fabric.add(&self.nic, qp, &**domain, send.entries());
+        let end = fabric.add(&self.nic, qp, domain, send.entries());
         let end = end.map_err(|error| self.no_room("queue pair", &error))?;
         // Its worker may have to wait for completions of another queue from now on.
         self.engine.wake(end.worker());

@@ -119,7 +119,7 @@ impl Job {
     /// The message will not be finished, and its receive is for the next.
     pub fn put_back_receive(&mut self) {
         if let Grip::Before(peer, ticket) = std::mem::take(&mut self.grip) {
-            peer.recv.lock().put_back(ticket, std::mem::take(&mut self.recv));
+            peer.recv.lock().drop_message(ticket, std::mem::take(&mut self.recv));
         }
     }
 }

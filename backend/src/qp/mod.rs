@@ -219,6 +219,16 @@ impl Qp {
         *self.end.lock() = Some(end);
     }
 
+    /// Gives it another in place of this one; false if it does not have this one.
+    pub fn replace_end(&self, old: &Arc<End>, new: &Arc<End>) -> bool {
+        let mut end = self.end.lock();
+        let same = end.as_ref().is_some_and(|end| Arc::ptr_eq(end, old));
+        if same {
+            *end = Some(new.clone());
+        }
+        same
+    }
+
     /// The NIC has nothing of it any more, and no memory of its guest through it, when this returns.
     pub fn leave_nic(&self) {
         let end = self.end.lock().take();

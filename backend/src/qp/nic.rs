@@ -54,6 +54,13 @@ impl NicQueue {
         }
     }
 
+    /// The queue pair has this end now, in place of one that is gone and of which nothing is left to complete.
+    pub fn change_end(&mut self, now: Arc<End>) {
+        if self.posted.is_empty() && !Arc::ptr_eq(&self.end, &now) {
+            (self.end, self.peer, self.asked, self.seen) = (now, None, None, 0);
+        }
+    }
+
     /// It is to be connected to this end: what will say that this was seen to, if it was not asked for before.
     pub fn ask(&mut self, theirs: &Arc<End>) -> Option<Arc<AtomicBool>> {
         if self.asked.as_ref().is_some_and(|(end, _)| Arc::ptr_eq(end, theirs)) {

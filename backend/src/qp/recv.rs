@@ -286,10 +286,15 @@ impl RecvQueue {
     }
 
     /// The message was dropped: its receive is for the next one.
-    pub fn put_back(&mut self, ticket: Ticket, recv: Recv) {
+    pub fn drop_message(&mut self, ticket: Ticket, recv: Recv) {
         if self.finish(ticket) {
-            self.held.push_back(recv);
+            self.put_back(recv);
         }
+    }
+
+    /// A receive that was taken quietly is for the next message after all.
+    pub fn put_back(&mut self, recv: Recv) {
+        self.held.push_back(recv);
     }
 
     /// Takes the next receive for a datagram; with what names it to [`give_back`](Self::give_back).

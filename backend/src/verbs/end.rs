@@ -7,14 +7,14 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use virtio_rdma::ib::WcStatus;
 
 use super::device::{
-    Capacity, Connection, DeviceError, Endpoint, PostError, QueuePair, RecvRequest, SendList, Sending,
+    Capacity, Connection, DeviceError, Endpoint, PostError, ProtectionDomain, QueuePair, RecvRequest, SendList, Sending,
 };
 use super::fabric::Side;
-use crate::wqe::Sge;
+use crate::wqe::{Recv, Sge};
 
 /// Names a work request in its completion: the end, which queue, and which element of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +65,36 @@ pub struct PostedRecv {
     pub solicited: bool,
 }
 
+/// Receives of an end that are on the NIC, locked.
+#[derive(Debug)]
+pub struct Recvs<'a> {
+    end: &'a End,
+    all: MutexGuard<'a, PostedRecvs>,
+}
+
+impl Recvs<'_> {
+    /// Whether another one may be posted.
+    pub fn has_room(&self) -> bool {
+        self.all.list.len() < self.end.capacity.recvs as usize
+    }
+
+    /// Posts a guest's receive, whose list is this in terms of the NIC, for a message that is about to be sent.
+    ///
+    /// # Errors
+    /// When the NIC refuses it, or the end is gone. It is the last of those for [`take_recv`](End::take_recv) all the same: once the end is
+    /// [destroyed](End::destroy) all are flushed, in their order.
+    pub fn post(mut self, recv: &Recv, solicited: bool, sges: &[Sge]) -> Result<(), PostError> {
+        self.end.side.0.expect(1);
+        self.all.list.push_back(PostedRecv { wr_id: recv.wr_id, solicited });
+        if self.end.unreliable {
+            self.all.sges.extend(recv.sges.as_slice());
+            self.all.counts.push_back(recv.sges.as_slice().len());
+        }
+        let pair = self.end.pair.read();
+        pair.as_ref().ok_or(PostError { posted: 0 })?.post_recv(&RecvRequest { id: self.end.tag.recv(), sges })
+    }
+}
+
 /// How sends ended since somebody looked.
 #[derive(Debug, Default)]
 pub struct Ended {
@@ -86,6 +116,9 @@ pub struct End {
     side: (Arc<Side>, usize),
     endpoint: Endpoint,
     capacity: Capacity,
+    pd: Arc<dyn ProtectionDomain>,
+    /// Whether messages to it may get lost, and their receives be given back.
+    unreliable: bool,
     /// `None` once it is destroyed.
     pair: RwLock<Option<Box<dyn QueuePair>>>,
     /// The end that it is connected to.
@@ -99,7 +132,36 @@ pub struct End {
     ended: AtomicU32,
     /// How they ended.
     ends: Mutex<Ended>,
-    recvs: Mutex<VecDeque<PostedRecv>>,
+    recvs: Mutex<PostedRecvs>,
+}
+
+/// A guest's receives that are on the NIC, oldest first.
+#[derive(Debug, Default)]
+struct PostedRecvs {
+    list: VecDeque<PostedRecv>,
+    /// Of an unreliable end: the guest's SGEs of all of them, with how many each has.
+    sges: VecDeque<Sge>,
+    counts: VecDeque<usize>,
+}
+
+impl PostedRecvs {
+    fn pop(&mut self) -> Option<PostedRecv> {
+        let count = self.counts.pop_front().unwrap_or(0);
+        self.sges.drain(..count);
+        self.list.pop_front()
+    }
+
+    /// As the guest posted them.
+    fn take(&mut self) -> Vec<Recv> {
+        let Self { list, sges, counts } = std::mem::take(self);
+        let mut sges = sges.into_iter();
+        let whole = |(posted, count): (PostedRecv, usize)| {
+            let mut recv = Recv { wr_id: posted.wr_id, ..Recv::default() };
+            sges.by_ref().take(count).for_each(|sge| recv.sges.push(sge));
+            recv
+        };
+        list.into_iter().zip(counts).map(whole).collect()
+    }
 }
 
 impl End {
@@ -109,6 +171,7 @@ impl End {
         side: (Arc<Side>, usize),
         endpoint: Endpoint,
         capacity: Capacity,
+        (pd, unreliable): (&Arc<dyn ProtectionDomain>, bool),
         pair: Box<dyn QueuePair>,
     ) -> Self {
         Self {
@@ -118,6 +181,8 @@ impl End {
             side,
             endpoint,
             capacity,
+            pd: pd.clone(),
+            unreliable,
             pair: RwLock::new(Some(pair)),
             peer: AtomicU64::new(0),
             sends: AtomicBool::new(false),
@@ -127,6 +192,11 @@ impl End {
             ends: Mutex::default(),
             recvs: Mutex::default(),
         }
+    }
+
+    /// Its protection domain on the NIC.
+    pub(super) fn pd(&self) -> &Arc<dyn ProtectionDomain> {
+        &self.pd
     }
 
     pub(super) fn id(&self) -> u64 {
@@ -217,34 +287,30 @@ impl End {
         pair.post_send(list)
     }
 
-    /// Posts a guest's receive for a message that is about to be sent.
-    ///
-    /// # Errors
-    /// When the NIC refuses it, or the end is gone. It is the last of those for [`take_recv`](Self::take_recv) all the same: once the end is
-    /// [destroyed](Self::destroy) all are flushed, in their order.
-    pub fn post_recv(&self, recv: PostedRecv, sges: &[Sge]) -> Result<(), PostError> {
-        let mut recvs = self.recvs.lock();
-        self.side.0.expect(1);
-        recvs.push_back(recv);
-        let pair = self.pair.read();
-        pair.as_ref().ok_or(PostError { posted: 0 })?.post_recv(&RecvRequest { id: self.tag.recv(), sges })
-    }
-
-    /// Whether another receive may be posted.
-    pub fn takes_recv(&self) -> bool {
-        self.recvs.lock().len() < self.capacity.recvs as usize
+    /// Its receives, for one more. As long as the caller has them nobody finds that it has none: what is taken from the guest's
+    /// queue meanwhile is flushed before what is left there.
+    pub fn recvs(&self) -> Recvs<'_> {
+        Recvs { end: self, all: self.recvs.lock() }
     }
 
     /// Receives that are on the NIC.
     pub fn num_recvs(&self) -> usize {
-        self.recvs.lock().len()
+        self.recvs.lock().list.len()
     }
 
     /// A receive has completed: which. They do so in order.
     pub fn take_recv(&self) -> Option<PostedRecv> {
-        let recv = self.recvs.lock().pop_front()?;
+        let recv = self.recvs.lock().pop()?;
         self.side.0.finished(1);
         Some(recv)
+    }
+
+    /// Destroys an unreliable one: receives whose messages were lost, as the guest posted them.
+    pub(super) fn retire(&self) -> Vec<Recv> {
+        self.destroy();
+        let lost = self.recvs.lock().take();
+        self.side.0.finished(lost.len());
+        lost
     }
 
     /// A send has completed, and with it those before it that made no completion.
@@ -314,7 +380,7 @@ impl Drop for End {
 mod tests {
     use virtio_rdma::ib::SendFlags;
 
-    use super::super::device::PostedOp;
+    use super::super::device::{Device, PostedOp};
     use super::super::fake::{FakeNic, Script};
     use super::*;
     use crate::overlay::Gid;
@@ -354,10 +420,12 @@ mod tests {
         let capacity = Capacity { sends: 8, recvs: 8, sges: 1, inline: 0 };
         let (index, _cq) = side.reserve(&device, capacity).unwrap();
         let endpoint = Endpoint { qpn: 1, gid: Gid([0; 16]), psn: 0 };
-        let end = End::new((Tag::new(5), 0), 0, (side.clone(), index), endpoint, capacity, Box::new(Refusing));
+        let pd = device.alloc_pd().unwrap();
+        let (side_of, pd) = ((side.clone(), index), (&pd, false));
+        let end = End::new((Tag::new(5), 0), 0, side_of, endpoint, capacity, pd, Box::new(Refusing));
         let mut list = SendList::default();
         list.push(end.send_id(0), PostedOp::Send, SendFlags::empty(), (0, 0));
-        let recv = |wr_id| end.post_recv(PostedRecv { wr_id, solicited: false }, &[]);
+        let recv = |wr_id| end.recvs().post(&Recv { wr_id, ..Recv::default() }, false, &[]);
         assert!(end.post_send(&list).is_err() && recv(1).is_err());
         end.destroy();
         assert!(end.post_send(&list).is_err() && recv(2).is_err());

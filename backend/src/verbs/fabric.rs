@@ -49,6 +49,23 @@ pub struct Wish {
     pub done: Arc<AtomicBool>,
 }
 
+/// Why two ends are not connected.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The NIC does not do it.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Connected queue pairs have one peer in their life.
+    #[error("a queue pair is connected to another one on the host's NIC")]
+    Taken,
+    /// It was destroyed.
+    #[error("a queue pair is gone from the host's NIC")]
+    Gone,
+    /// Not yet: the NIC has sends for another peer still.
+    #[error("the host's NIC is still sending to another peer")]
+    Busy,
+}
+
 /// One worker's part.
 #[derive(Debug)]
 pub struct Side {
@@ -114,7 +131,7 @@ impl Fabric {
         &self,
         nic: &Arc<Nic>,
         qp: &Arc<Qp>,
-        pd: &dyn ProtectionDomain,
+        pd: &Arc<dyn ProtectionDomain>,
         sends: u32,
     ) -> Result<Arc<End>, DeviceError> {
         let limits = self.device.limits();
@@ -139,6 +156,7 @@ impl Fabric {
             (side.clone(), index),
             endpoint,
             capacity,
+            (pd, qp.id.kind == QpType::Uc),
             pair,
         ));
         side.members.write().insert(id, Member { nic: nic.clone(), qp: qp.clone(), end: end.clone() });
@@ -151,9 +169,19 @@ impl Fabric {
         self.wake();
     }
 
-    /// The next wish.
-    pub fn next_wish(&self) -> Option<Wish> {
-        self.wishes.lock().pop_front()
+    /// It could not be fulfilled yet.
+    pub fn wish_later(&self, wish: Wish) {
+        self.wishes.lock().push_back(wish);
+    }
+
+    /// The wishes so far.
+    pub fn take_wishes(&self) -> VecDeque<Wish> {
+        std::mem::take(&mut *self.wishes.lock())
+    }
+
+    /// Whether there are wishes.
+    pub fn has_wishes(&self) -> bool {
+        !self.wishes.lock().is_empty()
     }
 
     /// Has whoever sees to wishes look again.
@@ -171,11 +199,12 @@ impl Fabric {
     ///
     /// # Errors
     /// When one of them is another's, or the NIC does not do it.
-    pub fn connect(&self, from: &Member, to: &Member) -> Result<(), DeviceError> {
+    pub fn connect(&self, from: &Member, to: &Member) -> Result<(), ConnectError> {
+        let (from, to) = (&self.free(from, &to.end)?, &self.free(to, &from.end)?);
         let (own, theirs) = (&from.end, &to.end);
         if !own.is_connected_to(theirs) {
             if !own.is_free() || !theirs.is_free() {
-                return Err(DeviceError::Invalid("a queue pair that is connected to another"));
+                return Err(ConnectError::Taken);
             }
             let limits = self.device.limits();
             own.connect(theirs, &connection(from, theirs, limits))?;
@@ -183,7 +212,32 @@ impl Fabric {
                 theirs.connect(own, &connection(to, own, limits))?;
             }
         }
-        own.start_sending(sending(from, self.device.limits()))
+        Ok(own.start_sending(sending(from, self.device.limits()))?)
+    }
+
+    /// An unreliable queue pair outlives its peers: with another end, if this one is connected to another than it is to be.
+    fn free(&self, member: &Member, peer: &End) -> Result<Member, ConnectError> {
+        let end = &member.end;
+        if member.qp.id.kind != QpType::Uc || end.is_free() || end.is_connected_to(peer) {
+            return Ok(member.clone());
+        }
+        if !end.is_quiet() {
+            return Err(ConnectError::Busy);
+        }
+        let new = self.add(&member.nic, &member.qp, end.pd(), end.capacity().sends)?;
+        if !member.qp.replace_end(end, &new) {
+            return Err(ConnectError::Gone);
+        }
+        let lost = end.retire();
+        let mut queue = member.qp.recv.lock();
+        // In a new life the guest has forgotten them.
+        if member.qp.incarnation() == end.incarnation {
+            for recv in lost {
+                queue.put_back(recv);
+            }
+        }
+        drop(queue);
+        Ok(Member { end: new, ..member.clone() })
     }
 
     /// Returns when nothing is under way from or to a virtual NIC. What has not ended by then is given up: its queue pairs fail.

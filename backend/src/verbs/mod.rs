@@ -24,5 +24,5 @@ pub use device::{
     PostedOp, ProtectionDomain, QueuePair, QueuePairSpec, RecvRequest, SendList, SendRequest, Sending, Trouble, Wc,
 };
 pub use end::{End, PostedRecv, Tag};
-pub use fabric::{Fabric, Member, Wish};
+pub use fabric::{ConnectError, Fabric, Member, Wish};
 pub use grant::{Grant, GrantBudget, GrantCache};

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::super::Engine;
 use super::poll::give_up;
 use crate::verbs::fabric::Side;
-use crate::verbs::{Fabric, Trouble, Wish};
+use crate::verbs::{ConnectError, Fabric, Trouble, Wish};
+
+/// How soon a wish is looked at again that could not be fulfilled yet.
+const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 
 /// Starts the thread.
 pub(in super::super) fn spawn(engine: Arc<Engine>) -> io::Result<JoinHandle<()>> {
@@ -26,8 +29,8 @@ pub(in super::super) fn spawn(engine: Arc<Engine>) -> io::Result<JoinHandle<()>>
 
 /// Does what there is to do.
 pub(in super::super) fn see_to(engine: &Engine, fabric: &Fabric) {
-    while let Some(wish) = fabric.next_wish() {
-        fulfil(engine, fabric, &wish);
+    for wish in fabric.take_wishes() {
+        fulfil(engine, fabric, wish);
     }
     let mut trouble = Vec::new();
     fabric.device().take_trouble(&mut trouble);
@@ -39,7 +42,8 @@ pub(in super::super) fn see_to(engine: &Engine, fabric: &Fabric) {
 fn wait(fabric: &Fabric) {
     let mut fds =
         [fabric.device().trouble_fd(), fabric.wished_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-    if let Err(error) = poll(&mut fds, None)
+    let limit = fabric.has_wishes().then_some(RETRY);
+    if let Err(error) = poll(&mut fds, limit.as_ref())
         && error != rustix::io::Errno::INTR
     {
         log::error!("the host's NIC cannot be waited for: {error}");
@@ -50,10 +54,14 @@ fn wait(fabric: &Fabric) {
 }
 
 /// The two are connected, or it is known that they will not be: the sender is visited.
-fn fulfil(engine: &Engine, fabric: &Fabric, Wish { from, to, done }: &Wish) {
-    if let Err(error) = fabric.connect(from, to) {
-        let qpn = from.qp.id.qpn;
-        from.nic.warn(format_args!("QP {qpn:#x} does without the host's NIC: {error}"));
+fn fulfil(engine: &Engine, fabric: &Fabric, wish: Wish) {
+    let Wish { from, to, done } = &wish;
+    match fabric.connect(from, to) {
+        Ok(()) => {}
+        Err(ConnectError::Busy) => return fabric.wish_later(wish),
+        Err(error) => {
+            from.nic.warn(format_args!("QP {:#x} does without the host's NIC: {error}", from.qp.id.qpn));
+        }
     }
     done.store(true, Ordering::Release);
     engine.attend(&from.nic, &from.qp);

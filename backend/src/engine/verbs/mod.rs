@@ -11,6 +11,7 @@ mod reap;
 mod stage;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_rdma::ib::{QpState, QpType};
 
@@ -21,16 +22,22 @@ use super::serve::{self, Next};
 use crate::nic::Nic;
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};
 use crate::verbs::{Member, SendList, Wc, Wish};
+use crate::wqe::Sge;
 
 pub(super) use background::{see_to, spawn};
 pub(super) use poll::{arm, poll};
 pub(super) use reap::{reap, settled};
 use stage::Staged;
 
+/// How often a QP is looked at that is being connected. It is visited when it has been: until then there is nothing to do.
+const CONNECTING: Duration = Duration::from_millis(10);
+
 /// What a worker uses again and again.
 #[derive(Debug, Default)]
 pub struct Scratch {
     list: SendList,
+    /// Of a receive.
+    sges: Vec<Sge>,
     /// Completions to be seen to.
     wcs: Vec<Wc>,
     /// Completions for guests that do not run now.
@@ -65,7 +72,7 @@ pub(super) fn run(
     send.binding = Some(peer.clone());
     match pairing {
         Pairing::Connected => {}
-        Pairing::UnderWay => return Some(Next::Idle),
+        Pairing::UnderWay => return Some(Next::At(ctx.now + CONNECTING)),
         Pairing::Apart => return unless_busy(send),
     }
     let next = post(ctx, nic, qp, send, &peer, alone);
@@ -97,13 +104,18 @@ fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer:
     {
         return Pairing::Connected;
     }
+    if let Some(now) = qp.end() {
+        queue.change_end(now);
+    }
     let Some(theirs) = peer.qp.end().filter(|end| end.incarnation == peer.incarnation) else { return Pairing::Apart };
+    // Before that is looked at, or what is done between the two looks would not count.
+    let answered = queue.is_answered();
     if queue.end.sends_to(&theirs) {
         queue.set_peer(theirs);
         return Pairing::Connected;
     }
     let Some(done) = queue.ask(&theirs) else {
-        return if queue.is_answered() { Pairing::Apart } else { Pairing::UnderWay };
+        return if answered { Pairing::Apart } else { Pairing::UnderWay };
     };
     let from = Member { nic: nic.clone(), qp: qp.clone(), end: queue.end.clone() };
     let to = Member { nic: peer.nic.clone(), qp: peer.qp.clone(), end: theirs };

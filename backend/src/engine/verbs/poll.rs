@@ -5,7 +5,7 @@ use std::sync::Arc;
 use virtio_rdma::ib::{WcFlags, WcStatus};
 
 use super::super::Engine;
-use super::super::complete::{RecvDone, Word, complete_recv, fatal};
+use super::super::complete::{OVERFLOW, RecvDone, Word, complete_recv, fatal, tell_fatal};
 use super::super::context::Context;
 use crate::nic::Nic;
 use crate::qp::Qp;
@@ -78,14 +78,14 @@ fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&M
     } else {
         RecvDone::error(recv.wr_id, wc.status)
     };
-    complete_recv(ctx, &member.nic, &member.qp, &done);
-    match wc.status {
-        WcStatus::Success => {}
+    // Before the completion: who sees that may ask for the state at once.
+    let moved = !success && wc.status != WcStatus::WrFlushErr && member.qp.fail();
+    let written = complete_recv(ctx, &member.nic, &member.qp, &done);
+    if wc.status == WcStatus::WrFlushErr {
         // Unless the guest had it flushed.
-        WcStatus::WrFlushErr => fatal(&member.nic, &member.qp, BROKEN),
-        _ => {
-            member.qp.fail();
-        }
+        fatal(&member.nic, &member.qp, BROKEN);
+    } else if moved && !written {
+        tell_fatal(&member.nic, &member.qp, OVERFLOW);
     }
     let spent = ctx.take_spent();
     ctx.charge(before);

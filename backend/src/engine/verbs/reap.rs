@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use virtio_rdma::ib::WcStatus;
 
-use super::super::complete::{LONG, OVERFLOW, RecvDone, complete_recv, count_sent, fatal, send_cqe};
+use super::super::complete::{LONG, OVERFLOW, RecvDone, complete_recv, count_sent, fatal, send_cqe, tell_fatal};
 use super::super::context::Context;
 use super::super::serve::{self, Next};
 use super::poll::BROKEN;
@@ -29,24 +29,29 @@ pub(in super::super) fn reap(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, se
     nic.counters.nic_wqes.add(ended.done.into());
     nic.counters.nic_bytes.add(send.bytes - bytes);
     for status in ended.failed {
-        broken = broken.or_else(|| failed(nic, qp, status));
+        let moved = status != WcStatus::WrFlushErr && failed(nic, qp, status);
+        if status == WcStatus::WrFlushErr {
+            broken = broken.or(Some(BROKEN));
+        }
         if !finish_next(ctx, nic, qp, send, status, false) {
             broken = Some(OVERFLOW);
+            if moved {
+                // The completion would have said so.
+                tell_fatal(nic, qp, OVERFLOW);
+            }
         }
     }
     send.publish();
     broken.map(|reason| serve::give_up(nic, qp, reason))
 }
 
-/// The first failure takes the QP with it; why, if no completion will say so.
-fn failed(nic: &Nic, qp: &Qp, status: WcStatus) -> Option<&'static str> {
-    if status == WcStatus::WrFlushErr {
-        return Some(BROKEN);
-    }
-    if qp.fail() {
+/// The first failure takes the QP with it: true then.
+fn failed(nic: &Nic, qp: &Qp, status: WcStatus) -> bool {
+    let moved = qp.fail();
+    if moved {
         nic.warn(format_args!("QP {:#x}: work request failed on the host's NIC: {status:?}", qp.id.qpn));
     }
-    None
+    moved
 }
 
 fn finish_next(
@@ -97,6 +102,9 @@ pub(in super::super) fn settled(
     send: &mut SendQueue,
     in_error: bool,
 ) -> bool {
+    if let (Some(queue), Some(now)) = (&mut send.nic, qp.end()) {
+        queue.change_end(now);
+    }
     let Some(end) = send.nic.as_ref().map(|queue| queue.end.clone()) else { return true };
     if in_error {
         end.fail();

@@ -12,7 +12,7 @@ use super::poll;
 use crate::nic::Nic;
 use crate::profile::Profile;
 use crate::qp::{Binding, NicQueue, Posted, Qp, SendQueue, Taken};
-use crate::verbs::{End, Grant, PostedOp, PostedRecv, SendList};
+use crate::verbs::{End, Grant, PostedOp, SendList};
 use crate::wqe::{Op, Send, Sge};
 
 /// What became of it.
@@ -145,13 +145,32 @@ fn translate(
 
 /// Takes a receive of the peer's and gives it to the NIC, so that it is there before the message.
 fn receive(ctx: &mut Context, peer: &Binding, end: &End, job: &mut Job, unanswered: usize) -> Staged {
-    if !end.takes_recv() {
+    let mut sges = std::mem::take(&mut ctx.verbs.sges);
+    let staged = take_and_post(ctx, peer, end, job, unanswered, &mut sges);
+    ctx.verbs.sges = sges;
+    note_limit(&peer.nic, &peer.qp);
+    staged
+}
+
+fn take_and_post(
+    ctx: &mut Context,
+    peer: &Binding,
+    end: &End,
+    job: &mut Job,
+    unanswered: usize,
+    sges: &mut Vec<Sge>,
+) -> Staged {
+    let on_nic = end.recvs();
+    if !on_nic.has_room() {
         // Those of unreliable messages that got lost are for the next.
         let lost = peer.qp.id.kind == QpType::Uc && unanswered == 0;
         return if lost { Staged::Posted } else { Staged::Full };
     }
-    let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
-    note_limit(&peer.nic, &peer.qp);
+    if !peer.qp.responds() {
+        // It is being flushed, or will be when we are done here.
+        return Staged::Alone;
+    }
+    let taken = peer.qp.recv.lock().begin_quietly(&mut job.recv);
     match taken {
         Taken::Yes => {}
         Taken::Empty | Taken::TooShort if peer.qp.id.kind == QpType::Rc => {
@@ -159,45 +178,42 @@ fn receive(ctx: &mut Context, peer: &Binding, end: &End, job: &mut Job, unanswer
         }
         Taken::Empty | Taken::TooShort | Taken::Broken(_) => return Staged::Alone,
         Taken::Malformed => {
-            job.begin_receive(Some(ticket));
+            job.begin_receive(None);
             job.rest_receive(&peer.qp);
             return Staged::Alone;
         }
     }
-    let Some(sges) = their_sges(ctx, peer, end, job) else {
-        peer.qp.recv.lock().put_back(ticket, std::mem::take(&mut job.recv));
-        return Staged::Alone;
-    };
-    if !peer.qp.recv.lock().finish(ticket) {
-        // Flushed this moment: the message has nowhere to go, as the local path will find.
+    if !their_sges(ctx, peer, end, job, sges) {
+        peer.qp.recv.lock().put_back(std::mem::take(&mut job.recv));
         return Staged::Alone;
     }
     let solicited = job.wqe.flags.contains(SendFlags::SOLICITED);
-    let posted = end.post_recv(PostedRecv { wr_id: job.recv.wr_id, solicited }, &sges);
-    if posted.is_ok() {
+    if on_nic.post(&job.recv, solicited, sges).is_ok() {
         return Staged::Posted;
     }
     poll::give_up(&ctx.engine, &peer.nic, &peer.qp, end);
     Staged::Alone
 }
 
-/// Where the receive puts the message, for the NIC; `None` if a key does not hold, the message is too long, or the list is too long for the NIC.
-fn their_sges(ctx: &mut Context, peer: &Binding, end: &End, job: &Job) -> Option<Vec<Sge>> {
+/// Where the receive puts the message, for the NIC. False if a key does not hold, the message is too long, or the list is too long for
+/// the NIC.
+fn their_sges(ctx: &mut Context, peer: &Binding, end: &End, job: &Job, out: &mut Vec<Sge>) -> bool {
+    out.clear();
     if matches!(job.wqe.op, Op::Write { .. }) {
-        return Some(Vec::new());
+        return true;
     }
     let list = job.recv.sges.as_slice();
     ctx.charge(cost::LOOKUP * list.len() as u64);
     let fits = list.len() <= end.capacity().sges as usize && job.wqe.length <= job.recv.sges.total();
     if !fits || peer.qp.id.recv_pdn() != peer.qp.id.pdn {
-        return None;
+        return false;
     }
-    let translated = list.iter().filter(|sge| sge.length > 0).map(|sge| {
-        let mr = ctx.key(&peer.nic, sge.lkey).ok()?;
-        let (addr, lkey) = translated(mr.grant()?, peer.qp.id.pdn, sge)?;
-        Some(Sge { addr, lkey, length: sge.length })
-    });
-    translated.collect()
+    list.iter().filter(|sge| sge.length > 0).all(|sge| {
+        let mr = ctx.key(&peer.nic, sge.lkey).ok();
+        let found = mr.and_then(|mr| translated(mr.grant()?, peer.qp.id.pdn, sge));
+        out.extend(found.map(|(addr, lkey)| Sge { addr, lkey, length: sge.length }));
+        found.is_some()
+    })
 }
 
 fn translated(grant: &Grant, pdn: u32, sge: &Sge) -> Option<(u64, u32)> {
