@@ -86,7 +86,7 @@ impl RouterSpec {
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
 /// late and in another order each time; `=nic` over one that this machine has, `=nic:rxe0` over this one.
-fn device_of_tests() -> Option<Arc<dyn Device>> {
+pub fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
         Ok("verbs") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),

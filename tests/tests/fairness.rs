@@ -9,6 +9,7 @@ use freeflow_backend::Profile;
 use freeflow_tests::guest::mem::Word64;
 use freeflow_tests::guest::verbs::{MrSpec, MwType, Op, QpSpec, Rc, RcOptions, Remote, SendWr, Sge};
 use freeflow_tests::guest::{Guest, doorbell::DoorbellArea};
+use freeflow_tests::router::device_of_tests;
 use freeflow_tests::stepped::Stepped;
 use virtio_rdma::ib::{QpState, SendFlags};
 
@@ -31,7 +32,8 @@ struct Load {
 
 impl Load {
     fn new(a: &Guest, b: &Guest, qps: usize, len: usize) -> Self {
-        let spec = QpSpec::rc().depth(31);
+        // What a NIC does is complete a step later: with less posted, there would not always be something to do.
+        let spec = QpSpec::rc().depth(if device_of_tests().is_some() { 127 } else { 31 });
         let pair = || Rc::pair_with(a, b, &spec, len.max(64), &RcOptions::default()).unwrap();
         Self { ends: (0..qps).map(|_| pair()).collect(), len, served: 0 }
     }
@@ -102,8 +104,10 @@ fn messages_of_different_sizes_share_the_bytes() {
         large.pump();
     });
     let (small, large) = (small.served * 64, large.served * 1024);
-    assert!(100 * small >= FAIR * large, "{small} KiB in small messages, {large} in large ones");
-    assert!(100 * large >= FAIR * small, "{small} KiB in small messages, {large} in large ones");
+    // A large one that a NIC moves costs us the work of one small one.
+    let fair = if device_of_tests().is_some() { 90 } else { FAIR };
+    assert!(100 * small >= fair * large, "{small} KiB in small messages, {large} in large ones");
+    assert!(100 * large >= fair * small, "{small} KiB in small messages, {large} in large ones");
 }
 
 #[test]

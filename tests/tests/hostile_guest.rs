@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::mem::PAGE;
 use freeflow_tests::guest::verbs::{AhAttr, Cq, Mr, Op, PART, QpSpec, Rc, RcOptions, SendWr, Sge, connect};
+use freeflow_tests::router::device_of_tests;
 use virtio_rdma::area::{ARM_NEXT, AreaKind};
 use virtio_rdma::ctrl::{CreateQp, CreateQpResponse, Extent, NO_OBJECT, Opcode, RingDesc, Status};
 use virtio_rdma::ib::{QpState, QpType, WcStatus};
@@ -41,8 +42,16 @@ fn turn(bed: &Bed, apart: bool) -> Option<Rc> {
     apart.then(|| Rc::new(&bed.guests[0], QpSpec::rc(), 64).unwrap())
 }
 
+/// A NIC moves a message as one: there is no half of one to be found. What it has is flushed in `verbs.rs`.
+fn moves_pieces() -> bool {
+    device_of_tests().is_none()
+}
+
 #[test]
 fn a_receive_that_is_being_filled_is_flushed_first() {
+    if !moves_pieces() {
+        return;
+    }
     let impatient = RcOptions { timeout: 12, retry_cnt: 1, ..RcOptions::default() };
     let patient = RcOptions { timeout: 0, ..RcOptions::default() };
     for (options, apart) in [(&impatient, false), (&patient, false), (&impatient, true), (&patient, true)] {
@@ -56,6 +65,9 @@ fn a_receive_that_is_being_filled_is_flushed_first() {
 
 #[test]
 fn a_receive_of_one_life_does_not_complete_in_the_next() {
+    if !moves_pieces() {
+        return;
+    }
     [false, true].into_iter().for_each(receive_of_one_life);
 }
 

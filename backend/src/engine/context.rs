@@ -72,6 +72,14 @@ impl Budget {
         bytes <= self.bytes
     }
 
+    /// As [`take_wqe`](Self::take_wqe) for one that somebody else will move the bytes of: they count only if others wait.
+    pub fn take_posted(&mut self, alone: impl FnOnce() -> bool) -> bool {
+        if self.bytes == 0 && self.wqes > 0 && self.refills > 0 && alone() {
+            self.bytes = QUANTUM_BYTES;
+        }
+        self.take_wqe()
+    }
+
     /// Takes a work request out of the budget; false when it is used up.
     pub fn take_wqe(&mut self) -> bool {
         let left = self.wqes > 0 && self.bytes > 0;
@@ -107,6 +115,8 @@ pub struct Context {
     room: Option<Work>,
     /// All that was done for guests, of what rates limit.
     work: Work,
+    /// The most of it that one work request for the host's NIC came to.
+    posted: u64,
     /// Completions written that the guest may not have been shown.
     unpublished: u32,
     sent: Tally,
@@ -138,6 +148,7 @@ impl Context {
             spent: 0,
             room: None,
             work: Work::default(),
+            posted: 0,
             unpublished: 0,
             sent: Tally::default(),
             received: Tally::default(),
@@ -184,6 +195,18 @@ impl Context {
     pub fn charge_lookups(&mut self, budget: &mut Budget, count: usize) {
         self.charge(cost::LOOKUP * count as u64);
         budget.charge_lookups(count);
+    }
+
+    /// Counts bytes that the host's NIC is given to move, as if we did: its time is shared like ours.
+    pub fn charge_posted(&mut self, bytes: u64) {
+        let cost = cost::bytes(bytes);
+        self.charge(cost);
+        self.posted = self.posted.max(cost);
+    }
+
+    /// The largest of those since the last call.
+    pub fn take_posted(&mut self) -> u64 {
+        std::mem::take(&mut self.posted)
     }
 
     /// What was done since the last call cost this much.

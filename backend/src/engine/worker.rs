@@ -212,9 +212,9 @@ impl Worker {
 
     /// What was done since the last time was for this virtual NIC.
     fn charge(&mut self, index: usize) {
-        let spent = self.ctx.take_spent();
+        let (spent, posted) = (self.ctx.take_spent(), self.ctx.take_posted());
         self.spent += spent;
-        self.ports[index].charge(spent);
+        self.ports[index].charge_visit(spent, posted);
     }
 
     /// A quantum begins: what is looked up from here on stays valid until it ends. What the worker remembers from earlier is
@@ -413,7 +413,13 @@ impl Port {
     }
 
     fn charge(&mut self, cost: u64) {
-        self.credit = (self.credit - cost.cast_signed()).max(-cost::MAX_DEBT);
+        self.charge_visit(cost, 0);
+    }
+
+    /// A visit that gave the host's NIC, at most, a work request of cost `posted` at once: that cannot be taken in pieces, and is waited for.
+    fn charge_visit(&mut self, cost: u64, posted: u64) {
+        let limit = cost::MAX_DEBT.max(posted.cast_signed());
+        self.credit = (self.credit - cost.cast_signed()).max(-limit);
     }
 
     fn is_in_debt(&self) -> bool {

@@ -136,7 +136,7 @@ fn post(
 ) -> Next {
     let mut budget = ctx.budget();
     loop {
-        if !budget.take_wqe() {
+        if !budget.take_posted(alone) {
             if !give(ctx, nic, qp, send) || !budget.refill(alone) {
                 return Next::Again;
             }
@@ -157,6 +157,7 @@ fn post(
         let staged = stage::stage(ctx, nic, qp, send, peer, &mut job);
         if staged == Staged::Posted {
             ctx.count_bytes(job.wqe.length);
+            budget.bytes = budget.bytes.saturating_sub(job.wqe.length);
             ctx.recycle(job);
             continue;
         }
