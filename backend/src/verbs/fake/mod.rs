@@ -16,8 +16,8 @@ mod world;
 use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
 use virtio_rdma::ib::WcStatus;
 
@@ -38,6 +38,7 @@ pub struct FakeNic {
     script: Script,
     world: Arc<Shared>,
     trouble: Arc<OwnedFd>,
+    connecting: Arc<Gate>,
 }
 
 impl FakeNic {
@@ -48,7 +49,7 @@ impl FakeNic {
     pub fn new(script: Script) -> Self {
         let trouble = event();
         let world = World::new(&script, trouble.clone());
-        Self { script, world: Arc::new(Shared::new(world)), trouble }
+        Self { script, world: Arc::new(Shared::new(world)), trouble, connecting: Arc::default() }
     }
 
     /// The send work request that is executed after so many others ends with this status.
@@ -59,6 +60,11 @@ impl FakeNic {
     /// The queue pair that is connected after so many others is not.
     pub fn refuse_connection(&self, after: u64) {
         self.world.lock().refuse_connection(after);
+    }
+
+    /// Connects no queue pair: who has one connected waits for it. Or goes on.
+    pub fn hold_connecting(&self, hold: bool) {
+        self.connecting.set(hold);
     }
 
     /// Takes a queue pair to ERR, as a broken cable or firmware would; with a number that does not exist nothing happens.
@@ -109,7 +115,7 @@ impl Device for FakeNic {
 
     fn alloc_pd(&self) -> Result<Arc<dyn ProtectionDomain>, DeviceError> {
         let number = self.world.lock().add_pd();
-        Ok(Arc::new(FakePd { number, script: self.script, world: self.world.clone() }))
+        Ok(Arc::new(FakePd { gate: self.connecting.clone(), number, script: self.script, world: self.world.clone() }))
     }
 
     fn create_cq(&self, entries: u32) -> Result<Arc<dyn CompletionQueue>, DeviceError> {
@@ -138,9 +144,28 @@ fn event() -> Arc<OwnedFd> {
     Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd"))
 }
 
+/// What threads wait at while it is shut.
+#[derive(Debug, Default)]
+struct Gate {
+    shut: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn set(&self, shut: bool) {
+        *self.shut.lock() = shut;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        self.changed.wait_while(&mut self.shut.lock(), |shut| *shut);
+    }
+}
+
 #[derive(Debug)]
 struct FakePd {
     number: u32,
+    gate: Arc<Gate>,
     script: Script,
     world: Arc<Shared>,
 }
@@ -157,7 +182,7 @@ impl ProtectionDomain for FakePd {
         let cq: &dyn Any = spec.cq.as_ref();
         let cq: &FakeCq = cq.downcast_ref().ok_or(DeviceError::Invalid("the completion queue"))?;
         let number = self.world.lock().add_qp(self.number, cq.number, spec)?;
-        Ok(Box::new(FakeQp { number, connecting: self.script.connecting, world: self.world.clone() }))
+        Ok(Box::new(FakeQp { number, gate: self.gate.clone(), world: self.world.clone() }))
     }
 }
 
@@ -225,7 +250,7 @@ impl Drop for FakeCq {
 #[derive(Debug)]
 struct FakeQp {
     number: u32,
-    connecting: Duration,
+    gate: Arc<Gate>,
     world: Arc<Shared>,
 }
 
@@ -235,7 +260,7 @@ impl QueuePair for FakeQp {
     }
 
     fn connect(&self, connection: &Connection) -> Result<(), DeviceError> {
-        std::thread::sleep(self.connecting);
+        self.gate.pass();
         self.world.lock().connect(self.number, connection)
     }
 

@@ -25,8 +25,6 @@ pub struct Script {
     pub limits: Limits,
     /// How long a registration takes.
     pub registration: Duration,
-    /// How long it takes to connect one side of a queue pair.
-    pub connecting: Duration,
 }
 
 impl Default for Script {
@@ -42,7 +40,7 @@ impl Default for Script {
             reads: 16,
             mtu: 5,
         };
-        Self { timing: Timing::AtOnce, limits, registration: Duration::ZERO, connecting: Duration::ZERO }
+        Self { timing: Timing::AtOnce, limits, registration: Duration::ZERO }
     }
 }
 
