@@ -19,6 +19,11 @@ use virtio_rdma::ib::{QpState, WcOpcode, WcStatus};
 const SOON: Duration = Duration::from_secs(10);
 const A_WHILE: Duration = Duration::from_millis(2);
 
+/// Waits until so many send work requests were posted to the NIC, ever.
+fn wait_posted(nic: &FakeNic, count: u64) {
+    eventually("posting", SOON, || nic.counts().posted >= count);
+}
+
 fn bed(script: Script) -> (Arc<FakeNic>, Bed) {
     let nic = Arc::new(FakeNic::new(script));
     let bed = Bed::with(&RouterSpec::of(2).over(nic.clone()), Placement::Contiguous);
@@ -142,7 +147,7 @@ fn a_region_can_go_while_the_nic_is_at_it() {
     };
     a.mr.fill(0, 8, 0xee);
     a.qp.post(write(1, &a, &b)).unwrap();
-    std::thread::sleep(A_WHILE);
+    wait_posted(&nic, 1);
     b.mr.dereg().unwrap();
     nic.hold(false);
     assert_eq!(statuses(&a, 1), [(1, WcStatus::RemAccessErr)]);
@@ -157,7 +162,7 @@ fn a_queue_pair_can_go_while_the_nic_has_its_work() {
     nic.hold(true);
     a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
     a.qp.post(write(2, &a, &b)).unwrap();
-    std::thread::sleep(A_WHILE);
+    wait_posted(&nic, 2);
     let Rc { qp, cq, mr: _mr, pd: _pd } = a;
     drop(qp);
     nic.hold(false);
@@ -178,7 +183,7 @@ fn what_the_nic_has_is_flushed_before_what_it_has_not() {
         a.qp.post(SendWr::new(id, if id < 5 { Op::Send } else { Op::Write(b.mr.remote(0)) }, &[a.mr.sge(0, 8)]))
             .unwrap();
     }
-    std::thread::sleep(A_WHILE);
+    wait_posted(&nic, 1);
     a.qp.modify_state(QpState::Err).unwrap();
     b.qp.modify_state(QpState::Err).unwrap();
     nic.hold(false);
@@ -195,7 +200,7 @@ fn a_guest_that_stops_is_left_alone_by_the_nic() {
     nic.hold(true);
     a.mr.fill(0, 8, 0xee);
     a.qp.post(write(2, &a, &b)).unwrap();
-    std::thread::sleep(A_WHILE);
+    wait_posted(&nic, 2);
     // The NIC does nothing for so long that it is not waited for.
     let bases = bed.guests[1].stop_queues().unwrap();
     nic.hold(false);
@@ -216,7 +221,7 @@ fn a_queue_pair_that_breaks_on_the_nic_breaks_for_its_guest() {
         b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
         nic.hold(true);
         a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
-        std::thread::sleep(A_WHILE);
+        wait_posted(&nic, 2);
         nic.qps().into_iter().for_each(|number| nic.break_qp(number));
         for (end, guest, id) in [(&a, &bed.guests[0], 2), (&b, &bed.guests[1], 3)] {
             guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
@@ -352,7 +357,7 @@ fn receives_of_lost_messages_are_not_lost() {
         a.qp.post_recv(id, &[a.mr.sge(100, 3), a.mr.sge(200, 5)]).unwrap();
         b.qp.post(SendWr::new(id, Op::Send, &[b.mr.sge(0, 8)])).unwrap();
     }
-    std::thread::sleep(A_WHILE);
+    wait_posted(&nic, 4);
     reborn(&b, &a);
     nic.hold(false);
     b.mr.write(0, b"new life");

@@ -64,6 +64,8 @@ pub struct Counts {
     pub qps: usize,
     /// Registrations that were ever made.
     pub registrations: u64,
+    /// Send work requests posted.
+    pub posted: u64,
     /// Send work requests executed with success.
     pub sent: u64,
     /// Bytes moved for them.

@@ -358,6 +358,7 @@ impl World {
             State::Init | State::Rtr => return false,
             State::Rts => {
                 pair.sends.push_back(send);
+                self.counts.posted += 1;
                 if !self.busy.contains(&number) {
                     self.busy.push(number);
                 }
