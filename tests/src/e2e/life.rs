@@ -1,9 +1,9 @@
 //! Ends at bad moments: of programs, guests, the driver and the router. None leaks, none hangs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use freeflow_backend::Objects;
+use freeflow_backend::{Objects, Rates};
 
 use super::bed::Bed;
 use super::guest::{Done, Guest};
@@ -16,7 +16,8 @@ use super::perf::{Perf, Program, SEND_BW, WRITE_BW};
 pub type Scenario = fn(&mut Bed) -> Result<()>;
 
 /// All of them, in an order in which each finds what it needs; the last leaves no router.
-pub const SCENARIOS: [(&str, Scenario); 9] = [
+pub const SCENARIOS: [(&str, Scenario); 10] = [
+    ("a rate holds perftest, and is lifted, in mid traffic", held_to_a_rate),
     ("kill -9 of the client in mid traffic", client_killed),
     ("kill -9 of the server in mid traffic", server_killed),
     ("driver unload and reload", driver_reloaded),
@@ -63,6 +64,28 @@ fn works(bed: &Bed) -> Result<()> {
 fn must_be_retry_error(done: &Done) -> Result<()> {
     ensure!(done.status != 0 && done.output.contains("status 12"), "not status 12 (RETRY_EXC_ERR):\n{}", done.output);
     Ok(())
+}
+
+/// By the host's clock and the router's counters: a guest's own clock is not to be trusted when the machine is busy.
+fn held_to_a_rate(bed: &mut Bed) -> Result<()> {
+    const BYTES_PER_SECOND: u64 = 10_000_000;
+    let pair = traffic(bed, 0, 1)?;
+    bed.router.set_rate(1, Rates { bits: "80M".parse().ok(), ..Rates::default() })?;
+    let (start, before) = (Instant::now(), bed.router.counters(1)?);
+    std::thread::sleep(Duration::from_secs(2));
+    let (after, time) = (bed.router.counters(1)?, start.elapsed());
+    let moved = after.send_bytes - before.send_bytes;
+    let allowed = BYTES_PER_SECOND * time.as_millis() as u64 / 1000;
+    ensure!(100 * moved <= 105 * allowed, "{moved} bytes in {time:?}, where {allowed} are allowed");
+    ensure!(moved > 0 && after.rate_waits > before.rate_waits, "nothing moves, or nothing was held: {after:?}");
+    bed.router.set_rate(1, Rates::default())?;
+    let lifted = bed.router.counters(1)?;
+    bed.router.wait_bytes(1, lifted.send_bytes + 4 * BYTES_PER_SECOND)?;
+    ensure!(bed.router.counters(1)?.rate_waits == lifted.rate_waits, "it is still held");
+    pair.kill(Role::Client)?;
+    pair.wait_one(Role::Client, NOTICE)?;
+    pair.wait_one(Role::Server, NOTICE)?;
+    bed.settle()
 }
 
 fn client_killed(bed: &mut Bed) -> Result<()> {

@@ -8,7 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use freeflow_backend::{NicStatus, Objects, QpStatus};
+use freeflow_backend::nic::stats::CounterValues;
+use freeflow_backend::{NicStatus, Objects, QpStatus, Rates};
 use freeflow_router::api;
 use nix::sys::signal::Signal;
 
@@ -76,6 +77,16 @@ impl RouterProcess {
         api::qps(&self.dir.join("control.sock"))
     }
 
+    /// `freeflow nic set`.
+    pub fn set_rate(&self, nic: usize, rates: Rates) -> Result<()> {
+        api::set_rate(&self.dir.join("control.sock"), name_of(nic), rates).map(drop)
+    }
+
+    /// Counters of a virtual NIC.
+    pub fn counters(&self, nic: usize) -> Result<CounterValues> {
+        Ok(self.nics()?.swap_remove(nic).counters)
+    }
+
     /// Objects of a virtual NIC.
     pub fn objects(&self, nic: usize) -> Result<Objects> {
         Ok(self.nics()?.get(nic).with_context(|| format!("the router has no virtual NIC {nic}"))?.objects)
@@ -98,6 +109,12 @@ impl RouterProcess {
             Ok(qps.iter().filter(|qp| qp.nic == name_of(nic)).map(|qp| qp.completed).max().unwrap_or(0))
         };
         wait_for("traffic", Duration::from_mins(1), || Ok((busiest()? > 100).then_some(())))
+    }
+
+    /// Waits until a virtual NIC has moved so many bytes, ever.
+    pub fn wait_bytes(&self, nic: usize, bytes: u64) -> Result<()> {
+        let there = || Ok((self.counters(nic)?.send_bytes >= bytes).then_some(()));
+        wait_for("traffic", Duration::from_mins(1), there)
     }
 
     /// Does something while the router does nothing, and answers nobody.
