@@ -119,6 +119,17 @@ fn launcher() -> Command {
     Command::new(std::env::var_os("FREEFLOW_GUEST_BIN").map_or_else(own, PathBuf::from))
 }
 
+/// A path that the launcher prints, of something that it makes first if need be.
+pub fn launcher_path(arguments: &[&str]) -> Result<PathBuf> {
+    let output = launcher().args(arguments).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.context("cannot start the launcher of guests")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().next_back() {
+        Some(path) if output.status.success() => Ok(path.into()),
+        _ => bail!("the launcher of guests has no {} ({})", arguments.join(" "), output.status),
+    }
+}
+
 /// Where a guest is to run.
 #[derive(Debug)]
 pub struct Site<'a> {

@@ -48,7 +48,11 @@ pub fn full() -> Vec<Scene> {
 
 /// For `make nic`.
 pub fn nic() -> Vec<Scene> {
-    vec![Scene::new(vec![UML_TRIXIE], nic::SUITES.iter().map(|suite| Check::OverNic(0, suite.name)))]
+    vec![
+        Scene::new(vec![UML_TRIXIE], nic::SUITES.iter().map(|suite| Check::OverNic(0, suite.name))),
+        // User-mode Linux does not run in User-mode Linux.
+        Scene::new(vec![QEMU_TRIXIE], [Check::Nested(0)].into_iter()),
+    ]
 }
 
 /// In one guest, each connected to one in another.

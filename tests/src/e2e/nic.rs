@@ -1,6 +1,7 @@
 //! The path over a host's RDMA NIC, on a NIC that the kernel knows: in a guest that plays the host, with rxe for the NIC.
 //!
-//! The in-process guest's own tests run there as programs of the host, which see virtual NICs that reach each other over rxe.
+//! The in-process guest's own tests run there as programs of the host, which see virtual NICs that reach each other over rxe. The [whole
+//! chain](nested) is a guest within that guest, with a router between them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,8 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use super::bed::Bed;
+use super::child::sibling;
 use super::conformance::RXE;
-use super::guest::Guest;
+use super::guest::{Guest, launcher_path};
 
 /// How long the tests of one program may take.
 const PATIENCE: Duration = Duration::from_mins(10);
@@ -29,18 +31,18 @@ pub struct Suite {
 }
 
 const fn suite(name: &'static str) -> Suite {
-    Suite { name, arguments: "", carries: false }
+    Suite { name, arguments: "--test-threads=2", carries: false }
 }
 
 const fn carried(name: &'static str) -> Suite {
-    Suite { name, arguments: "", carries: true }
+    Suite { name, arguments: "--test-threads=2", carries: true }
 }
 
 /// Those that `make test` runs.
 pub const FEW: [&str; 4] = ["uc", "srq", "rc", "real_nic"];
 
 /// All, in the order in which they run. Left out are those in which nothing is connected or registered that a NIC would see (`fuzz_corpus`,
-/// `hostile_descriptors`, `odp_commands`), that look at a virtual clock (`fairness`), or for whose 10,000 queue pairs the guest is too small (`scale`).
+/// `hostile_descriptors`, `odp_commands`), that look at a clock (`fairness`, `rates`), or for whose 10,000 queue pairs the guest is too small (`scale`).
 pub const SUITES: [Suite; 25] = [
     carried("rc"),
     carried("uc"),
@@ -90,7 +92,7 @@ impl Suite {
         std::fs::copy(&program, bed.share().join("program")).context("cannot give the guest a test program")?;
         let before = Traces::of(host)?;
         let arguments = self.arguments;
-        let run = format!("FREEFLOW_TEST_PATH=nic:rxe0 exec /share/program --test-threads=2 {arguments} 2>&1");
+        let run = format!("FREEFLOW_TEST_PATH=nic:rxe0 exec /share/program {arguments} 2>&1");
         let done = host.run(&run, PATIENCE)?;
         ensure!(done.status == 0, "status {}:\n{}", done.status, done.output);
         let after = Traces::of(host)?;
@@ -158,6 +160,25 @@ pub fn check(bed: &Bed, nic: usize, name: &str) -> Result<()> {
     }
 }
 
+/// The script of both guests.
+const NESTED: &str = include_str!("nested.sh");
+
+/// Perftest in a User-mode Linux guest, on virtual NICs of a router that runs in a guest of ours, over rxe of that guest.
+pub fn nested(bed: &Bed, nic: usize) -> Result<()> {
+    let parts = [
+        (launcher_path(&["path", "uml-kernel"])?, "linux"),
+        (launcher_path(&["module", "--vmm", "uml"])?, "virtio_rdma.ko"),
+        (sibling("FREEFLOW_ROUTER_BIN", "freeflow-router")?, "freeflow-router"),
+    ];
+    for (from, name) in parts {
+        std::fs::copy(&from, bed.share().join(name)).with_context(|| format!("cannot copy {}", from.display()))?;
+    }
+    bed.put("nested.sh", NESTED)?;
+    let done = bed.guest(nic)?.run("exec bash /share/nested.sh host", PATIENCE)?;
+    ensure!(done.status == 0, "status {}:\n{}", done.status, done.output);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,8 +198,16 @@ mod tests {
         assert_eq!((counter(text, "sent_bytes"), counter(text, "link_downed")), (Some(4096), None));
     }
 
+    /// Every file in `tests/tests` is run, or left out for a reason that is said above.
     #[test]
     fn what_is_run_is_there() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+        let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
+        let left_out = ["fuzz_corpus", "hostile_descriptors", "odp_commands", "fairness", "rates", "scale"];
+        for file in files.filter(|file| file.extension().is_some_and(|ending| ending == "rs")) {
+            let name = file.file_stem().unwrap().to_str().unwrap();
+            assert!(Suite::named(name).is_some() != left_out.contains(&name), "{name}");
+        }
         for name in SUITES.iter().map(|suite| suite.name).chain(FEW) {
             let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name).with_extension("rs");
             assert!(file.exists() && Suite::named(name).is_some(), "{name}");

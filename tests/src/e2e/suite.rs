@@ -42,6 +42,8 @@ pub enum Check {
     Paging(usize, &'static str, &'static str),
     /// One of [`nic::SUITES`], in a guest that plays the host.
     OverNic(usize, &'static str),
+    /// Perftest in a guest within the guest, over that one's NIC.
+    Nested(usize),
     /// What is not offered, in one guest.
     NotOffered(usize),
     /// rdma-core's own tests, shared by all guests.
@@ -106,6 +108,7 @@ impl Check {
             Self::App(server, client, app) => format!("{}: {}", way(*server, *client), app.name),
             Self::Processes(nic, _, name) | Self::Paging(nic, _, name) => format!("guest {nic}: {name}"),
             Self::OverNic(nic, name) => format!("guest {nic} as a host: tests of {name} over its NIC (rxe)"),
+            Self::Nested(nic) => format!("guest {nic} as a host: perftest in a guest within it, over its NIC (rxe)"),
             Self::NotOffered(nic) => format!("guest {nic}: what is not offered"),
             Self::Conformance => "rdma-core's tests".to_owned(),
             Self::Life(name, _) => (*name).to_owned(),
@@ -128,6 +131,7 @@ impl Check {
             Self::Processes(nic, kind, _) => processes::check(bed, *nic, kind)?,
             Self::Paging(nic, kind, _) => paging::check(bed, *nic, kind)?,
             Self::OverNic(nic, name) => nic::check(bed, *nic, name)?,
+            Self::Nested(nic) => nic::nested(bed, *nic)?,
             Self::NotOffered(nic) => probes::check(bed, *nic)?,
             Self::Conformance => conformance::ours(bed).map(drop)?,
             // Scenarios see to what they leave: the last leaves no router to ask.
