@@ -40,6 +40,11 @@ lint: setup ## Formatting and lints
 unit: setup ## Unit tests and the in-process guest against the real device (seconds to minutes)
 	$(CARGO) test --workspace --quiet
 
+.PHONY: unit-nic
+unit-nic: setup ## The in-process tests over a fake RDMA NIC, one that works at once and one that works late (minutes)
+	FREEFLOW_TEST_PATH=verbs $(CARGO) test -p freeflow-tests --quiet
+	FREEFLOW_TEST_PATH=shuffled $(CARGO) test -p freeflow-tests --quiet
+
 .PHONY: guests
 guests: images ## Unmodified software in real guests
 	$(E2E) test

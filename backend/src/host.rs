@@ -12,7 +12,7 @@ use virtio_rdma::ib::QpState;
 use crate::engine::{Engine, EngineConfig};
 use crate::groups::Tenants;
 use crate::nic::stats::CounterValues;
-use crate::nic::{Nic, NicConfig};
+use crate::nic::{Nic, NicConfig, PathChoice};
 use crate::overlay::{Gid, NicId, Overlay};
 use crate::profile::BadLimit;
 use crate::qp::{Qp, SendQueue};
@@ -215,6 +215,8 @@ pub struct QpStatus {
     pub remote_qpn: Option<u32>,
     /// Path in use: `local`, `verbs`, or nothing while the peer has not been looked for.
     pub path: Option<String>,
+    /// Why that one.
+    pub why: Option<String>,
     /// Work requests completed.
     pub completed: u64,
     /// Bytes moved.
@@ -229,24 +231,39 @@ fn path_of(send: &SendQueue) -> Option<String> {
     send.binding.as_ref().map(|_| path.to_owned())
 }
 
-fn qps_of(nic: &Nic) -> Vec<QpStatus> {
-    let qps: Vec<_> = nic.qps.read().values().cloned().collect();
-    qps.iter().map(|qp| qp_status(&nic.config.name, qp)).collect()
+fn why_of(nic: &Nic, qp: &Qp, send: &SendQueue) -> Option<String> {
+    send.binding.as_ref()?;
+    Some(match &send.nic {
+        _ if nic.config.path == PathChoice::Auto => "on the same host".to_owned(),
+        None if qp.id.kind.is_datagram() => "a datagram".to_owned(),
+        None => "no queue pair on the host's NIC".to_owned(),
+        Some(queue) => match (queue.apart, queue.alone) {
+            (Some(why), _) => why.to_owned(),
+            (None, 0) => "both are on the host's NIC".to_owned(),
+            (None, count) => format!("both are on the host's NIC; not for it were {count} requests"),
+        },
+    })
 }
 
-fn qp_status(nic: &str, qp: &Qp) -> QpStatus {
+fn qps_of(nic: &Nic) -> Vec<QpStatus> {
+    let qps: Vec<_> = nic.qps.read().values().cloned().collect();
+    qps.iter().map(|qp| qp_status(nic, qp)).collect()
+}
+
+fn qp_status(nic: &Nic, qp: &Qp) -> QpStatus {
     let state = qp.state();
     let attr = qp.attrs.lock().attr;
     let connected = !qp.id.kind.is_datagram() && !matches!(state, QpState::Reset | QpState::Init);
     let send = qp.send.lock();
     QpStatus {
-        nic: nic.to_owned(),
+        nic: nic.config.name.clone(),
         qpn: qp.id.qpn,
         kind: format!("{:?}", qp.id.kind).to_uppercase(),
         state: format!("{state:?}").to_uppercase(),
         remote_gid: connected.then(|| Gid(attr.av.dgid).to_string()),
         remote_qpn: connected.then(|| attr.dest_qpn.get()),
         path: path_of(&send),
+        why: why_of(nic, qp, &send),
         completed: send.completed,
         bytes: send.bytes,
         waiting: send.wait.map(|w| format!("{:?}", w.kind).to_lowercase()),

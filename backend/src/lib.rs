@@ -43,3 +43,4 @@ pub use nic::{Mac, NicConfig, PathChoice};
 pub use overlay::{Gid, NicId, Overlay, Place};
 pub use profile::Profile;
 pub use rate::{BitRate, Rates};
+pub use verbs::NicQuota;

@@ -10,7 +10,7 @@ use crate::control::parse::RawExtent;
 use crate::mem::{Extent, Map, Seg};
 use crate::on_demand::{Missing, OnDemand};
 use crate::profile::Profile;
-use crate::verbs::{Grant, MemoryRegion};
+use crate::verbs::{Grant, MemoryRegion, Share};
 
 /// Why a key, address and length were refused. The guest sees a protection or access error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -87,6 +87,8 @@ pub struct Mr {
 struct OnNic {
     grant: Arc<Grant>,
     _mr: Arc<dyn MemoryRegion>,
+    /// Of its virtual NIC's quota.
+    _share: Arc<Share>,
 }
 
 /// Where the bytes of a region are.
@@ -231,9 +233,9 @@ impl Mr {
 
     /// The same, which the host's NIC has too.
     #[must_use]
-    pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>) -> Self {
+    pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>, share: Share) -> Self {
         let grant = Grant::region((self.key, self.pdn), self.access, (self.iova, self.length), &*mr);
-        self.on_nic = Some(OnNic { grant: Arc::new(grant), _mr: mr });
+        self.on_nic = Some(OnNic { grant: Arc::new(grant), _mr: mr, _share: Arc::new(share) });
         self
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use freeflow_backend::verbs::DeviceChoice;
-use freeflow_backend::{EngineConfig, Mac, NicConfig, PathChoice, Profile, Rates};
+use freeflow_backend::{EngineConfig, Mac, NicConfig, NicQuota, PathChoice, Profile, Rates};
 use serde::{Deserialize, Serialize};
 
 use crate::sandbox::Security;
@@ -145,6 +145,9 @@ pub struct NicSettings {
     /// How fast it and its QPs may be.
     #[serde(default)]
     pub rate: Rates,
+    /// How much of the host's RDMA NIC it may have.
+    #[serde(default)]
+    pub quota: NicQuota,
     /// Limits, which are quotas at the same time.
     #[serde(default)]
     pub limits: Profile,
@@ -176,6 +179,7 @@ impl NicSettings {
             profile: self.limits.clone(),
             path: self.path,
             rates: self.rate.clone(),
+            quota: self.quota,
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use freeflow_backend::{Mac, NicId, PathChoice, Profile, Rates};
+use freeflow_backend::{Mac, NicId, NicQuota, PathChoice, Profile, Rates};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, NicSettings, check_nics};
@@ -81,6 +81,7 @@ impl NewNic {
             mac: self.mac,
             vectors: self.vectors,
             workers: self.workers,
+            quota: NicQuota::default(),
             path: self.path,
             rate: self.rate,
             limits: self.limits,

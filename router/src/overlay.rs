@@ -60,6 +60,7 @@ mod tests {
             num_workers: 1,
             profile: Profile::default(),
             path: freeflow_backend::PathChoice::Auto,
+            quota: freeflow_backend::NicQuota::default(),
             rates: freeflow_backend::Rates::default(),
         }
     }

@@ -10,7 +10,7 @@ use freeflow_backend::Mac;
 use freeflow_backend::verbs::fake::{FakeNic, Script};
 use freeflow_backend::verbs::host::HostNic;
 use freeflow_backend::verbs::{Device, DeviceChoice};
-use freeflow_backend::{NicStatus, PathChoice, Profile, Rates};
+use freeflow_backend::{NicQuota, NicStatus, PathChoice, Profile, Rates};
 use freeflow_router::config::{Config, EngineSettings, NicSettings};
 
 use crate::bed::eventually;
@@ -42,6 +42,10 @@ pub struct RouterSpec {
     pub rates: Rates,
     /// The host's NIC, which virtual NICs are to use then.
     pub device: Option<Arc<dyn Device>>,
+    /// So many of the last ones do without it all the same.
+    pub off_nic: usize,
+    /// How much of it each may have.
+    pub quota: NicQuota,
 }
 
 impl RouterSpec {
@@ -57,6 +61,8 @@ impl RouterSpec {
             nic_workers: None,
             rates: Rates::default(),
             device: device_of_tests(),
+            off_nic: 0,
+            quota: NicQuota::default(),
         }
     }
 
@@ -78,7 +84,12 @@ impl RouterSpec {
             workers: self.nic_workers.unwrap_or(self.engine.workers as u16),
             limits: self.limits.clone(),
             rate: self.rates.clone(),
-            path: if self.device.is_some() { PathChoice::Nic } else { PathChoice::Auto },
+            quota: self.quota,
+            path: if self.device.is_some() && nic + self.off_nic < self.nics {
+                PathChoice::Nic
+            } else {
+                PathChoice::Auto
+            },
         };
         Config { engine: self.engine.clone(), nic: (0..self.nics).map(nic).collect(), ..Config::default() }
     }

@@ -1,20 +1,21 @@
 //! Connected transports over the host's NIC, which a fake one plays.
 #![allow(missing_docs, reason = "a test program")]
 
+use std::collections::HashSet;
 use std::sync::Arc;
-
 use std::time::Duration;
 
+use freeflow_backend::NicQuota;
 use freeflow_backend::verbs::Limits;
 use freeflow_backend::verbs::fake::{Counts, FakeNic, Script};
 use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr, connect};
+use freeflow_tests::guest::verbs::{Mr, MrSpec, Op, QpSpec, Rc, RcOptions, Remote, SendWr, connect};
 use freeflow_tests::rng::Rng;
 use freeflow_tests::router::RouterSpec;
 use virtio_rdma::event::EventType;
-use virtio_rdma::ib::{QpState, WcOpcode, WcStatus};
+use virtio_rdma::ib::{Access, AtomicCap, QpState, WcOpcode, WcStatus};
 
 const SOON: Duration = Duration::from_secs(10);
 const A_WHILE: Duration = Duration::from_millis(2);
@@ -515,6 +516,205 @@ fn what_the_nic_does_not_connect_goes_without_it() {
         b.cq.next().ok();
         assert_eq!(nic.counts().sent, 1 - after, "both can still be connected if neither is");
     }
+}
+
+/// Every addition to one word counts, those of a peer on the NIC and those of one that is not.
+#[test]
+fn atomics_of_both_kinds_of_peers_on_one_word() {
+    const ROUNDS: u64 = 2_000;
+    for atomics in [AtomicCap::Hca, AtomicCap::Glob] {
+        let limits = Limits { atomics, ..Script::default().limits };
+        let nic = Arc::new(FakeNic::new(Script { limits, ..Script::default() }));
+        let spec = RouterSpec { off_nic: 1, ..RouterSpec::of(3).over(nic.clone()) };
+        let bed = Bed::with(&spec, Placement::Contiguous);
+        let (a, b) = bed.pair(64);
+        let third = Rc::new(&bed.guests[2], QpSpec::rc(), 64).unwrap();
+        let (local, _end) = Rc::sibling((&third, &b), &QpSpec::rc(), 64).unwrap();
+        let access = Access::LOCAL_WRITE | Access::REMOTE_ATOMIC;
+        let word = b.pd.reg_spec(MrSpec::whole(b.mr.buf()).access(access)).unwrap();
+        std::thread::scope(|scope| {
+            for from in [&a, &local] {
+                let remote = word.remote(8);
+                scope.spawn(move || {
+                    for id in 0..ROUNDS {
+                        from.qp.post(SendWr::new(id, Op::FetchAdd(remote, 1), &[from.mr.sge(0, 8)])).unwrap();
+                        from.cq.next().ok();
+                    }
+                });
+            }
+        });
+        assert_eq!(b.mr.read(8, 8), (2 * ROUNDS).to_ne_bytes());
+        assert_eq!(nic.counts().sent, if atomics == AtomicCap::Glob { ROUNDS } else { 0 });
+        let swap = Op::CompareSwap(word.remote(8), 2 * ROUNDS, 7);
+        a.qp.post(SendWr::new(1, swap, &[a.mr.sge(0, 8)])).unwrap();
+        assert_eq!(a.cq.next().ok().opcode(), WcOpcode::CompSwap);
+        assert_eq!(
+            (a.mr.read(0, 8), b.mr.read(8, 8)),
+            ((2 * ROUNDS).to_ne_bytes().to_vec(), 7u64.to_ne_bytes().to_vec())
+        );
+    }
+}
+
+fn copied(bed: &Bed, guest: usize) -> (u64, u64) {
+    let counters = bed.router.status(guest).counters;
+    (counters.copied_bytes, counters.copied_datagram_bytes)
+}
+
+/// What the router has touched is counted: nothing of what connected queue pairs send.
+#[test]
+fn no_payload_is_touched() {
+    for spec in [QpSpec::rc(), QpSpec::uc()] {
+        for script in scripts() {
+            let (nic, bed) = bed(script);
+            let (x, y) = bed.two();
+            let (a, b) = Rc::pair_with(x, y, &spec, 1 << 20, &RcOptions::default()).unwrap();
+            for (id, len) in [1, 4096, 65_536, 1 << 20].into_iter().enumerate() {
+                b.qp.post_recv(id as u64, &[b.mr.sge(0, len)]).unwrap();
+                a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, len)])).unwrap();
+                a.qp.post(SendWr::new(2, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, len)])).unwrap();
+                a.cq.next().ok();
+                a.cq.next().ok();
+                b.cq.next().ok();
+            }
+            assert_eq!((copied(&bed, 0), copied(&bed, 1)), ((0, 0), (0, 0)));
+            assert_eq!(nic.counts().bytes, 2 * (1 + 4096 + 65_536 + (1 << 20)));
+        }
+    }
+}
+
+#[test]
+fn what_goes_another_way_is_counted_and_told() {
+    let limits = Limits { mrs: 2, ..Script::default().limits };
+    let (_nic, bed) = bed(Script { limits, ..Script::default() });
+    let (a, b) = bed.pair(4096);
+    let why = || bed.router.router().qps().into_iter().find(|qp| qp.qpn == a.qp.number()).and_then(|qp| qp.why);
+    assert_eq!(why(), None, "the peer has not been looked for");
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    assert_eq!((why().as_deref(), copied(&bed, 0)), (Some("both are on the host's NIC"), (0, 0)));
+    let off_nic = b.pd.reg_new(4096).unwrap();
+    a.qp.post(SendWr::new(2, Op::Write(off_nic.remote(0)), &[a.mr.sge(0, 100)])).unwrap();
+    a.cq.next().ok();
+    assert_eq!(why().as_deref(), Some("both are on the host's NIC; not for it were 1 requests"));
+    assert_eq!(copied(&bed, 0), (100, 0));
+}
+
+/// One virtual NIC cannot use up the host's: memory beyond its quota goes without the NIC, queue pairs are refused.
+#[test]
+fn quotas_of_the_hosts_nic() {
+    let nic = Arc::new(FakeNic::new(Script::default()));
+    let quota = NicQuota { max_bytes: 8192, max_qp: 2, ..NicQuota::default() };
+    let bed = Bed::with(&RouterSpec { quota, ..RouterSpec::of(2).over(nic.clone()) }, Placement::Contiguous);
+    let (a, b) = bed.pair(4096);
+    let (second, third) = (b.pd.reg_new(4096).unwrap(), b.pd.reg_new(4096).unwrap());
+    assert_eq!(nic.counts().mrs, 3, "the third of one guest is not there");
+    for (mr, sent) in [(&second, 1), (&third, 1)] {
+        a.qp.post(SendWr::new(1, Op::Write(mr.remote(0)), &[a.mr.sge(0, 8)])).unwrap();
+        a.cq.next().ok();
+        assert_eq!(nic.counts().sent, sent);
+    }
+    drop(second);
+    let _fourth = b.pd.reg_new(4096).unwrap();
+    assert_eq!(nic.counts().mrs, 3, "what was given back can be had again");
+    let _other = bed.pair(64);
+    let (x, y) = bed.two();
+    assert!(Rc::pair(x, y, 64).is_err(), "a third queue pair");
+    drop((a, b));
+    Rc::pair(x, y, 64).unwrap();
+    let quota = NicQuota { max_cqe: 300, ..NicQuota::default() };
+    let bed = Bed::with(&RouterSpec { quota, ..RouterSpec::of(2).over(nic) }, Placement::Contiguous);
+    let _first = bed.pair(64);
+    let (x, y) = bed.two();
+    assert!(Rc::pair(x, y, 64).is_err(), "completions of a second queue pair");
+}
+
+/// What cannot be pinned goes without the NIC, and the log says which limit it was.
+#[test]
+fn the_limit_of_pinned_memory_is_named() {
+    freeflow_tests::logs::collect();
+    let (nic, bed) = bed(Script { memlock: 10_000, ..Script::default() });
+    let (a, b) = bed.pair(4096);
+    let big = b.pd.reg_new(12_345).unwrap();
+    a.qp.post(SendWr::new(1, Op::Write(big.remote(0)), &[a.mr.sge(0, 8)])).unwrap();
+    a.cq.next().ok();
+    assert_eq!((nic.counts().mrs, nic.counts().sent), (2, 0));
+    let lines = freeflow_tests::logs::lines_with("12345 bytes more cannot be pinned: RLIMIT_MEMLOCK is 10000");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+}
+
+/// 100,000 keys at work, guesses at others, and keys that come after others went.
+#[test]
+fn a_hundred_thousand_keys() {
+    const KEYS: usize = 100_000;
+    let (nic, bed) = bed(Script::default());
+    let spec = QpSpec { send_depth: 127, ..QpSpec::rc() };
+    let (x, y) = bed.two();
+    let (a, b) = Rc::pair_with(x, y, &spec, 4096, &RcOptions::default()).unwrap();
+    let memory = y.alloc(4096).unwrap();
+    let region = || b.pd.reg_spec(MrSpec::whole(&memory)).unwrap();
+    let mut regions: Vec<_> = (0..KEYS).map(|_| region()).collect();
+    let use_all = |a: &Rc, regions: &[Mr]| {
+        let before = nic.counts().sent;
+        for some in regions.chunks(100) {
+            let sges = [a.mr.sge(0, 8)];
+            let list: Vec<_> = some.iter().map(|mr| SendWr::new(1, Op::Write(mr.remote(0)), &sges)).collect();
+            a.qp.post_send(&list).unwrap();
+            (0..some.len()).for_each(|_| assert_eq!(a.cq.next().status(), WcStatus::Success));
+        }
+        assert_eq!(nic.counts().sent - before, regions.len() as u64, "all by the NIC");
+    };
+    use_all(&a, &regions);
+    let gone: Vec<_> = regions.drain(..KEYS / 2).map(|mr| mr.remote(0)).collect();
+    regions.extend((0..KEYS / 2).map(|_| b.pd.reg_spec(MrSpec::whole(&memory)).unwrap()));
+    use_all(&a, &regions);
+    let known: HashSet<u32> = regions.iter().map(|mr| mr.remote(0).rkey).chain([b.mr.remote(0).rkey]).collect();
+    let mut rng = Rng::new(7);
+    let like = regions[0].remote(0);
+    let mut guess = || u32::from_ne_bytes(rng.bytes(4).try_into().unwrap());
+    let random: Vec<_> = (0..50).map(|_| guess()).collect();
+    // Those of the fake NIC start here.
+    let of_nic = (0..20).map(|n| 0x00f0_0001 + n);
+    let neighbours = regions.iter().take(20).map(|mr| mr.remote(0).rkey ^ 1);
+    let others = [a.mr.remote(0).rkey];
+    let used_before = gone.iter().step_by(KEYS / 100).map(|remote| remote.rkey);
+    let guesses = random.into_iter().chain(of_nic).chain(neighbours).chain(others).chain(used_before);
+    for rkey in guesses.filter(|key| !known.contains(key)) {
+        let before = nic.counts().sent;
+        a.qp.post(SendWr::new(1, Op::Write(Remote { rkey, ..like }), &[a.mr.sge(0, 8)])).unwrap();
+        assert_eq!(a.cq.next().status(), WcStatus::RemAccessErr, "{rkey:#x}");
+        assert_eq!(nic.counts().sent, before, "the NIC is not asked for {rkey:#x}");
+        reconnect(&a, &b);
+    }
+    use_all(&a, &regions[..1000]);
+}
+
+fn reconnect(a: &Rc, b: &Rc) {
+    for end in [a, b] {
+        end.qp.modify_state(QpState::Reset).unwrap();
+    }
+    connect(&a.qp, &b.qp, &RcOptions::default()).unwrap();
+}
+
+/// A receive that the NIC had in one life of its queue pair completes in no other.
+#[test]
+fn a_receive_on_the_nic_does_not_complete_in_the_next_life() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    nic.hold(true);
+    b.qp.post_recv(100, &[b.mr.sge(0, 8)]).unwrap();
+    a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+    wait_posted(&nic, 2);
+    b.qp.modify_state(QpState::Reset).unwrap();
+    nic.hold(false);
+    assert_eq!(a.cq.next().status(), WcStatus::RetryExcErr);
+    let other = Rc::new(&bed.guests[0], QpSpec::rc(), 64).unwrap();
+    connect(&other.qp, &b.qp, &RcOptions { psn: 77, ..RcOptions::default() }).unwrap();
+    b.qp.post_recv(200, &[b.mr.sge(0, 8)]).unwrap();
+    b.qp.modify_state(QpState::Err).unwrap();
+    assert_eq!(statuses(&b, 1), [(200, WcStatus::WrFlushErr)]);
+    assert!(b.cq.poll().is_none());
 }
 
 /// Threads of both guests send both ways over several connections at once, over workers of their own, and compare every byte.

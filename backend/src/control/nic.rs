@@ -6,12 +6,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use virtio_rdma::ib::{Access, QpState, QpType};
+use virtio_rdma::ib::{Access, AtomicCap, QpState, QpType};
 
 use super::{Control, Refusal};
 use crate::mr::{Layout, Mr};
 use crate::nic::PathChoice;
 use crate::qp::{NicQueue, Qp, SendQueue};
+use crate::verbs::fabric::remote_atomic;
 use crate::verbs::{Device, ProtectionDomain};
 
 /// Protection domains on the NIC, by those of the guest.
@@ -39,8 +40,11 @@ impl Control {
     /// A region that is complete, also on the NIC if that takes it.
     pub(super) fn with_nic(&self, mr: Mr, memory: &Arc<Layout>) -> Mr {
         let Some(domain) = self.domains.get(&mr.pdn) else { return mr };
-        match domain.register(memory, mr.iova, mr.access & ON_NIC) {
-            Ok(region) => mr.on_nic(region),
+        let atomics = self.device().map_or(AtomicCap::None, |device| device.limits().atomics);
+        let access = mr.access & (ON_NIC | remote_atomic(atomics));
+        let share = self.nic.usage.take_bytes(&self.nic.config.quota, mr.length);
+        match share.and_then(|share| Ok((domain.register(memory, mr.iova, access)?, share))) {
+            Ok((region, share)) => mr.on_nic(region, share),
             Err(error) => {
                 self.no_room("memory region", &error);
                 mr

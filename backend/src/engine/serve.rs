@@ -11,7 +11,7 @@ use super::complete::{LONG, OVERFLOW, RecvDone, Step, complete_recv, complete_se
 use super::context::{Budget, Context};
 use super::job::Job;
 use super::{cost, local, rc, uc, ud, verbs};
-use crate::nic::Nic;
+use crate::nic::{Nic, PathChoice};
 use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
 use crate::wqe::Op;
@@ -167,6 +167,9 @@ pub(super) fn advance(
     match step {
         Step::Done => {
             send.bytes += job.wqe.length;
+            if nic.config.path == PathChoice::Nic {
+                count_copied(nic, qp, &job);
+            }
             let pushed = complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);
             (!pushed).then(|| give_up(nic, qp, OVERFLOW))
@@ -181,6 +184,15 @@ pub(super) fn advance(
             wait(ctx, nic, qp, send, job, kind, period)
         }
         Step::Failed(status) => Some(fail(ctx, nic, qp, send, job, status)),
+    }
+}
+
+/// The host's NIC was to move these bytes, and we did.
+fn count_copied(nic: &Nic, qp: &Qp, job: &Job) {
+    let counters = &nic.counters;
+    let counter = if qp.id.kind.is_datagram() { &counters.copied_datagram_bytes } else { &counters.copied_bytes };
+    if !job.wqe.is_inline() {
+        counter.add(job.wqe.length);
     }
 }
 

@@ -35,7 +35,7 @@ use crate::profile::Profile;
 use crate::qp::Qp;
 use crate::rate::{Pacer, Rates};
 use crate::slots::Slots;
-use crate::verbs::GrantBudget;
+use crate::verbs::{GrantBudget, NicQuota, NicUsage};
 use crate::vhost::vring::Vring;
 
 pub use mac::Mac;
@@ -60,6 +60,9 @@ pub struct NicConfig {
     /// How bytes get to peers.
     #[serde(default)]
     pub path: PathChoice,
+    /// How much of the host's NIC it may have.
+    #[serde(default)]
+    pub quota: NicQuota,
     /// How fast it may be, to begin with.
     #[serde(default)]
     pub rates: Rates,
@@ -119,6 +122,8 @@ pub struct Nic {
     pub events: Vec<EventQueue>,
     /// Keys that its queue pairs remember for the host's NIC.
     pub grants: Arc<GrantBudget>,
+    /// What it has on the host's NIC.
+    pub usage: NicUsage,
     /// Counters.
     pub counters: Counters,
     log: LimitedLog,
@@ -151,6 +156,7 @@ impl Nic {
             gids: RwLock::new(GidTable::new(config.profile.max_gids)),
             events: event_vrings.into_iter().map(EventQueue::new).collect(),
             grants: Arc::default(),
+            usage: NicUsage::default(),
             counters: Counters::default(),
             log: LimitedLog::new(&config.name),
             gid_epoch: AtomicU64::new(0),

@@ -44,6 +44,11 @@ counters! {
     nic_wqes,
     /// Bytes that it has moved for them.
     nic_bytes,
+    /// Payload of connected queue pairs that we have moved though the virtual NIC is to use the host's; inline data, which are part of a
+    /// work request, do not count.
+    copied_bytes,
+    /// The same for datagrams, management and multicast among them.
+    copied_datagram_bytes,
     /// Receives completed.
     recv_wqes,
     /// Bytes received by SENDs and datagrams.

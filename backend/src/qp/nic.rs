@@ -17,6 +17,10 @@ pub struct NicQueue {
     pub peer: Option<Arc<End>>,
     /// The end that it is to be connected to, and whether that has been seen to.
     asked: Option<(Arc<End>, Arc<AtomicBool>)>,
+    /// Why the peer is not reached over the NIC, if it is not.
+    pub apart: Option<&'static str>,
+    /// Work requests that were not for the NIC.
+    pub alone: u64,
     /// Work requests that are there, oldest first.
     pub posted: VecDeque<Posted>,
     /// Work requests whose end was seen, of all that were ever there.
@@ -47,6 +51,8 @@ impl NicQueue {
             end,
             peer: None,
             asked: None,
+            apart: None,
+            alone: 0,
             posted: VecDeque::new(),
             seen: 0,
             own: GrantCache::new(budget),

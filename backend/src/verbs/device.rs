@@ -11,8 +11,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use virtio_rdma::ib::Access;
-use virtio_rdma::ib::{QpType, SendFlags, WcOpcode, WcStatus};
+use virtio_rdma::ib::{AtomicCap, QpType, SendFlags, WcOpcode, WcStatus};
 
+use crate::mem::AtomicOp;
 use crate::mr::Layout;
 use crate::overlay::Gid;
 use crate::wqe::Sge;
@@ -26,6 +27,19 @@ pub enum DeviceError {
     /// Objects of different devices, or attributes that make no sense.
     #[error("the NIC does not know {0}")]
     Invalid(&'static str),
+    /// One virtual NIC may not have more of them.
+    #[error("the virtual NIC's quota of {0} on the host's NIC is used up")]
+    Quota(&'static str),
+    /// The operating system does not let us pin as much memory.
+    #[error("{bytes} bytes more cannot be pinned: RLIMIT_MEMLOCK is {limit} (LimitMEMLOCK= of the unit, ulimit -l)")]
+    Memlock {
+        /// What was to be pinned.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+        /// What it says.
+        source: std::io::Error,
+    },
     /// What the operating system says.
     #[error("{what}")]
     System {
@@ -34,6 +48,17 @@ pub enum DeviceError {
         /// Why.
         source: std::io::Error,
     },
+}
+
+impl DeviceError {
+    /// Why memory could not be registered, under this limit of what may be pinned: an implementation may be told no more than that there is
+    /// not enough.
+    pub fn pinning(bytes: u64, limit: Option<u64>, source: std::io::Error) -> Self {
+        match (source.raw_os_error(), limit) {
+            (Some(libc::ENOMEM | libc::EAGAIN), Some(limit)) => Self::Memlock { bytes, limit, source },
+            _ => Self::System { what: "memory cannot be registered", source },
+        }
+    }
 }
 
 /// How much a device can do.
@@ -57,6 +82,8 @@ pub struct Limits {
     pub reads: u8,
     /// Code of the port's MTU.
     pub mtu: u8,
+    /// With whom its atomics are atomic.
+    pub atomics: AtomicCap,
 }
 
 /// Sizes of a queue pair.
@@ -277,12 +304,19 @@ pub enum PostedOp {
     WriteImm(u32),
     /// RDMA READ.
     Read,
+    /// An atomic; only for a NIC whose atomics are so with those of processors, too.
+    Atomic(AtomicOp),
 }
 
 impl PostedOp {
+    /// Whether something comes back from the peer.
+    pub fn fetches(self) -> bool {
+        matches!(self, Self::Read | Self::Atomic(_))
+    }
+
     /// Whether it takes a receive.
     pub fn takes_receive(self) -> bool {
-        !matches!(self, Self::Write | Self::Read)
+        !matches!(self, Self::Write | Self::Read | Self::Atomic(_))
     }
 
     /// What its completion names.
@@ -291,6 +325,8 @@ impl PostedOp {
             Self::Send | Self::SendImm(_) => WcOpcode::Send,
             Self::Write | Self::WriteImm(_) => WcOpcode::RdmaWrite,
             Self::Read => WcOpcode::RdmaRead,
+            Self::Atomic(AtomicOp::CompareSwap { .. }) => WcOpcode::CompSwap,
+            Self::Atomic(AtomicOp::FetchAdd(_)) => WcOpcode::FetchAdd,
         }
     }
 }
@@ -410,6 +446,17 @@ pub struct RecvRequest<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_pinned_says_under_which_limit() {
+        let no_memory = || std::io::Error::from_raw_os_error(libc::ENOMEM);
+        let text = DeviceError::pinning(4096, Some(65_536), no_memory()).to_string();
+        assert!(text.contains("4096 bytes") && text.contains("RLIMIT_MEMLOCK is 65536"), "{text}");
+        let unlimited = DeviceError::pinning(4096, None, no_memory());
+        assert!(matches!(unlimited, DeviceError::System { .. }));
+        let other = DeviceError::pinning(4096, Some(65_536), std::io::Error::from_raw_os_error(libc::EFAULT));
+        assert!(matches!(other, DeviceError::System { .. }));
+    }
 
     #[test]
     fn payloads_of_a_list_are_kept_apart() {

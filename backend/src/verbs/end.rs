@@ -14,6 +14,7 @@ use super::device::{
     Capacity, Connection, DeviceError, Endpoint, PostError, ProtectionDomain, QueuePair, RecvRequest, SendList, Sending,
 };
 use super::fabric::Side;
+use super::quota::Share;
 use crate::wqe::{Recv, Sge};
 
 /// Names a work request in its completion: the end, which queue, and which element of it.
@@ -119,6 +120,8 @@ pub struct End {
     pd: Arc<dyn ProtectionDomain>,
     /// Whether messages to it may get lost, and their receives be given back.
     unreliable: bool,
+    /// Of its virtual NIC's quotas.
+    _shares: [Share; 2],
     /// `None` once it is destroyed.
     pair: RwLock<Option<Box<dyn QueuePair>>>,
     /// The end that it is connected to.
@@ -171,7 +174,7 @@ impl End {
         side: (Arc<Side>, usize),
         endpoint: Endpoint,
         capacity: Capacity,
-        (pd, unreliable): (&Arc<dyn ProtectionDomain>, bool),
+        (pd, unreliable, shares): (&Arc<dyn ProtectionDomain>, bool, [Share; 2]),
         pair: Box<dyn QueuePair>,
     ) -> Self {
         Self {
@@ -183,6 +186,7 @@ impl End {
             capacity,
             pd: pd.clone(),
             unreliable,
+            _shares: shares,
             pair: RwLock::new(Some(pair)),
             peer: AtomicU64::new(0),
             sends: AtomicBool::new(false),
@@ -382,6 +386,7 @@ mod tests {
 
     use super::super::device::{Device, PostedOp};
     use super::super::fake::{FakeNic, Script};
+    use super::super::quota::{NicQuota, NicUsage};
     use super::*;
     use crate::overlay::Gid;
 
@@ -421,7 +426,8 @@ mod tests {
         let (index, _cq) = side.reserve(&device, capacity).unwrap();
         let endpoint = Endpoint { qpn: 1, gid: Gid([0; 16]), psn: 0 };
         let pd = device.alloc_pd().unwrap();
-        let (side_of, pd) = ((side.clone(), index), (&pd, false));
+        let shares = NicUsage::default().take_qp(&NicQuota::default(), 16).unwrap();
+        let (side_of, pd) = ((side.clone(), index), (&pd, false, shares));
         let end = End::new((Tag::new(5), 0), 0, side_of, endpoint, capacity, pd, Box::new(Refusing));
         let mut list = SendList::default();
         list.push(end.send_id(0), PostedOp::Send, SendFlags::empty(), (0, 0));

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use rand::Rng;
 use rustix::event::{EventfdFlags, eventfd};
-use virtio_rdma::ib::{Access, QpType};
+use virtio_rdma::ib::{Access, AtomicCap, QpType};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::device::{
@@ -142,6 +142,7 @@ impl Fabric {
             sges: profile.max_sge.min(limits.sges),
             inline: profile.max_inline_data.min(limits.inline),
         };
+        let shares = nic.usage.take_qp(&nic.config.quota, capacity.sends + capacity.recvs)?;
         let worker = nic.doorbells[qp.id.doorbell_queue].worker;
         let side = self.sides[worker].clone();
         let (index, cq) = side.reserve(&*self.device, capacity)?;
@@ -156,7 +157,7 @@ impl Fabric {
             (side.clone(), index),
             endpoint,
             capacity,
-            (pd, qp.id.kind == QpType::Uc),
+            (pd, qp.id.kind == QpType::Uc, shares),
             pair,
         ));
         side.members.write().insert(id, Member { nic: nic.clone(), qp: qp.clone(), end: end.clone() });
@@ -264,8 +265,13 @@ impl Fabric {
 /// there before messages are: so this is the same for all.
 fn connection(own: &Member, peer: &End, limits: Limits) -> Connection {
     let answers = if own.qp.id.kind == QpType::Rc { limits.reads } else { 0 };
-    let access = Access::REMOTE_WRITE | Access::REMOTE_READ;
+    let access = Access::REMOTE_WRITE | Access::REMOTE_READ | remote_atomic(limits.atomics);
     Connection { peer: peer.endpoint(), access, mtu: limits.mtu, answers }
+}
+
+/// The access flag of atomics, if the NIC is given any.
+pub fn remote_atomic(atomics: AtomicCap) -> Access {
+    if atomics == AtomicCap::Glob { Access::REMOTE_ATOMIC } else { Access::empty() }
 }
 
 /// How an end sends: as its guest's queue pair does.

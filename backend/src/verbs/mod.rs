@@ -3,7 +3,8 @@
 //! * [`device`]: the layer: devices, protection domains, memory regions, completion queues, queue pairs. Work requests are posted and
 //!   completions polled in batches. Nothing above it knows which NIC is behind.
 //! * [`choice`]: which NIC is asked for.
-//! * [`fabric`]: the NIC as workers share it; [`end`]: a guest's queue pair on it; [`grant`]: what a guest's key stands for there.
+//! * [`fabric`]: the NIC as workers share it; [`end`]: a guest's queue pair on it; [`grant`]: what a guest's key stands for there;
+//!   [`quota`]: how much a virtual NIC may have of it.
 //! * `host`: a NIC of this host, by way of libibverbs; with the cargo feature `rdma`.
 //! * [`fake`]: a NIC in software for tests, which does what a real one may do and hardly ever does.
 //!
@@ -17,6 +18,7 @@ pub mod fake;
 pub mod grant;
 #[cfg(feature = "rdma")]
 pub mod host;
+pub mod quota;
 
 pub use choice::DeviceChoice;
 pub use device::{
@@ -26,3 +28,4 @@ pub use device::{
 pub use end::{End, PostedRecv, Tag};
 pub use fabric::{ConnectError, Fabric, Member, Wish};
 pub use grant::{Grant, GrantBudget, GrantCache};
+pub use quota::{NicQuota, NicUsage, Share};

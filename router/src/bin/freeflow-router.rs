@@ -126,6 +126,7 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
         vectors: 1,
         workers: 1,
         path,
+        quota: freeflow_backend::NicQuota::default(),
         rate: Rates::default(),
         limits: Profile::default(),
     })

@@ -161,7 +161,8 @@ fn guest_of(nic: &NicStatus) -> &'static str {
 }
 
 fn qps_table(qps: &[QpStatus]) -> Table {
-    let mut table = table(&["NIC", "QPN", "TYPE", "STATE", "PEER", "PATH", "WAITING", "REQUESTS", "BYTES"]);
+    let mut table =
+        table(&["NIC", "QPN", "TYPE", "STATE", "PEER", "PATH", "WAITING", "REQUESTS", "BYTES", "WHY THIS PATH"]);
     for qp in qps {
         let peer = qp.remote_gid.as_ref().zip(qp.remote_qpn).map(|(gid, qpn)| format!("{gid} {qpn:#08x}"));
         table.add_row([
@@ -174,6 +175,7 @@ fn qps_table(qps: &[QpStatus]) -> Table {
             qp.waiting.clone().unwrap_or_else(|| "-".to_owned()),
             qp.completed.to_string(),
             qp.bytes.to_string(),
+            qp.why.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     table

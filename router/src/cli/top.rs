@@ -251,6 +251,7 @@ mod tests {
             remote_gid: None,
             remote_qpn: None,
             path: None,
+            why: None,
             completed,
             bytes,
             waiting: waiting.then(|| "rnr".to_owned()),

@@ -71,9 +71,12 @@ pub(super) fn run(
     let pairing = pair(ctx, nic, qp, send, &peer);
     send.binding = Some(peer.clone());
     match pairing {
-        Pairing::Connected => {}
+        Pairing::Connected => note_apart(send, None),
         Pairing::UnderWay => return Some(Next::At(ctx.now + CONNECTING)),
-        Pairing::Apart => return unless_busy(send),
+        Pairing::Apart(why) => {
+            note_apart(send, Some(why));
+            return unless_busy(send);
+        }
     }
     let next = post(ctx, nic, qp, send, &peer, alone);
     send.publish();
@@ -85,19 +88,25 @@ fn unless_busy(send: &SendQueue) -> Option<Next> {
     send.nic.as_ref().is_some_and(|queue| !queue.posted.is_empty()).then_some(Next::Idle)
 }
 
+fn note_apart(send: &mut SendQueue, why: Option<&'static str>) {
+    if let Some(queue) = &mut send.nic {
+        queue.apart = why;
+    }
+}
+
 /// How a QP and its peer are to each other on the NIC.
 enum Pairing {
     /// Work requests can be posted.
     Connected,
     /// They are being connected: the QP is visited when they are.
     UnderWay,
-    /// They cannot be connected.
-    Apart,
+    /// They cannot be connected, and why.
+    Apart(&'static str),
 }
 
 /// Whether both ends are on the NIC, connected to each other; if not yet, that is asked for.
 fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer: &Binding) -> Pairing {
-    let Some(queue) = &mut send.nic else { return Pairing::Apart };
+    let Some(queue) = &mut send.nic else { return Pairing::Apart("no queue pair on the host's NIC") };
     if let Some(known) = &queue.peer
         && queue.end.sends_to(known)
         && known.incarnation == peer.incarnation
@@ -107,7 +116,9 @@ fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer:
     if let Some(now) = qp.end() {
         queue.change_end(now);
     }
-    let Some(theirs) = peer.qp.end().filter(|end| end.incarnation == peer.incarnation) else { return Pairing::Apart };
+    let Some(theirs) = peer.qp.end().filter(|end| end.incarnation == peer.incarnation) else {
+        return Pairing::Apart("the peer has no queue pair on the host's NIC");
+    };
     // Before that is looked at, or what is done between the two looks would not count.
     let answered = queue.is_answered();
     if queue.end.sends_to(&theirs) {
@@ -115,7 +126,7 @@ fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer:
         return Pairing::Connected;
     }
     let Some(done) = queue.ask(&theirs) else {
-        return if answered { Pairing::Apart } else { Pairing::UnderWay };
+        return if answered { Pairing::Apart("the host's NIC did not connect them") } else { Pairing::UnderWay };
     };
     let from = Member { nic: nic.clone(), qp: qp.clone(), end: queue.end.clone() };
     let to = Member { nic: peer.nic.clone(), qp: peer.qp.clone(), end: theirs };
@@ -169,6 +180,7 @@ fn post(
             Staged::NotReady(period) => serve::wait(ctx, nic, qp, send, job, WaitKind::Rnr, period),
             // Its completions must not overtake those of receives that the NIC has filled.
             Staged::Alone if qp.id.kind != QpType::Rc || !has_receives(send) => {
+                note_alone(send);
                 serve::advance(ctx, nic, qp, send, job, &mut budget)
             }
             _ => {
@@ -179,6 +191,12 @@ fn post(
         if let Some(next) = next {
             return next;
         }
+    }
+}
+
+fn note_alone(send: &mut SendQueue) {
+    if let Some(queue) = &mut send.nic {
+        queue.alone += 1;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use virtio_rdma::ib::{Access, QpType, SendFlags};
+use virtio_rdma::ib::{Access, AtomicCap, QpType, SendFlags};
 
 use super::super::complete::note_limit;
 use super::super::context::Context;
@@ -44,7 +44,8 @@ pub(super) fn stage(
     peer: &Binding,
     job: &mut Job,
 ) -> Staged {
-    let (Some(queue), Some(op)) = (&mut send.nic, posted_op(&job.wqe)) else { return Staged::Alone };
+    let op = posted_op(ctx, &job.wqe);
+    let (Some(queue), Some(op)) = (&mut send.nic, op) else { return Staged::Alone };
     if job.is_under_way() {
         return Staged::Alone;
     }
@@ -75,13 +76,17 @@ pub(super) fn stage(
     Staged::Posted
 }
 
-fn posted_op(wqe: &Send) -> Option<PostedOp> {
+/// What it is to the NIC, if anything. Atomics are executed here, by the processor, unless the NIC's are so with those.
+fn posted_op(ctx: &Context, wqe: &Send) -> Option<PostedOp> {
     Some(match wqe.op {
         Op::Send { imm: false } => PostedOp::Send,
         Op::Send { imm: true } => PostedOp::SendImm(wqe.imm),
         Op::Write { imm: false, .. } => PostedOp::Write,
         Op::Write { imm: true, .. } => PostedOp::WriteImm(wqe.imm),
         Op::Read { .. } => PostedOp::Read,
+        Op::Atomic { action, .. } if ctx.engine.fabric()?.device().limits().atomics == AtomicCap::Glob => {
+            PostedOp::Atomic(action)
+        }
         _ => return None,
     })
 }
@@ -91,13 +96,17 @@ fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Se
     if wqe.length > u64::from(Profile::MAX_MESSAGE) || !fits(queue, wqe) {
         return None;
     }
-    let reads = op == PostedOp::Read;
-    if reads && (qp.id.kind != QpType::Rc || !qp.has_resources() || !peer.qp.lends_resources()) {
+    if op.fetches() && (qp.id.kind != QpType::Rc || !qp.has_resources() || !peer.qp.lends_resources()) {
         return None;
     }
     let (need, addr, key) = match wqe.op {
         Op::Write { remote_addr, rkey, .. } => (Access::REMOTE_WRITE, remote_addr, rkey),
         Op::Read { remote_addr, rkey } => (Access::REMOTE_READ, remote_addr, rkey),
+        Op::Atomic { remote_addr, rkey, .. } => {
+            let answer = wqe.sges.as_slice();
+            let is_word = remote_addr.is_multiple_of(8) && matches!(answer, [sge] if sge.length == 8);
+            (is_word.then_some(Access::REMOTE_ATOMIC)?, remote_addr, rkey)
+        }
         _ => return Some(Command { op, remote: (0, 0) }),
     };
     if !peer.qp.access().contains(need) {
@@ -134,7 +143,7 @@ fn translate(
         list.set_inline(&wqe.inline);
         return true;
     }
-    let need = if op == PostedOp::Read { Access::LOCAL_WRITE } else { Access::empty() };
+    let need = if op.fetches() { Access::LOCAL_WRITE } else { Access::empty() };
     wqe.sges.as_slice().iter().filter(|sge| sge.length > 0).all(|sge| {
         let ask = || nic.keys.grant(sge.lkey);
         let tell = |grant: &Grant| grant.local(qp.id.pdn, need, sge.addr, sge.length.into());

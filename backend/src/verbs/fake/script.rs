@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use virtio_rdma::ib::AtomicCap;
+
 use super::super::device::Limits;
 
 /// When work requests are executed, and when that is seen.
@@ -25,6 +27,8 @@ pub struct Script {
     pub limits: Limits,
     /// How long a registration takes.
     pub registration: Duration,
+    /// Bytes that may be pinned.
+    pub memlock: u64,
 }
 
 impl Default for Script {
@@ -39,8 +43,9 @@ impl Default for Script {
             mrs: 1 << 20,
             reads: 16,
             mtu: 5,
+            atomics: AtomicCap::Hca,
         };
-        Self { timing: Timing::AtOnce, limits, registration: Duration::ZERO }
+        Self { timing: Timing::AtOnce, limits, registration: Duration::ZERO, memlock: u64::MAX }
     }
 }
 

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use virtio_rdma::ib::{QpType, SendFlags, WcOpcode, WcStatus};
+use virtio_rdma::ib::{AtomicCap, QpType, SendFlags, WcOpcode, WcStatus};
 
 use super::super::device::{
     Access, Capacity, Connection, DeviceError, Limits, PostError, PostedOp, QueuePairSpec, RecvRequest, SendList,
     Sending, Trouble, Wc,
 };
 use super::script::{Counts, Script, Timing};
-use crate::mem::{self, Seg, Source};
+use crate::mem::{self, AtomicOp, Seg, Source};
 use crate::mr::Layout;
 use crate::wqe::Sge;
 
@@ -21,6 +21,9 @@ use crate::wqe::Sge;
 #[derive(Debug)]
 pub(super) struct World {
     limits: Limits,
+    memlock: u64,
+    /// Bytes of all regions.
+    pinned: u64,
     /// For late execution.
     dice: Option<StdRng>,
     held: bool,
@@ -143,6 +146,8 @@ impl World {
         };
         Self {
             limits: script.limits,
+            memlock: script.memlock,
+            pinned: 0,
             dice,
             held: false,
             until_armed: false,
@@ -180,6 +185,11 @@ impl World {
         if self.mrs.len() >= self.limits.mrs as usize {
             return Err(DeviceError::Limit("memory regions"));
         }
+        if self.pinned.saturating_add(memory.length()) > self.memlock {
+            let source = std::io::Error::from_raw_os_error(libc::ENOMEM);
+            return Err(DeviceError::pinning(memory.length(), Some(self.memlock), source));
+        }
+        self.pinned += memory.length();
         let key = self.number();
         self.mrs.insert(key, Region { pd, access, iova, memory });
         self.counts.registrations += 1;
@@ -187,7 +197,9 @@ impl World {
     }
 
     pub fn remove_mr(&mut self, key: u32) {
-        self.mrs.remove(&key);
+        if let Some(region) = self.mrs.remove(&key) {
+            self.pinned -= region.memory.length();
+        }
     }
 
     pub fn add_cq(&mut self, entries: u32, event: Arc<OwnedFd>) -> Result<u32, DeviceError> {
@@ -538,7 +550,7 @@ impl World {
         let reliable = pair.kind == QpType::Rc;
         // An unreliable message that does not arrive is complete all the same.
         let lost = |end: End| if reliable { end } else { End::Done(send.length() as u32) };
-        let need = if send.op == PostedOp::Read { Access::LOCAL_WRITE } else { Access::empty() };
+        let need = if send.op.fetches() { Access::LOCAL_WRITE } else { Access::empty() };
         let Some(own) = self.gather(pair.pd, need, &send.sges) else { return End::Failed(WcStatus::LocProtErr) };
         let peer_number = pair.connection.map(|connection| connection.peer.qpn);
         let peer = peer_number.and_then(|peer| self.qps.get(&peer)).filter(|peer| peer.state != State::Err);
@@ -561,8 +573,12 @@ impl World {
                 };
                 there
             }
-            PostedOp::Write | PostedOp::WriteImm(_) | PostedOp::Read => {
-                let need = if send.op == PostedOp::Read { Access::REMOTE_READ } else { Access::REMOTE_WRITE };
+            PostedOp::Write | PostedOp::WriteImm(_) | PostedOp::Read | PostedOp::Atomic(_) => {
+                let need = match send.op {
+                    PostedOp::Read => Access::REMOTE_READ,
+                    PostedOp::Atomic(_) => Access::REMOTE_ATOMIC,
+                    _ => Access::REMOTE_WRITE,
+                };
                 if !connection.access.contains(need) {
                     return lost(End::Refused(WcStatus::RemInvReqErr, None));
                 }
@@ -572,7 +588,10 @@ impl World {
                 there
             }
         };
-        if send.op == PostedOp::Read {
+        if let PostedOp::Atomic(op) = send.op {
+            let Some(old) = self.atomic(&there, op) else { return End::Refused(WcStatus::RemInvReqErr, None) };
+            mem::copy_ordered(Source { own: &[&old.to_ne_bytes()], guest: &[] }, &own);
+        } else if send.op == PostedOp::Read {
             mem::copy_ordered(Source { own: &[], guest: &there }, &own);
         } else {
             mem::copy_ordered(Source { own: &[&send.inline], guest: &own }, &there);
@@ -581,6 +600,30 @@ impl World {
             self.received(peer, send, length as u32);
         }
         End::Done(length as u32)
+    }
+
+    /// The value from before. One that is atomic with its own only reads and then writes, and who looks between the two may be lost.
+    fn atomic(&self, at: &[Seg], op: AtomicOp) -> Option<u64> {
+        let &[word] = at else { return None };
+        if self.limits.atomics == AtomicCap::Glob {
+            return mem::atomic(word, op);
+        }
+        let mut old = [0; 8];
+        mem::read(word, &mut old);
+        let old = u64::from_ne_bytes(old);
+        std::thread::yield_now();
+        let new = match op {
+            AtomicOp::CompareSwap { compare, swap } => {
+                if old == compare {
+                    swap
+                } else {
+                    old
+                }
+            }
+            AtomicOp::FetchAdd(add) => old.wrapping_add(add),
+        };
+        mem::write(&new.to_ne_bytes(), word);
+        Some(old)
     }
 
     fn received(&mut self, number: u32, send: &Send, byte_len: u32) {

@@ -13,6 +13,8 @@ use rdma_sys::{
     ibv_port_state, ibv_query_device,
 };
 
+use virtio_rdma::ib::AtomicCap;
+
 use super::super::device::Limits;
 use crate::overlay::Gid;
 
@@ -155,6 +157,7 @@ impl Context {
             mrs: number(attr.max_mr),
             reads: attr.max_qp_rd_atom.min(attr.max_qp_init_rd_atom).clamp(0, 255) as u8,
             mtu: 0,
+            atomics: AtomicCap::from_wire(attr.atomic_cap).unwrap_or(AtomicCap::None),
         })
     }
 

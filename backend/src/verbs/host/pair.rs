@@ -9,10 +9,10 @@ use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
 use rdma_sys::{
-    bind_mw_tso_union_t, ibv_ah_attr, ibv_create_qp, ibv_destroy_qp, ibv_gid, ibv_global_route, ibv_modify_qp,
-    ibv_post_recv, ibv_post_send, ibv_qp, ibv_qp_attr, ibv_qp_attr_mask as mask, ibv_qp_init_attr, ibv_qp_state,
-    ibv_qp_type, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wr_opcode, imm_data_invalidated_rkey_union_t, qp_type_t,
-    rdma_t, tso_t, wr_t,
+    atomic_t, bind_mw_tso_union_t, ibv_ah_attr, ibv_create_qp, ibv_destroy_qp, ibv_gid, ibv_global_route,
+    ibv_modify_qp, ibv_post_recv, ibv_post_send, ibv_qp, ibv_qp_attr, ibv_qp_attr_mask as mask, ibv_qp_init_attr,
+    ibv_qp_state, ibv_qp_type, ibv_recv_wr, ibv_send_wr, ibv_sge, ibv_wr_opcode, imm_data_invalidated_rkey_union_t,
+    qp_type_t, rdma_t, tso_t, wr_t,
 };
 use virtio_rdma::ib::QpType;
 
@@ -23,6 +23,7 @@ use super::super::device::{
 use super::completions::Completions;
 use super::context::{errno, last_error};
 use super::region::Domain;
+use crate::mem::AtomicOp;
 use crate::wqe::Sge;
 
 /// Routers that a packet may pass.
@@ -250,6 +251,8 @@ fn work_request(request: &SendRequest, list: &SendList) -> ibv_send_wr {
         PostedOp::Write => (ibv_wr_opcode::IBV_WR_RDMA_WRITE, 0),
         PostedOp::WriteImm(imm) => (ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM, imm),
         PostedOp::Read => (ibv_wr_opcode::IBV_WR_RDMA_READ, 0),
+        PostedOp::Atomic(AtomicOp::CompareSwap { .. }) => (ibv_wr_opcode::IBV_WR_ATOMIC_CMP_AND_SWP, 0),
+        PostedOp::Atomic(AtomicOp::FetchAdd(_)) => (ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD, 0),
     };
     let num_sge = if list.inline(request).is_empty() { list.sges(request).len() } else { 1 };
     ibv_send_wr {
@@ -261,10 +264,21 @@ fn work_request(request: &SendRequest, list: &SendList) -> ibv_send_wr {
         // The flags of the specification have one encoding, the kernel's.
         send_flags: request.flags.bits(),
         imm_data_invalidated_rkey_union: imm_data_invalidated_rkey_union_t { imm_data: imm },
-        wr: wr_t { rdma: rdma_t { remote_addr: request.remote_addr, rkey: request.rkey } },
+        wr: remote(request),
         qp_type: qp_type_t { xrc: rdma_sys::xrc_t { remote_srqn: 0 } },
         bind_mw_tso_union: bind_mw_tso_union_t { tso: tso_t { hdr: null_mut(), hdr_sz: 0, mss: 0 } },
     }
+}
+
+/// What the peer's memory is named with, and for an atomic what is done with it.
+fn remote(request: &SendRequest) -> wr_t {
+    let (remote_addr, rkey) = (request.remote_addr, request.rkey);
+    let (compare_add, swap) = match request.op {
+        PostedOp::Atomic(AtomicOp::CompareSwap { compare, swap }) => (compare, swap),
+        PostedOp::Atomic(AtomicOp::FetchAdd(add)) => (add, 0),
+        _ => return wr_t { rdma: rdma_t { remote_addr, rkey } },
+    };
+    wr_t { atomic: atomic_t { remote_addr, compare_add, swap, rkey } }
 }
 
 #[cfg(test)]

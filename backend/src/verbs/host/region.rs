@@ -102,21 +102,17 @@ impl Region {
         // SAFETY: the memory is mapped, and stays so as long as the region, which keeps its mapping; that the guest changes it meanwhile is
         // what it is for, and nothing of ours refers to it.
         let mr = unsafe { ibv_reg_mr_iova2(domain.as_ptr(), addr, length, iova, access.bits()) };
-        let Some(mr) = NonNull::new(mr) else { return Err(not_registered(last_error())) };
+        let Some(mr) = NonNull::new(mr) else { return Err(not_registered(memory.length(), last_error())) };
         Ok(Self { mr, window, _memory: memory.clone(), domain: domain.clone() })
     }
 }
 
 /// `ENOMEM` has two reasons, one of which whoever runs this can remove.
-fn not_registered(source: io::Error) -> DeviceError {
+fn not_registered(bytes: u64, source: io::Error) -> DeviceError {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     match (source.raw_os_error(), limit) {
-        (Some(libc::ENOMEM), Some(_)) => DeviceError::System {
-            what: "memory cannot be pinned (RLIMIT_MEMLOCK limits it: LimitMEMLOCK=infinity in a systemd unit, ulimit -l unlimited)",
-            source,
-        },
         (Some(libc::ENOMEM | libc::ENOSPC), None) => DeviceError::Limit("a memory region"),
-        _ => DeviceError::System { what: "memory cannot be registered", source },
+        _ => DeviceError::pinning(bytes, limit, source),
     }
 }
 
