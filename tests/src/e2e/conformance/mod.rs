@@ -32,7 +32,7 @@ DEV=rxe0; rescan";
 /// The tests whose name matches the pattern, on one RDMA device of each guest; the guests share the work.
 ///
 /// What fails gets a second run with nothing beside it: some tests expect completions within a moment of the post, and fail on
-/// rxe, too, when the machine is busy (`test_resize_cq` makes a CQ smaller and counts on six being there).
+/// rxe, too, when the machine is busy (`suite.py` mends one of those as rdma-core has).
 fn run(bed: &Bed, device: &str, pattern: &str) -> Result<Vec<Verdict>> {
     bed.put("suite.py", SUITE)?;
     let mut verdicts = run_in(bed, bed.nics(), device, pattern)?;
