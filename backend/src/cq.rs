@@ -54,18 +54,35 @@ impl Cq {
         Self { cqn, vector, users: AtomicU32::new(0), ring_bytes, memory, broken: AtomicBool::new(false) }
     }
 
-    /// Writes one completion. With `hold` the guest sees it with the next [`publish`](Self::publish): telling it of several at
-    /// once saves both sides the way of a cache line there and back.
+    /// Elements that are fetched ahead of single completions.
+    const AHEAD: u32 = 2;
+
+    /// Writes one completion, which the guest sees with the next [`publish`](Self::publish): telling it of several at once saves both
+    /// sides the way of a cache line there and back. For how many more there is room.
     ///
     /// # Errors
     /// [`CqBroken`] when there is no room; [`first_break`](Self::first_break) tells who reports it.
-    pub fn push(&self, cqe: &Cqe, hold: bool) -> Result<(), CqBroken> {
+    pub fn push(&self, cqe: &Cqe) -> Result<u32, CqBroken> {
         let mut producer = self.memory.lock();
-        producer.push_bytes(cqe.as_bytes()).inspect_err(|_| producer.close())?;
-        if !hold {
-            producer.publish();
+        producer.push_or_break(cqe.as_bytes())?;
+        producer.prefetch(Self::AHEAD);
+        Ok(producer.room())
+    }
+
+    /// Writes several, which the guest sees at once: how many, and for how many more there is room. Others may have used up what there was
+    /// before.
+    pub fn append<'a>(&self, cqes: impl Iterator<Item = &'a Cqe>) -> (usize, Result<u32, CqBroken>) {
+        let mut producer = self.memory.lock();
+        let mut written = 0;
+        for cqe in cqes {
+            if producer.push_or_break(cqe.as_bytes()).is_err() {
+                return (written, Err(CqBroken));
+            }
+            written += 1;
         }
-        Ok(())
+        producer.publish();
+        producer.prefetch(written as u32);
+        (written, Ok(producer.room()))
     }
 
     /// Writes into another ring from now on, to whose beginning completions that were not polled move. The guest does not poll meanwhile.
@@ -122,9 +139,6 @@ impl Cq {
 }
 
 impl<M: RingMemory> Producer<M> {
-    /// Elements from the present one to the one that is fetched.
-    const AHEAD: u32 = 2;
-
     #[cfg(test)]
     pub fn over(ring: Ring<M>) -> Self {
         Self { ring: Some(ring), arm: None, index: 0, published: 0, consumer: 0 }
@@ -164,6 +178,29 @@ impl<M: RingMemory> Producer<M> {
         Ok(())
     }
 
+    /// Writes an element. Where there is no room the guest gets what was written, and no more.
+    fn push_or_break(&mut self, cqe: &[u8]) -> Result<(), CqBroken> {
+        self.push_bytes(cqe).inspect_err(|_| {
+            self.publish();
+            self.close();
+        })
+    }
+
+    /// Has the elements fetched that come next: the guest's core has them from the last time round, and by the time they are needed they are
+    /// here.
+    fn prefetch(&self, count: u32) {
+        if let Some(ring) = &self.ring {
+            (0..count).for_each(|n| ring.prefetch_to_write(ring.after(self.index, n)));
+        }
+    }
+
+    /// For how many elements there is room, as far as we know.
+    fn room(&self) -> u32 {
+        self.ring
+            .as_ref()
+            .map_or(0, |ring| (ring.geometry().entries - 1).saturating_sub(ring.between(self.consumer, self.index)))
+    }
+
     /// Writes an element.
     pub fn push_bytes(&mut self, cqe: &[u8]) -> Result<(), CqBroken> {
         let ring = self.ring.as_ref().ok_or(CqBroken)?;
@@ -175,8 +212,6 @@ impl<M: RingMemory> Producer<M> {
             }
         }
         ring.write(self.index, cqe);
-        // The guest's core has it from the last time round: by the time it is needed it is here.
-        ring.prefetch_to_write(ring.after(self.index, Self::AHEAD));
         self.index = next;
         Ok(())
     }

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Mutex, RwLock};
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 use crate::nic::Nic;
 use crate::overlay::{Gid, NicId};
@@ -42,15 +43,15 @@ pub type Members = Arc<[Member]>;
 /// The groups of a tenant.
 #[derive(Debug, Default)]
 pub struct Groups {
-    by_gid: RwLock<HashMap<Gid, Members>>,
-    /// Held by who makes a new list of members: that takes long for a large group, and workers must not wait for it.
+    by_gid: ArcSwap<HashMap<Gid, Members>>,
+    /// Held by who makes a new list of members; workers never wait for it.
     change: Mutex<()>,
 }
 
 impl Groups {
     /// Who is in a group; `None` for nobody.
     pub fn members(&self, group: Gid) -> Option<Members> {
-        self.by_gid.read().get(&group).cloned()
+        self.by_gid.load().get(&group).cloned()
     }
 
     /// Adds a QP that is not in the group.
@@ -73,11 +74,13 @@ impl Groups {
 
     /// Makes these the members of a group.
     fn publish(&self, group: Gid, members: Members) {
-        let mut groups = self.by_gid.write();
-        let before = if members.is_empty() { groups.remove(&group) } else { groups.insert(group, members) };
-        drop(groups);
-        // Freed when nobody waits for it.
-        drop(before);
+        let mut groups = HashMap::clone(&self.by_gid.load());
+        if members.is_empty() {
+            groups.remove(&group);
+        } else {
+            groups.insert(group, members);
+        }
+        self.by_gid.store(Arc::new(groups));
     }
 }
 

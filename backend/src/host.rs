@@ -184,14 +184,14 @@ pub struct Objects {
 impl NicStatus {
     fn of(nic: &Nic, server: &Server) -> Self {
         let (pds, mrs, cqs) = server.counts();
-        let gids: Vec<_> = nic.gids.read().iter().map(|(_, gid)| gid.to_string()).collect();
+        let gids: Vec<_> = nic.gids.load().iter().map(|(_, gid)| gid.to_string()).collect();
         Self {
             id: nic.id,
             config: NicConfig { rates: nic.pacer.rates(), ..nic.config.clone() },
             socket: server.path().display().to_string(),
             connected: server.connected(),
             running: nic.is_running(),
-            objects: Objects { pds, mrs, cqs, qps: nic.qps.read().len(), gids: gids.len() },
+            objects: Objects { pds, mrs, cqs, qps: nic.qps.len(), gids: gids.len() },
             gids,
             counters: nic.counters.values(),
         }
@@ -246,7 +246,7 @@ fn why_of(nic: &Nic, qp: &Qp, send: &SendQueue) -> Option<String> {
 }
 
 fn qps_of(nic: &Nic) -> Vec<QpStatus> {
-    let qps: Vec<_> = nic.qps.read().values().cloned().collect();
+    let qps = nic.qps.all();
     qps.iter().map(|qp| qp_status(nic, qp)).collect()
 }
 

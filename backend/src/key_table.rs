@@ -8,9 +8,10 @@
 
 use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use virtio_rdma::ib::Access;
 
+use crate::directory::Directory;
 use crate::mem::Map;
 use crate::mr::{KeyError, Layout, Mr, WindowPart};
 use crate::nic::keys::{RandomKeyMap, RandomKeySet, random_key};
@@ -92,8 +93,6 @@ struct Entry {
     /// The key that is right at the moment.
     key: u32,
     pdn: u32,
-    /// What the key gives access to; `None` while it gives access to nothing.
-    live: Option<Arc<Mr>>,
     kind: Kind,
 }
 
@@ -130,16 +129,21 @@ struct Bound {
 }
 
 /// The keys of one virtual NIC.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct KeyTable {
-    entries: RwLock<Entries>,
+    /// What keys give access to now, by their upper bits: all that looking one up needs.
+    live: Arc<Directory<Mr>>,
+    /// For those who change something.
+    entries: Mutex<Entries>,
     /// Upper bits of all keys, for the control queue to go through without keeping workers from the table.
     known: Mutex<RandomKeySet>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Entries {
     by_index: RandomKeyMap<Entry>,
+    /// What their keys give access to.
+    live: Arc<Directory<Mr>>,
     /// Type 2 windows that are bound, by queue pair.
     by_qpn: RandomKeyMap<RandomKeySet>,
 }
@@ -150,21 +154,25 @@ pub fn index(key: u32) -> u32 {
 }
 
 impl KeyTable {
+    /// For about so many keys.
+    pub fn new(most: u32) -> Self {
+        let live = Arc::new(Directory::new(most));
+        let entries =
+            Entries { by_index: RandomKeyMap::default(), live: live.clone(), by_qpn: RandomKeyMap::default() };
+        Self { live, entries: Mutex::new(entries), known: Mutex::default() }
+    }
+
     /// What this key gives access to.
     ///
     /// # Errors
     /// When that is nothing.
     pub fn get(&self, key: u32) -> Result<Arc<Mr>, KeyError> {
-        let entries = self.entries.read();
-        let live = entries.by_index.get(&index(key)).and_then(|entry| entry.live.as_ref());
-        live.filter(|mr| mr.key == key).cloned().ok_or(KeyError::NoSuchKey(key))
+        self.live.get(index(key)).filter(|mr| mr.key == key).ok_or(KeyError::NoSuchKey(key))
     }
 
     /// What this key stands for on the host's NIC.
     pub fn grant(&self, key: u32) -> Option<Arc<Grant>> {
-        let entries = self.entries.read();
-        let live = entries.by_index.get(&index(key)).and_then(|entry| entry.live.as_ref());
-        live.filter(|mr| mr.key == key)?.grant().cloned()
+        self.live.get(index(key)).filter(|mr| mr.key == key)?.grant().cloned()
     }
 
     /// A new region without memory; with `fast`, one that `REG_MR` work requests give up to so many extents.
@@ -178,19 +186,20 @@ impl KeyTable {
     }
 
     fn add(&self, pdn: u32, kind: Kind) -> u32 {
-        let mut entries = self.entries.write();
+        let mut entries = self.entries.lock();
         let key = random_key(|index| entries.by_index.contains_key(&index));
-        entries.by_index.insert(index(key), Entry { key, pdn, live: None, kind });
+        entries.by_index.insert(index(key), Entry { key, pdn, kind });
         drop(entries);
         self.known.lock().insert(index(key));
         key
     }
 
     /// Makes a region's key give access to this, or to nothing.
-    pub fn publish(&self, key: u32, pdn: u32, mr: Option<Arc<Mr>>) {
-        if let Some(entry) = self.entries.write().by_index.get_mut(&index(key)) {
-            revoked(std::mem::replace(&mut entry.live, mr));
+    pub fn publish(&self, key: u32, pdn: u32, mr: Option<&Arc<Mr>>) {
+        let mut entries = self.entries.lock();
+        if let Some(entry) = entries.by_index.get_mut(&index(key)) {
             entry.pdn = pdn;
+            entries.give(index(key), mr);
         }
     }
 
@@ -199,7 +208,7 @@ impl KeyTable {
     /// # Errors
     /// When there are some.
     pub fn freeze(&self, key: u32) -> Result<(), ChangeError> {
-        match self.entries.write().region(key) {
+        match self.entries.lock().region(key) {
             Some(region) if region.windows > 0 => Err(ChangeError::InUse(key)),
             Some(region) => {
                 region.frozen = true;
@@ -211,7 +220,7 @@ impl KeyTable {
 
     /// The change is done: windows may be bound again.
     pub fn thaw(&self, key: u32) {
-        if let Some(region) = self.entries.write().region(key) {
+        if let Some(region) = self.entries.lock().region(key) {
             region.frozen = false;
         }
     }
@@ -219,18 +228,20 @@ impl KeyTable {
     /// Removes a region. What it gave access to is for the caller to free, once no worker uses it.
     pub fn remove(&self, key: u32) -> Option<Arc<Mr>> {
         self.known.lock().remove(&index(key));
-        revoked(self.entries.write().by_index.remove(&index(key))?.live)
+        let mut entries = self.entries.lock();
+        entries.by_index.remove(&index(key))?;
+        entries.give(index(key), None)
     }
 
     /// Removes a window: its protection domain, and what is for the caller to free. `None` if there is none.
     pub fn remove_window(&self, key: u32) -> Option<(u32, Option<Arc<Mr>>)> {
-        let mut entries = self.entries.write();
+        let mut entries = self.entries.lock();
         entries.window(key)?;
-        entries.unbind(index(key));
+        let live = entries.unbind(index(key));
         let entry = entries.by_index.remove(&index(key))?;
         drop(entries);
         self.known.lock().remove(&index(key));
-        Some((entry.pdn, entry.live))
+        Some((entry.pdn, live))
     }
 
     /// Binds a window, or unbinds one of type 1. What it gave access to before is returned: others may be using it still.
@@ -238,7 +249,7 @@ impl KeyTable {
     /// # Errors
     /// Why not; then nothing has changed.
     pub fn bind(&self, actor: Actor, bind: &Bind) -> Result<Option<Arc<Mr>>, ChangeError> {
-        let mut entries = self.entries.write();
+        let mut entries = self.entries.lock();
         let (entry, kind, bound) = entries.window(bind.window).ok_or(ChangeError::NoSuchKey(bind.window))?;
         if entry.key != bind.window {
             return Err(ChangeError::NoSuchKey(bind.window));
@@ -260,7 +271,7 @@ impl KeyTable {
             return Ok(entries.rebind(key, None, None));
         }
         let live = entries.window_over(actor, bind.region, key, &part)?;
-        Ok(entries.rebind(key, Some(Bound { region: index(bind.region), qpn: part.qpn }), Some(live)))
+        Ok(entries.rebind(key, Some(Bound { region: index(bind.region), qpn: part.qpn }), Some(&live)))
     }
 
     /// Gives a region memory.
@@ -269,7 +280,7 @@ impl KeyTable {
     /// Why not; then nothing has changed.
     pub fn register(&self, actor: Actor, registration: Registration) -> Result<(), ChangeError> {
         let Registration { key, access, iova, layout, extents } = registration;
-        let mut entries = self.entries.write();
+        let mut entries = self.entries.lock();
         let entry = entries.by_index.get_mut(&index(key)).ok_or(ChangeError::NoSuchKey(key))?;
         if entry.pdn != actor.pdn {
             return Err(ChangeError::NotIts(key));
@@ -282,7 +293,8 @@ impl KeyTable {
         }
         region.registered = true;
         entry.key = key;
-        entry.live = Some(Arc::new(Mr::new(key, actor.pdn, access, iova, Arc::new(layout))));
+        let mr = Mr::new(key, actor.pdn, access, iova, Arc::new(layout));
+        entries.give(index(key), Some(&Arc::new(mr)));
         Ok(())
     }
 
@@ -291,7 +303,7 @@ impl KeyTable {
     /// # Errors
     /// Why not; then nothing has changed.
     pub fn invalidate(&self, actor: Actor, key: u32) -> Result<Option<Arc<Mr>>, ChangeError> {
-        let mut entries = self.entries.write();
+        let mut entries = self.entries.lock();
         let entry = entries.by_index.get_mut(&index(key)).filter(|entry| entry.key == key);
         let entry = entry.ok_or(ChangeError::NoSuchKey(key))?;
         if entry.pdn != actor.pdn {
@@ -302,7 +314,7 @@ impl KeyTable {
             Kind::Region(region) if region.windows > 0 => Err(ChangeError::InUse(key)),
             Kind::Region(region) => {
                 region.registered = false;
-                Ok(revoked(entry.live.take()))
+                Ok(entries.give(index(key), None))
             }
             Kind::Window { kind: WindowKind::One, .. } => Err(ChangeError::NoSuchKey(key)),
             Kind::Window { bound: None, .. } => Err(ChangeError::State(key)),
@@ -316,8 +328,8 @@ impl KeyTable {
     pub fn release(&self, qpn: u32) -> Vec<Arc<Mr>> {
         let mut freed = Vec::new();
         // One at a time: workers must not wait for all.
-        while let Some(window) = { self.entries.read().window_of(qpn) } {
-            freed.extend(self.entries.write().unbind(window));
+        while let Some(window) = { self.entries.lock().window_of(qpn) } {
+            freed.extend(self.entries.lock().unbind(window));
         }
         freed
     }
@@ -335,24 +347,28 @@ impl KeyTable {
 
     /// Makes what a key gives access to lie in the memory of now. Returns what it did before, if that is something else.
     fn adapt(&self, index: u32, map: &Arc<Map>, concerns: impl FnOnce(&Mr) -> bool) -> Option<Arc<Mr>> {
-        let before = self.entries.read().by_index.get(&index)?.live.clone()?;
+        let before = self.live.get(index)?;
         if !concerns(&before) || before.is_of(map) {
             return None;
         }
         let now = before.with_map(map).map(Arc::new);
-        if let Some(entry) = self.entries.write().by_index.get_mut(&index)
-            && entry.live.as_ref().is_some_and(|live| Arc::ptr_eq(live, &before))
-        {
-            revoked(std::mem::replace(&mut entry.live, now));
+        let mut entries = self.entries.lock();
+        if self.live.get(index).is_some_and(|live| Arc::ptr_eq(&live, &before)) {
+            entries.give(index, now.as_ref());
         }
         Some(before)
     }
 
     /// Removes all, for the caller to free once no worker uses them.
     pub fn take(&self) -> impl Sized + use<> {
-        let entries = std::mem::take(&mut *self.entries.write());
-        entries.by_index.values().filter_map(|entry| entry.live.as_ref()).for_each(|mr| mr.revoke());
-        (entries, std::mem::take(&mut *self.known.lock()))
+        let mut entries = self.entries.lock();
+        let live = self.live.take_all();
+        for mr in &live {
+            mr.revoke();
+        }
+        let forgotten = (std::mem::take(&mut entries.by_index), std::mem::take(&mut entries.by_qpn));
+        drop(entries);
+        (live, forgotten, std::mem::take(&mut *self.known.lock()))
     }
 }
 
@@ -376,6 +392,11 @@ fn window_access(bits: u32, kind: WindowKind) -> Option<Access> {
 }
 
 impl Entries {
+    /// Makes a key give access to this, or to nothing. Returns what it did before.
+    fn give(&mut self, index: u32, mr: Option<&Arc<Mr>>) -> Option<Arc<Mr>> {
+        revoked(self.live.set(index, mr))
+    }
+
     fn region(&mut self, key: u32) -> Option<&mut Region> {
         match &mut self.by_index.get_mut(&index(key))?.kind {
             Kind::Region(region) => Some(region),
@@ -394,7 +415,8 @@ impl Entries {
     /// What a window with this key over part of a region gives access to.
     fn window_over(&self, actor: Actor, region: u32, key: u32, part: &WindowPart) -> Result<Arc<Mr>, ChangeError> {
         let entry = self.by_index.get(&index(region)).ok_or(ChangeError::NoSuchKey(region))?;
-        let live = entry.live.as_ref().filter(|mr| mr.key == region).ok_or(ChangeError::NoSuchKey(region))?;
+        let live = self.live.get(index(region)).filter(|mr| mr.key == region);
+        let live = live.ok_or(ChangeError::NoSuchKey(region))?;
         if entry.pdn != actor.pdn {
             return Err(ChangeError::NotIts(region));
         }
@@ -405,7 +427,7 @@ impl Entries {
     }
 
     /// Binds a window anew, or to nothing. Returns what it gave access to before.
-    fn rebind(&mut self, key: u32, bound: Option<Bound>, live: Option<Arc<Mr>>) -> Option<Arc<Mr>> {
+    fn rebind(&mut self, key: u32, bound: Option<Bound>, live: Option<&Arc<Mr>>) -> Option<Arc<Mr>> {
         let before = self.unbind(index(key));
         if let Some(region) = bound.and_then(|to| self.region(to.region << 8)) {
             region.windows += 1;
@@ -416,7 +438,8 @@ impl Entries {
         if let Some(entry) = self.by_index.get_mut(&index(key))
             && let Kind::Window { bound: now, .. } = &mut entry.kind
         {
-            (entry.key, entry.live, *now) = (key, live, bound);
+            (entry.key, *now) = (key, bound);
+            self.give(index(key), live);
         }
         before
     }
@@ -427,7 +450,8 @@ impl Entries {
         let Kind::Window { bound, .. } = &mut entry.kind else {
             return None;
         };
-        let (bound, live) = (bound.take(), revoked(entry.live.take()));
+        let bound = bound.take();
+        let live = self.give(window, None);
         if let Some(region) = bound.and_then(|from| self.region(from.region << 8)) {
             region.windows -= 1;
         }
@@ -462,10 +486,10 @@ mod tests {
     const RIGHTS: Access = Access::LOCAL_WRITE.union(Access::MW_BIND);
 
     fn table_with_region(access: Access) -> (KeyTable, u32) {
-        let table = KeyTable::default();
+        let table = KeyTable::new(1000);
         let region = table.add_region(PD, None);
         let mr = Mr::new(region, PD, access, 0x1000, Arc::new(Layout::of_length(0x1000)));
-        table.publish(region, PD, Some(Arc::new(mr)));
+        table.publish(region, PD, Some(&Arc::new(mr)));
         (table, region)
     }
 
@@ -554,7 +578,7 @@ mod tests {
 
     #[test]
     fn fast_registration_alternates_with_invalidation() {
-        let table = KeyTable::default();
+        let table = KeyTable::new(1000);
         let first = table.add_region(PD, Some(2));
         let register = |key, extents| {
             let layout = Layout::of_length(64);
@@ -573,6 +597,16 @@ mod tests {
         assert_eq!(table.invalidate(ME, ordinary).unwrap_err(), ChangeError::NoSuchKey(ordinary));
     }
 
+    /// One that is interrupted in the middle of a change, say, on a machine with too few processors.
+    #[test]
+    fn who_looks_a_key_up_waits_for_nobody_who_changes_some() {
+        let (table, region) = table_with_region(RIGHTS);
+        let (entries, known) = (table.entries.lock(), table.known.lock());
+        assert_eq!(table.get(region).unwrap().key, region);
+        assert!(table.get(region ^ 1).is_err() && table.grant(region).is_none());
+        drop((entries, known));
+    }
+
     #[test]
     fn memory_that_went_is_not_kept_by_a_window_that_is_bound_meanwhile() {
         const REGIONS: usize = 5000;
@@ -584,10 +618,10 @@ mod tests {
         assert_eq!(layout.append(&old, &[(0, 4096)], 4096, 1), Ok(1));
         let layout = Arc::new(layout);
         for round in 0..60 {
-            let table = KeyTable::default();
+            let table = KeyTable::new(1000);
             let add = |_| {
                 let key = table.add_region(PD, None);
-                table.publish(key, PD, Some(Arc::new(Mr::new(key, PD, RIGHTS, 0x1000, layout.clone()))));
+                table.publish(key, PD, Some(&Arc::new(Mr::new(key, PD, RIGHTS, 0x1000, layout.clone()))));
                 key
             };
             let regions: Vec<_> = (0..REGIONS).map(add).collect();

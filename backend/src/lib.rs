@@ -13,6 +13,7 @@
 mod affinity;
 pub mod control;
 pub mod cq;
+pub mod directory;
 pub mod engine;
 pub mod groups;
 mod handshake;

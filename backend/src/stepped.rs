@@ -141,6 +141,6 @@ impl SteppedNic {
     /// What the device has of this guest: protection domains, memory regions, CQs, QPs.
     pub fn counts(&self) -> [usize; 4] {
         let (pds, mrs, cqs) = self.control.counts();
-        [pds, mrs, cqs, self.nic.qps.read().len()]
+        [pds, mrs, cqs, self.nic.qps.len()]
     }
 }

@@ -1,46 +1,57 @@
 //! Who is where on the overlay network: in this version, virtual NICs of this router only.
 
 use std::collections::HashMap;
-use std::sync::RwLock;
 
+use arc_swap::ArcSwap;
 use freeflow_backend::{Gid, NicConfig, NicId, Overlay, Place};
 
 /// Addresses of the virtual NICs that this router serves.
 #[derive(Debug, Default)]
 pub struct LocalOverlay {
-    tables: RwLock<Tables>,
+    /// As of now: workers look at them for every datagram, and wait for nobody.
+    tables: ArcSwap<Tables>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Tables {
     tenants: HashMap<NicId, String>,
-    places: HashMap<(String, Gid), NicId>,
+    /// For each tenant.
+    places: HashMap<String, HashMap<Gid, NicId>>,
 }
 
 impl LocalOverlay {
     /// A virtual NIC is here from now on.
     pub fn add(&self, id: NicId, nic: &NicConfig) {
-        let mut tables = self.tables.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        tables.tenants.insert(id, nic.tenant.clone());
-        let gids = nic.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac.0)]);
-        for gid in gids {
-            tables.places.insert((nic.tenant.clone(), gid), id);
-        }
+        self.change(|tables| {
+            tables.tenants.insert(id, nic.tenant.clone());
+            let gids = nic.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac.0)]);
+            tables.places.entry(nic.tenant.clone()).or_default().extend(gids.map(|gid| (gid, id)));
+        });
     }
 
     /// It is here no longer.
     pub fn remove(&self, id: NicId) {
-        let mut tables = self.tables.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        tables.tenants.remove(&id);
-        tables.places.retain(|_, place| *place != id);
+        self.change(|tables| {
+            tables.tenants.remove(&id);
+            tables.places.values_mut().for_each(|places| places.retain(|_, place| *place != id));
+            tables.places.retain(|_, places| !places.is_empty());
+        });
+    }
+
+    fn change(&self, change: impl Fn(&mut Tables)) {
+        self.tables.rcu(|tables| {
+            let mut tables = Tables::clone(tables);
+            change(&mut tables);
+            tables
+        });
     }
 }
 
 impl Overlay for LocalOverlay {
     fn locate(&self, from: NicId, gid: Gid) -> Option<Place> {
-        let tables = self.tables.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let tables = self.tables.load();
         let tenant = tables.tenants.get(&from)?;
-        tables.places.get(&(tenant.clone(), gid)).copied().map(Place::Local)
+        tables.places.get(tenant)?.get(&gid).copied().map(Place::Local)
     }
 }
 

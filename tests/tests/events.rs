@@ -165,6 +165,40 @@ fn completion_queue_overflow_is_an_error() {
     c.cq.next().ok();
 }
 
+/// Each worker counts on room that the other may use up. The queue gets as many completions as it holds, those of each queue pair in order,
+/// and every queue pair that loses one fails.
+#[test]
+fn a_completion_queue_overflows_under_two_workers() {
+    const ROOM: usize = 15;
+    const LIST: usize = 32;
+    let bed = Bed::new(2);
+    let (guest_a, guest_b) = bed.two();
+    let (pd, peer_pd) = (guest_a.alloc_pd().unwrap(), guest_b.alloc_pd().unwrap());
+    let (mr, peer_cq) = (peer_pd.reg_new(64).unwrap(), guest_b.create_cq(3).unwrap());
+    for _ in 0..20 {
+        let cq = guest_a.create_cq(ROOM as u32).unwrap();
+        let qps = pd.create_qps(&QpSpec::rc(), &cq, 4).unwrap();
+        let peers = peer_pd.create_qps(&QpSpec::rc(), &peer_cq, 4).unwrap();
+        for (qp, peer) in qps.iter().zip(&peers) {
+            freeflow_tests::guest::verbs::connect(qp, peer, &RcOptions::default()).unwrap();
+        }
+        let list: [_; LIST] = std::array::from_fn(|n| SendWr::inline(n as u64, Op::Write(mr.remote(0)), b"o"));
+        for qp in &qps {
+            qp.post_send(&list).unwrap();
+        }
+        guest_a.events().wait(EventType::CqError, cq.number(), SOON).unwrap();
+        for qp in &qps {
+            freeflow_tests::bed::eventually("error of the QP", SOON, || qp.state().unwrap() == QpState::Err);
+        }
+        let wcs = cq.poll_many(2 * ROOM);
+        assert_eq!(wcs.len(), ROOM);
+        for qp in &qps {
+            let own: Vec<u64> = wcs.iter().filter(|wc| wc.qpn() == qp.number()).map(|wc| wc.ok().wr_id()).collect();
+            assert_eq!(own, (0..own.len() as u64).collect::<Vec<_>>());
+        }
+    }
+}
+
 /// Of a request that fails there is no completion either, if there is no room for it: an event says so.
 #[test]
 fn a_failure_that_no_completion_can_tell_is_an_event() {

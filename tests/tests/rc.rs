@@ -4,10 +4,11 @@
 use std::sync::atomic::Ordering::Acquire;
 use std::time::{Duration, Instant};
 
+use freeflow_router::config::EngineSettings;
 use freeflow_tests::bed::Bed;
 use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr, Sge, connect};
+use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr, Sge, Wc, connect};
 use freeflow_tests::rng::Rng;
 use freeflow_tests::router::RouterSpec;
 use virtio_rdma::ib::{QpState, SendFlags, WcOpcode, WcStatus};
@@ -39,6 +40,37 @@ fn write_with_imm_takes_a_receive() {
     assert_eq!((wc.wr_id(), wc.opcode(), wc.byte_len()), (99, WcOpcode::RecvRdmaWithImm, 64));
     assert_eq!((wc.imm(), wc.qpn()), (Some(0x0102_0304), b.qp.number()));
     assert_eq!(b.mr.read(0, 65), [vec![0x42; 64], vec![0]].concat());
+}
+
+/// Of the requests that follow a SEND most need no receive: those taken ahead for them are for later messages, or are flushed.
+#[test]
+fn receives_that_were_taken_ahead_keep_their_order() {
+    const POSTED: u64 = 60;
+    const LISTS: u64 = 7;
+    let engine = EngineSettings { workers: 1, ..EngineSettings::default() };
+    let spec = RouterSpec { engine, ..RouterSpec::of(2) };
+    for at_once in [true, false] {
+        let bed = Bed::guests(&spec, &GuestConfig::default());
+        let (a, b) = bed.pair(64);
+        for n in 0..POSTED {
+            b.qp.post_recv(n, &[b.mr.sge(0, 8)]).unwrap();
+        }
+        let from = [a.mr.sge(0, 8)];
+        let mut list = [SendWr::new(1, Op::Write(b.mr.remote(0)), &from); 16];
+        (list[0], list[9]) = (SendWr::new(2, Op::Send, &from), SendWr::new(2, Op::Send, &from));
+        for _ in 0..LISTS {
+            a.qp.post_send(&list).unwrap();
+            if !at_once {
+                a.cq.take(list.len());
+            }
+        }
+        let received: Vec<_> = b.cq.take(2 * LISTS as usize).into_iter().map(|wc| wc.ok().wr_id()).collect();
+        assert_eq!(received, (0..2 * LISTS).collect::<Vec<_>>());
+        b.qp.modify_state(QpState::Err).unwrap();
+        let flushed = b.cq.take((POSTED - 2 * LISTS) as usize);
+        assert!(flushed.iter().all(|wc| wc.status() == WcStatus::WrFlushErr));
+        assert_eq!(flushed.iter().map(Wc::wr_id).collect::<Vec<_>>(), (2 * LISTS..POSTED).collect::<Vec<_>>());
+    }
 }
 
 #[test]

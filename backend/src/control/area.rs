@@ -28,7 +28,9 @@ impl Control {
             }
             AreaKind::AddressHandle if index == 0 => {
                 let area = AhArea::new(&self.map, profile.max_ah, extents).ok_or(outside)?;
-                set_once(&mut self.nic.handles.write(), area)?;
+                let mut handles = self.nic.handles.load_full();
+                set_once(&mut handles, area)?;
+                self.nic.handles.store(handles);
             }
             _ => return Err(Refusal::Value("area index")),
         }
@@ -104,7 +106,9 @@ impl Control {
         for queue in &self.nic.doorbells {
             queue.area.write().take_if(|a| !a.is_in(&self.map));
         }
-        self.nic.handles.write().take_if(|a| !a.is_in(&self.map));
+        if self.nic.handles.load().as_ref().is_some_and(|a| !a.is_in(&self.map)) {
+            self.nic.handles.store(None);
+        }
         self.arm.take_if(|p| !p.is_in(&self.map));
     }
 }

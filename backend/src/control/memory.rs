@@ -332,7 +332,7 @@ impl Control {
             Memory::Draft(_) | Memory::Lost => None,
             Memory::Fast => return,
         };
-        self.nic.keys.publish(key, pdn, live.map(Arc::new));
+        self.nic.keys.publish(key, pdn, live.map(Arc::new).as_ref());
     }
 
     /// Regions whose memory is gone work no longer. Returns what is to be freed when no worker uses it any more.

@@ -223,14 +223,14 @@ impl Control {
 
     /// Frees every object. When it returns no worker touches anything that was there.
     pub fn reset(&mut self) {
-        let qps: Vec<_> = self.nic.qps.write().drain().map(|(_, qp)| qp).collect();
+        let qps = self.nic.qps.take_all();
         for queue in &self.nic.doorbells {
             drop(queue.slots.write().take_all());
             *queue.area.write() = None;
         }
         self.leave_groups();
-        *self.nic.handles.write() = None;
-        self.nic.gids.write().clear();
+        self.nic.handles.store(None);
+        self.nic.clear_gids();
         self.engine.ports_changed();
         for qp in &qps {
             qp.close();

@@ -111,7 +111,7 @@ impl Control {
             recv_cq,
         };
         let qp = Qp::new(id, SendQueue::new(send_ring, send_caps), RecvQueue::new(source));
-        self.insert_qp(Arc::new(qp));
+        self.insert_qp(&Arc::new(qp));
         Ok(answer(&CreateQpResponse {
             qpn: qpn.into(),
             doorbell_queue: (queue as u16).into(),
@@ -122,11 +122,11 @@ impl Control {
 
     /// Numbers are random, but for the one that management datagrams go to.
     fn choose_qpn(&self, kind: QpType) -> Result<u32, Refusal> {
-        let qps = self.nic.qps.read();
+        let taken = |qpn| self.nic.qp(qpn).is_some();
         match kind {
-            QpType::Gsi if qps.contains_key(&GSI_QPN) => Err(Refusal::Busy("the general service interface")),
+            QpType::Gsi if taken(GSI_QPN) => Err(Refusal::Busy("the general service interface")),
             QpType::Gsi => Ok(GSI_QPN),
-            _ => Ok(random_qpn(|n| qps.contains_key(&n))),
+            _ => Ok(random_qpn(taken)),
         }
     }
 
@@ -157,7 +157,7 @@ impl Control {
         if u32::from(sges) > profile.max_sge || args.max_inline_data.get() > profile.max_inline_data {
             return Err(Refusal::Value("SGEs or inline data"));
         }
-        if self.nic.qps.read().len() >= profile.max_qp as usize {
+        if self.nic.qps.len() >= profile.max_qp as usize {
             return Err(Refusal::Quota("queue pairs"));
         }
         Ok(kind)
@@ -189,12 +189,12 @@ impl Control {
         slot.ok_or(Refusal::Quota("doorbells"))
     }
 
-    fn insert_qp(&mut self, qp: Arc<Qp>) {
+    fn insert_qp(&mut self, qp: &Arc<Qp>) {
         self.enter_pd(qp.id.pdn);
         self.qps_created += 1;
         self.ring_bytes += qp.id.ring_bytes;
         self.nic.doorbells[qp.id.doorbell_queue].slots.write().insert(qp.clone());
-        self.nic.qps.write().insert(qp.id.qpn, qp);
+        self.nic.qps.set(qp.id.qpn, Some(qp));
     }
 
     pub(super) fn qp(&self, qpn: u32) -> Result<Arc<Qp>, Refusal> {
@@ -206,7 +206,7 @@ impl Control {
         if qp.groups.load(Ordering::Relaxed) > 0 {
             return Err(Refusal::Busy("queue pair in a multicast group"));
         }
-        self.nic.qps.write().remove(&qpn);
+        self.nic.qps.set(qpn, None);
         self.nic.doorbells[qp.id.doorbell_queue].slots.write().remove(qp.id.doorbell);
         qp.close();
         let windows = self.nic.keys.release(qpn);
@@ -302,8 +302,7 @@ impl Control {
             }
         }
         self.drop_lost_srqs();
-        let qps: Vec<_> = self.nic.qps.read().values().cloned().collect();
-        for qp in qps {
+        for qp in self.nic.qps.all() {
             let send_gone = qp.send.lock().close_if_gone(&self.map);
             let recv_gone = qp.recv.lock().close_if_gone(&self.map);
             if send_gone || recv_gone {

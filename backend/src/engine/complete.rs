@@ -1,4 +1,4 @@
-//! What becomes of work requests: completions of both queues, and failures that no completion can say.
+//! What becomes of work requests: completions of both queues.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,16 +7,15 @@ use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{SendFlags, WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::Cqe;
 
+use super::completions::How;
 use super::context::Context;
+use super::failure::{OVERFLOW, fatal};
 use super::job::Job;
 use crate::nic::Nic;
 use crate::qp::{Qp, SendQueue, WaitKind};
 
 /// Bytes of a message from which on no completion waits for it, and its own for no other: what that saves is little beside the copy.
 pub(super) const LONG: u64 = 1024;
-
-/// Why a QP fails whose completion could not be written.
-pub(super) const OVERFLOW: &str = "its completion queue overflowed";
 
 /// How far a work request came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +53,8 @@ pub(super) fn complete_send(
     // Before the completion: who sees that may post the next request at once.
     send.publish();
     let cqe = send_cqe(qp, job.wqe.wr_id, job.wqe.completion_opcode(), job.wqe.length as u32, status);
-    let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, status != WcStatus::Success, hold).is_ok();
+    let how = How { solicited: status != WcStatus::Success, hold, alone: true };
+    let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, how).is_ok();
     count_sent(ctx, nic, job.wqe.length, status);
     pushed
 }
@@ -102,6 +102,7 @@ impl Word {
         if there { Self::Imm(data) } else { Self::None }
     }
 
+    #[inline]
     fn wire(self) -> (WcFlags, u32) {
         match self {
             Self::None => (WcFlags::empty(), 0),
@@ -144,6 +145,7 @@ impl RecvDone {
 }
 
 /// Writes a receive's completion to the QP's CQ. False if that is broken: the QP has failed then.
+#[inline]
 pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, done: &RecvDone) -> bool {
     let (word_flag, word) = done.word.wire();
     let cqe = Cqe {
@@ -161,7 +163,8 @@ pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, don
     };
     // That of the message's sender follows in a moment.
     let hold = done.status == WcStatus::Success;
-    let pushed = ctx.push_cqe(nic, &qp.id.recv_cq, &cqe, done.solicited, hold).is_ok();
+    let how = How { solicited: done.solicited, hold, alone: receives_alone(ctx, nic, qp) };
+    let pushed = ctx.push_cqe(nic, &qp.id.recv_cq, &cqe, how).is_ok();
     if done.status == WcStatus::Success {
         ctx.count_received(nic, done.byte_len.into());
     } else {
@@ -169,10 +172,21 @@ pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, don
         count_error(nic, done.status);
     }
     if !pushed {
-        fatal(nic, qp, OVERFLOW);
-        ctx.engine.clone().attend(nic, qp);
+        overflowed(ctx, nic, qp);
     }
     pushed
+}
+
+#[cold]
+fn overflowed(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>) {
+    fatal(nic, qp, OVERFLOW);
+    ctx.engine.attend(nic, qp);
+}
+
+/// Whether no other worker completes receives of this QP, whose order must stay: its owner flushes them, and many may send to it if they
+/// are datagrams.
+fn receives_alone(ctx: &Context, nic: &Nic, qp: &Qp) -> bool {
+    (nic.worker_of(qp) == ctx.worker && !qp.id.kind.is_datagram()) || ctx.engine.num_workers() == 1
 }
 
 /// A receive was taken, maybe from a shared queue that runs low now.
@@ -182,17 +196,4 @@ pub(super) fn note_limit(nic: &Nic, qp: &Qp) {
     {
         nic.raise(EventType::SrqLimit, srq.srqn);
     }
-}
-
-/// Something that no completion can say moves the QP to ERR.
-pub(super) fn fatal(nic: &Nic, qp: &Qp, reason: &str) {
-    if qp.fail() {
-        tell_fatal(nic, qp, reason);
-    }
-}
-
-/// The QP has just been moved to ERR for this.
-pub(super) fn tell_fatal(nic: &Nic, qp: &Qp, reason: &str) {
-    nic.warn(format_args!("QP {:#x} failed: {reason}", qp.id.qpn));
-    nic.raise(EventType::QpFatal, qp.id.qpn);
 }

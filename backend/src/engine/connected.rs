@@ -7,9 +7,10 @@ use std::sync::Arc;
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{Access, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 
-use super::complete::{RecvDone, Word, complete_recv, fatal, note_limit};
+use super::complete::{RecvDone, Word, complete_recv, note_limit};
 use super::context::{Budget, Context, Gather, Remote, Side, Unreachable};
 use super::cost;
+use super::failure::fatal;
 use super::job::Job;
 use crate::key_table::Actor;
 use crate::mem::{self, AtomicOp, Source};
@@ -66,7 +67,7 @@ pub(super) fn step(
     if !job.resume_receive(&peer.qp) {
         return Progress::NotThere;
     }
-    let progress = match exchange(ctx, nic, qp, &peer, job, budget) {
+    let progress = match exchange(ctx, nic, qp, &peer, job, budget, send.followers()) {
         Ok(progress) => progress,
         Err(Failure::Own(failure)) => failure.into(),
         Err(Failure::Paging) => Progress::Paging(Whose::Peers),
@@ -111,9 +112,10 @@ fn exchange(
     peer: &Binding,
     job: &mut Job,
     budget: &mut Budget,
+    followers: usize,
 ) -> Result<Progress, Failure> {
     if !job.started {
-        match admit(ctx, peer, job, budget)? {
+        match admit(ctx, peer, job, budget, followers)? {
             Admission::Accepted => job.started = true,
             Admission::NotReady => return Ok(Progress::NotReady(peer.qp.attrs.lock().attr.min_rnr_timer)),
         }
@@ -175,17 +177,16 @@ fn not_ours(qp: &Qp, reason: Unreachable) -> OwnFailure {
 /// The peer, if there is one that accepts our messages now. It is taken out of the queue, for the caller to put back.
 pub(super) fn bind(ctx: &Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> Option<Binding> {
     let reliable = qp.id.kind == QpType::Rc;
-    if let Some(known) = send.binding.take() {
+    if let Some(known) = &send.binding {
         let reborn = known.qp.incarnation() != known.incarnation;
-        if reborn && reliable {
-            return None;
-        }
         let same_gids = known.gid_epochs == (nic.gid_epoch(), known.nic.gid_epoch());
-        if same_gids && !reborn && known.nic.is_running() && known.qp.responds() {
-            return Some(known);
-        }
         if same_gids && !reborn {
-            send.binding = Some(known);
+            // Moved once only: this is done for every message.
+            let ready = known.nic.is_running() && known.qp.responds();
+            return if ready { send.binding.take() } else { None };
+        }
+        send.binding = None;
+        if reborn && reliable {
             return None;
         }
     }
@@ -203,11 +204,11 @@ pub(super) fn bind(ctx: &Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> O
 fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     let attr = qp.attrs.lock().attr;
     let own_epoch = nic.gid_epoch();
-    let source = nic.gids.read().get(attr.av.sgid_index.get().into())?;
+    let source = nic.gids.load().get(attr.av.sgid_index.get().into())?;
     let destination = Gid(attr.av.dgid);
     let peer_nic = ctx.engine.find(nic.id, destination)?;
     let gid_epochs = (own_epoch, peer_nic.gid_epoch());
-    if !peer_nic.is_running() || !peer_nic.gids.read().iter().any(|(_, gid)| gid == destination) {
+    if !peer_nic.is_running() || !peer_nic.gids.load().iter().any(|(_, gid)| gid == destination) {
         return None;
     }
     let peer = peer_nic.qp(attr.dest_qpn.get())?;
@@ -267,10 +268,16 @@ impl Fault {
     const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
 }
 
-fn admit(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Failure> {
+fn admit(
+    ctx: &mut Context,
+    peer: &Binding,
+    job: &mut Job,
+    budget: &mut Budget,
+    followers: usize,
+) -> Result<Admission, Failure> {
     check_remote(ctx, peer, job, budget).map_err(Failure::Remote)?;
     if job.wqe.op.takes_receive() {
-        return take_receive(ctx, peer, job, budget).map_err(Failure::Remote);
+        return take_receive(ctx, peer, job, budget, followers).map_err(Failure::Remote);
     }
     Ok(Admission::Accepted)
 }
@@ -322,22 +329,37 @@ fn check_flush(ctx: &mut Context, peer: &Binding, flush: Flush) -> Result<(), Fa
     check_key(ctx, peer, Remote { need: Access::FLUSH_GLOBAL, addr, rkey: flush.rkey }, len)
 }
 
-/// Takes the peer's next receive. Only its own worker takes it back from us: where that is this one, nobody has to be told.
-fn begin_receive(ctx: &Context, peer: &Binding, job: &mut Job) -> (Taken, Option<Ticket>) {
-    let mut queue = peer.qp.recv.lock();
-    if peer.nic.worker_of(&peer.qp) == ctx.worker {
-        return (queue.begin_quietly(&mut job.recv), None);
+/// Takes the peer's next receive. Only its own worker takes it back from us: where that is this one, nobody has to be told, and those
+/// for the requests that follow are taken with it.
+fn begin_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, followers: usize) -> (Taken, Option<Ticket>) {
+    if peer.nic.worker_of(&peer.qp) != ctx.worker {
+        let (taken, ticket) = peer.qp.recv.lock().begin(&mut job.recv);
+        return (taken, Some(ticket));
     }
-    let (taken, ticket) = queue.begin(&mut job.recv);
-    (taken, Some(ticket))
+    if ctx.hand.next(&peer.qp, &mut job.recv) {
+        return (Taken::Yes, None);
+    }
+    ctx.hand.give_back();
+    let mut queue = peer.qp.recv.lock();
+    let taken = queue.begin_quietly(&mut job.recv);
+    if taken == Taken::Yes && followers > 0 {
+        ctx.hand.fill(&peer.qp, &mut queue, followers);
+    }
+    (taken, None)
 }
 
-fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut Budget) -> Result<Admission, Fault> {
+fn take_receive(
+    ctx: &mut Context,
+    peer: &Binding,
+    job: &mut Job,
+    budget: &mut Budget,
+    followers: usize,
+) -> Result<Admission, Fault> {
     if job.has_receive() {
         // It was taken for the host's NIC, which it is too malformed for.
         return Err(Fault::MALFORMED);
     }
-    let (taken, ticket) = begin_receive(ctx, peer, job);
+    let (taken, ticket) = begin_receive(ctx, peer, job, followers);
     note_limit(&peer.nic, &peer.qp);
     match taken {
         Taken::Empty | Taken::TooShort => return Ok(Admission::NotReady),
@@ -358,6 +380,10 @@ fn take_receive(ctx: &mut Context, peer: &Binding, job: &mut Job, budget: &mut B
     }
     if job.wqe.length > job.recv.sges.total() {
         return Err(Fault::TOO_LONG);
+    }
+    if job.wqe.length == job.recv.sges.total() && budget.fits(job.wqe.length) {
+        // All of it is found, and checked, next.
+        return Ok(Admission::Accepted);
     }
     // All of it, also what this message does not reach.
     ctx.check_sges(&peer.nic, peer.qp.id.recv_pdn(), Access::LOCAL_WRITE, job.recv.sges.as_slice())
@@ -483,6 +509,7 @@ fn reach(ctx: &mut Context, peer: &Binding, side: Side, at: Remote, len: u64) ->
     ctx.reach(side, &peer.nic, &peer.qp.id, at, len).map_err(|reason| remote(reason, Fault::ACCESS))
 }
 
+#[inline]
 fn received(job: &Job) -> RecvDone {
     let (opcode, word) = match job.wqe.op {
         Op::Write { imm, .. } => (WcOpcode::RecvRdmaWithImm, Word::imm(imm, job.wqe.imm)),

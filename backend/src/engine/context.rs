@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use virtio_rdma::event::EventType;
 use virtio_rdma::ib::Access;
 use virtio_rdma::ring::Cqe;
 
+use super::completions::{Completions, How};
+use super::hand::Hand;
 use super::job::Job;
 use super::quiesce::Grace;
 use super::tally::Tally;
@@ -30,9 +31,6 @@ pub const QUANTUM_WQES: u32 = 32;
 
 /// Bytes that could be moved in the time that one more look-up takes.
 const BYTES_PER_LOOKUP: u64 = 1024;
-
-/// Completions that wait for others of their CQ before the guest sees them.
-const UNPUBLISHED: u32 = 8;
 
 /// How often a visit may go on because nobody else waits. It bounds how long a quantum lasts.
 pub const REFILLS: u32 = 15;
@@ -108,7 +106,8 @@ pub struct Context {
     keys: KeyCache,
     #[expect(clippy::vec_box, reason = "jobs move between here and queues, and are large")]
     spare: Vec<Box<Job>>,
-    touched: Vec<Touched>,
+    completions: Completions,
+    pub(super) hand: Hand,
     /// Cost of what was done since somebody asked.
     spent: u64,
     /// What the present visit may do at most, for the sake of rates.
@@ -117,18 +116,8 @@ pub struct Context {
     work: Work,
     /// The most of it that one work request for the host's NIC came to.
     posted: u64,
-    /// Completions written that the guest may not have been shown.
-    unpublished: u32,
     sent: Tally,
     received: Tally,
-}
-
-/// A CQ that got completions in this quantum.
-#[derive(Debug)]
-struct Touched {
-    nic: Arc<Nic>,
-    cq: Arc<Cq>,
-    solicited: bool,
 }
 
 impl Context {
@@ -144,12 +133,12 @@ impl Context {
             verbs: Scratch::default(),
             keys: KeyCache::default(),
             spare: Vec::new(),
-            touched: Vec::new(),
+            completions: Completions::default(),
+            hand: Hand::default(),
             spent: 0,
             room: None,
             work: Work::default(),
             posted: 0,
-            unpublished: 0,
             sent: Tally::default(),
             received: Tally::default(),
         }
@@ -298,55 +287,25 @@ impl Context {
         Ok(())
     }
 
-    /// Writes a completion. With `hold` the guest sees it a little later, together with others. Whether it wants an event is
-    /// looked at when the quantum ends.
+    /// Writes a completion, maybe a little later together with others. Whether the guest wants an event is looked at when the quantum
+    /// ends.
     ///
     /// # Errors
-    /// When the CQ is broken; that was reported to the guest here.
-    pub fn push_cqe(
-        &mut self,
-        nic: &Arc<Nic>,
-        cq: &Arc<Cq>,
-        cqe: &Cqe,
-        solicited: bool,
-        hold: bool,
-    ) -> Result<(), CqBroken> {
+    /// When the CQ is broken; that was reported to the guest.
+    #[inline]
+    pub(super) fn push_cqe(&mut self, nic: &Arc<Nic>, cq: &Arc<Cq>, cqe: &Cqe, how: How) -> Result<(), CqBroken> {
         self.charge(cost::CQE);
-        if let Err(broken) = cq.push(cqe, hold) {
-            if cq.first_break() {
-                nic.warn(format_args!("completion queue {} overflowed", cq.cqn));
-                nic.raise(EventType::CqError, cq.cqn);
-            }
-            return Err(broken);
-        }
-        match self.touched.iter_mut().find(|t| Arc::ptr_eq(&t.cq, cq)) {
-            Some(touched) => touched.solicited |= solicited,
-            None => self.touched.push(Touched { nic: nic.clone(), cq: cq.clone(), solicited }),
-        }
-        self.unpublished += u32::from(hold);
-        if !hold || self.unpublished >= UNPUBLISHED {
-            self.publish();
-        }
-        Ok(())
+        self.completions.push(&self.engine, (nic, cq), cqe, how)
     }
 
-    /// Shows guests the completions written so far.
+    /// Shows guests the completions so far.
     pub fn publish(&mut self) {
-        if self.unpublished > 0 {
-            self.unpublished = 0;
-            self.touched.iter().for_each(|touched| touched.cq.publish());
-        }
+        self.completions.publish(&self.engine);
     }
 
-    /// Shows guests the completions written so far, and raises events where they wait for them.
+    /// Shows guests the completions so far, and raises events where they wait for them.
     pub fn announce(&mut self) {
-        self.unpublished = 0;
-        for touched in self.touched.drain(..) {
-            if touched.cq.take_event(touched.solicited) {
-                self.spent += cost::EVENT;
-                touched.nic.raise_on(touched.cq.vector, EventType::Completion, touched.cq.cqn);
-            }
-        }
+        self.spent += self.completions.announce(&self.engine);
     }
 
     /// A send work request of `nic` has succeeded.
@@ -363,6 +322,7 @@ impl Context {
 
     /// The quantum ends: events go out, and nothing that was looked up is used any more.
     pub fn settle(&mut self) {
+        self.hand.give_back();
         self.announce();
         self.sent.settle(sent);
         self.received.settle(received);

@@ -14,7 +14,7 @@ pub struct Job {
     /// The request.
     pub wqe: Send,
     /// The receive that its message goes into.
-    pub recv: Recv,
+    pub recv: Box<Recv>,
     grip: Grip,
     /// Whether checks are done and bytes may flow.
     pub started: bool,

@@ -4,14 +4,18 @@
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
 //!   [`connected`] what the first two share, [`mcast`] the last to many; [`local`] is for work requests that need no peer.
 //! * [`verbs`]: connected transports over the host's NIC.
-//! * [`complete`]: what becomes of work requests; all of these use it, and it uses none of them.
+//! * [`complete`]: what becomes of work requests; all of these use it, and it uses none of them. [`completions`] are on their way to CQs,
+//!   [`failure`] is what no completion can say; [`hand`] has receives that were taken ahead.
 //! * [`cost`]: what work costs, by which virtual NICs share a worker.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
 mod complete;
+mod completions;
 mod connected;
 pub mod context;
 mod cost;
+mod failure;
+mod hand;
 pub mod job;
 mod local;
 pub mod mcast;
@@ -34,7 +38,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock};
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 use self::quiesce::Quiesce;
 use self::wake::Mailbox;
@@ -79,7 +84,7 @@ const NIC_PATIENCE: Duration = Duration::from_secs(1);
 pub struct Engine {
     config: EngineConfig,
     overlay: Arc<dyn Overlay>,
-    nics: RwLock<HashMap<NicId, Arc<Nic>>>,
+    nics: ArcSwap<HashMap<NicId, Arc<Nic>>>,
     /// Changes when workers must look at the list of NICs and their areas again.
     version: AtomicU64,
     /// The version that each worker has taken over; [`RESTING`] for one that uses nothing now.
@@ -135,7 +140,7 @@ impl Engine {
         let mailboxes = (0..workers).map(|worker| Mailbox::new(events(worker))).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
             overlay,
-            nics: RwLock::default(),
+            nics: ArcSwap::default(),
             version: AtomicU64::new(1),
             seen: (0..workers).map(|_| AtomicU64::new(0)).collect(),
             quiesce: Quiesce::new(workers),
@@ -196,19 +201,27 @@ impl Engine {
 
     /// Serves a virtual NIC from now on.
     pub fn add_nic(&self, nic: &Arc<Nic>) {
-        self.nics.write().insert(nic.id, nic.clone());
+        self.change_nics(|nics| drop(nics.insert(nic.id, nic.clone())));
         self.ports_changed();
     }
 
     /// Serves it no longer. When this returns no worker knows it.
     pub fn remove_nic(&self, id: NicId) {
-        self.nics.write().remove(&id);
+        self.change_nics(|nics| drop(nics.remove(&id)));
         self.wait_refreshed();
+    }
+
+    fn change_nics(&self, change: impl Fn(&mut HashMap<NicId, Arc<Nic>>)) {
+        self.nics.rcu(|nics| {
+            let mut nics = HashMap::clone(nics);
+            change(&mut nics);
+            nics
+        });
     }
 
     /// All virtual NICs, in the order of their numbers.
     pub fn nics(&self) -> Vec<Arc<Nic>> {
-        let mut nics: Vec<_> = self.nics.read().values().cloned().collect();
+        let mut nics: Vec<_> = self.nics.load().values().cloned().collect();
         nics.sort_by_key(|n| n.id);
         nics
     }
@@ -216,7 +229,7 @@ impl Engine {
     /// The virtual NIC that has `gid`, as seen from `from`.
     pub fn find(&self, from: NicId, gid: Gid) -> Option<Arc<Nic>> {
         let Place::Local(id) = self.overlay.locate(from, gid)?;
-        self.nics.read().get(&id).cloned()
+        self.nics.load().get(&id).cloned()
     }
 
     /// Workers look at NICs and areas again, sleeping ones too.

@@ -7,8 +7,9 @@ use parking_lot::MutexGuard;
 use virtio_rdma::event::EventType;
 use virtio_rdma::ib::{QpState, QpType, WcStatus};
 
-use super::complete::{LONG, OVERFLOW, RecvDone, Step, complete_recv, complete_send, fatal, tell_fatal};
+use super::complete::{LONG, RecvDone, Step, complete_recv, complete_send};
 use super::context::{Budget, Context};
+use super::failure::{OVERFLOW, fatal, tell_fatal};
 use super::job::Job;
 use super::{cost, local, rc, uc, ud, verbs};
 use crate::nic::{Nic, PathChoice};
@@ -230,6 +231,7 @@ pub(super) fn wait(
             // An unreliable message whose destination had no receive, or no memory for it: dropped, which its sender never learns.
             ud::starve(ctx, nic, qp, &job);
             job.put_back_receive();
+            ctx.hand.give_back();
             nic.counters.messages_dropped.add(1);
             let pushed = complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
             ctx.recycle(job);

@@ -30,19 +30,21 @@ pub(super) fn step(
         Progress::Local(status) => Step::Failed(status),
         Progress::Paging(Whose::Own) => Step::Wait(WaitKind::Page, PAGE_PATIENCE),
         Progress::Paging(Whose::Peers) => Step::Wait(WaitKind::PeerPage, PAGE_PATIENCE),
-        Progress::NotThere | Progress::NotReady(_) => drop_it(nic, job),
+        Progress::NotThere | Progress::NotReady(_) => drop_it(ctx, nic, job),
         Progress::Refused(peer, fault) => {
             if fault.own {
                 fail_responder(ctx, &peer, job, &fault);
             }
-            drop_it(nic, job)
+            drop_it(ctx, nic, job)
         }
     }
 }
 
 /// The receive, if one was taken, is for the next message (as on rxe).
-fn drop_it(nic: &Nic, job: &mut Job) -> Step {
+fn drop_it(ctx: &mut Context, nic: &Nic, job: &mut Job) -> Step {
     job.put_back_receive();
+    // Those that come after it must not be taken before it.
+    ctx.hand.give_back();
     nic.counters.messages_dropped.add(1);
     Step::Done
 }

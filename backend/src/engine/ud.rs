@@ -8,9 +8,10 @@ use virtio_rdma::area::AH_VALID;
 use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
 
-use super::complete::{RecvDone, Step, Word, complete_recv, fatal, note_limit};
+use super::complete::{RecvDone, Step, Word, complete_recv, note_limit};
 use super::context::{Budget, Context, Gather, Side, Unreachable};
 use super::cost;
+use super::failure::fatal;
 use super::job::Job;
 use super::mcast::{self, Cast};
 use super::rc;
@@ -224,11 +225,11 @@ fn drop_it(nic: &Nic) -> Step {
 }
 
 fn route(nic: &Nic, qp: &Qp, ah: u32) -> Option<Route> {
-    let record = nic.handles.read().as_ref()?.get(ah)?;
+    let record = nic.handles.load().as_ref()?.get(ah)?;
     if record.flags & AH_VALID == 0 || record.pdn.get() != qp.id.pdn {
         return None;
     }
-    let source = nic.gids.read().get(record.sgid_index.get().into())?;
+    let source = nic.gids.load().get(record.sgid_index.get().into())?;
     Some(Route {
         source,
         destination: Gid(record.dgid),

@@ -3,7 +3,7 @@
 use crate::overlay::Gid;
 
 /// Entries that the guest's kernel filled.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct GidTable {
     entries: Vec<Option<Gid>>,
 }
@@ -26,11 +26,6 @@ impl GidTable {
     /// The GID of an entry.
     pub fn get(&self, index: usize) -> Option<Gid> {
         self.entries.get(index).copied().flatten()
-    }
-
-    /// Clears all.
-    pub fn clear(&mut self) {
-        self.entries.fill(None);
     }
 
     /// Filled entries with their indices.

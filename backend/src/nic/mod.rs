@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use virtio_rdma::ABI_VERSION;
@@ -23,9 +24,9 @@ use virtio_rdma::event::EventType;
 use self::areas::{AhArea, DoorbellArea};
 use self::events::{EventQueue, Notice};
 use self::gids::GidTable;
-use self::keys::RandomKeyMap;
 use self::log::LimitedLog;
 use self::stats::Counters;
+use crate::directory::Directory;
 use crate::groups::Groups;
 use crate::key_table::KeyTable;
 use crate::mem::Map;
@@ -109,15 +110,15 @@ pub struct Nic {
     /// Guest memory, for workers that register some: they hold the lock until that is in [`keys`](Self::keys).
     pub map: RwLock<Arc<Map>>,
     /// QPs by number.
-    pub qps: RwLock<RandomKeyMap<Arc<Qp>>>,
+    pub qps: Directory<Qp>,
     /// Doorbell queues.
     pub doorbells: Vec<DoorbellQueue>,
     /// The multicast groups of its tenant.
     pub groups: Arc<Groups>,
     /// Address handles; `None` until the driver gives the area.
-    pub handles: RwLock<Option<Arc<AhArea>>>,
-    /// The GID table.
-    pub gids: RwLock<GidTable>,
+    pub handles: ArcSwapOption<AhArea>,
+    /// The GID table, as of now.
+    pub gids: ArcSwap<GidTable>,
     /// Event queues, one for each completion vector.
     pub events: Vec<EventQueue>,
     /// Keys that its queue pairs remember for the host's NIC.
@@ -147,13 +148,13 @@ impl Nic {
         let queue = |&worker| DoorbellQueue { worker, slots: RwLock::default(), area: RwLock::default() };
         Self {
             id,
-            keys: KeyTable::default(),
+            keys: KeyTable::new(config.profile.max_mr.saturating_add(config.profile.max_mw)),
             map: RwLock::default(),
-            qps: RwLock::default(),
+            qps: Directory::new(config.profile.max_qp),
             doorbells: workers.iter().map(queue).collect(),
             groups,
-            handles: RwLock::default(),
-            gids: RwLock::new(GidTable::new(config.profile.max_gids)),
+            handles: ArcSwapOption::empty(),
+            gids: ArcSwap::from_pointee(GidTable::new(config.profile.max_gids)),
             events: event_vrings.into_iter().map(EventQueue::new).collect(),
             grants: Arc::default(),
             usage: NicUsage::default(),
@@ -197,9 +198,19 @@ impl Nic {
 
     /// Fills or clears an entry of the GID table; false if there is no such entry.
     pub fn set_gid(&self, index: usize, gid: Option<Gid>) -> bool {
-        let there = self.gids.write().set(index, gid);
+        let mut there = false;
+        self.gids.rcu(|gids| {
+            let mut gids = GidTable::clone(gids);
+            there = gids.set(index, gid);
+            gids
+        });
         self.gid_epoch.fetch_add(1, Ordering::AcqRel);
         there
+    }
+
+    /// Clears the GID table.
+    pub fn clear_gids(&self) {
+        self.gids.store(Arc::new(GidTable::new(self.config.profile.max_gids)));
     }
 
     /// A number that changes when the GID table does: peers that were found by GID are looked for again.
@@ -219,7 +230,7 @@ impl Nic {
 
     /// The QP of this number.
     pub fn qp(&self, qpn: u32) -> Option<Arc<Qp>> {
-        self.qps.read().get(&qpn).cloned()
+        self.qps.get(qpn)
     }
 
     /// Tells the guest that something happened to one of its objects.

@@ -88,6 +88,28 @@ impl RecvRing {
         if parsed.is_ok() { Taken::Yes } else { Taken::Malformed }
     }
 
+    /// Takes the next receives, as many as there is place for, of those that are known to be posted. One that is malformed stays. How many.
+    fn take_several(&mut self, out: &mut [Box<Recv>]) -> usize {
+        let Some(ring) = &self.ring else {
+            return 0;
+        };
+        let known = ring.between(self.consumer, self.posted) as usize;
+        let mut next = self.consumer;
+        let mut count = 0;
+        for recv in out.iter_mut().take(known) {
+            if parse_recv(ring, next, self.caps, recv).is_err() {
+                break;
+            }
+            next = ring.geometry().next(next);
+            count += 1;
+        }
+        ring.set_consumer(next);
+        self.consumer = next;
+        // The next as many, which are needed when these are used up.
+        (0..=count as u32).for_each(|n| self.prefetch(ring, n));
+        count
+    }
+
     /// Copies some more receives, those from `start` on, to the beginning of another ring; with the last of them that takes the place of
     /// this one. The guest does not post meanwhile; others may take receives.
     ///
@@ -204,8 +226,8 @@ pub struct RecvQueue {
     source: RecvSource,
     tickets: u64,
     filling: Option<Filling>,
-    /// Receives whose messages were dropped: the next ones to be taken. No more than there are workers.
-    held: VecDeque<Recv>,
+    /// Receives that were given back: the next ones to be taken. No more than one for each worker, and those of one [`lend`](Self::lend).
+    held: VecDeque<Box<Recv>>,
     /// How often all of this was forgotten.
     life: u64,
     /// A datagram was dropped after waiting for a receive, and none was posted since.
@@ -221,7 +243,7 @@ impl RecvQueue {
     }
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
-    pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
+    pub fn take(&mut self, at_least: Option<u64>, out: &mut Box<Recv>) -> Taken {
         if let Some(held) = self.held.pop_front() {
             *out = held;
             return Taken::Yes;
@@ -236,7 +258,7 @@ impl RecvQueue {
 
     /// Takes the next receive for a message that may need several visits, beginning with this one. Until [`finish`](Self::finish) it
     /// is flushed like those that are still in the ring.
-    pub fn begin(&mut self, out: &mut Recv) -> (Taken, Ticket) {
+    pub fn begin(&mut self, out: &mut Box<Recv>) -> (Taken, Ticket) {
         let ticket = Ticket(self.tickets);
         if self.filling.is_some() {
             // Left behind by a sender that went away; a connected QP has one sender in its life.
@@ -252,8 +274,18 @@ impl RecvQueue {
 
     /// As [`begin`](Self::begin), for the worker that flushes this queue itself: it says with [`hold`](Self::hold) if the message takes
     /// more than its present visit.
-    pub fn begin_quietly(&mut self, out: &mut Recv) -> Taken {
+    pub fn begin_quietly(&mut self, out: &mut Box<Recv>) -> Taken {
         if self.filling.is_some() { Taken::Empty } else { self.take(None, out) }
+    }
+
+    /// After [`begin_quietly`](Self::begin_quietly): the receives that follow, as many as there is place for, to be taken in this order. How
+    /// many, and what names them to [`give_back`](Self::give_back). Those of a shared queue stay there.
+    pub fn lend(&mut self, out: &mut [Box<Recv>]) -> (usize, Ticket) {
+        let count = match &mut self.source {
+            RecvSource::Own(ring) if self.held.is_empty() && self.filling.is_none() => ring.take_several(out),
+            _ => 0,
+        };
+        (count, Ticket(self.life))
     }
 
     /// The receive that was taken quietly, whose `wr_id` this is, is still being filled when the visit ends.
@@ -286,24 +318,24 @@ impl RecvQueue {
     }
 
     /// The message was dropped: its receive is for the next one.
-    pub fn drop_message(&mut self, ticket: Ticket, recv: Recv) {
+    pub fn drop_message(&mut self, ticket: Ticket, recv: Box<Recv>) {
         if self.finish(ticket) {
             self.put_back(recv);
         }
     }
 
     /// A receive that was taken quietly is for the next message after all.
-    pub fn put_back(&mut self, recv: Recv) {
+    pub fn put_back(&mut self, recv: Box<Recv>) {
         self.held.push_back(recv);
     }
 
     /// Takes the next receive for a datagram; with what names it to [`give_back`](Self::give_back).
-    pub fn take_datagram(&mut self, at_least: u64, out: &mut Recv) -> (Taken, Ticket) {
+    pub fn take_datagram(&mut self, at_least: u64, out: &mut Box<Recv>) -> (Taken, Ticket) {
         (self.take(Some(at_least), out), Ticket(self.life))
     }
 
-    /// A datagram cannot get into its receive now: it is for the next one.
-    pub fn give_back(&mut self, ticket: Ticket, recv: Recv) {
+    /// A receive that was lent is not needed, or a datagram cannot get into it now: it is for the next message.
+    pub fn give_back(&mut self, ticket: Ticket, recv: Box<Recv>) {
         if ticket == Ticket(self.life) {
             self.held.push_back(recv);
         }
@@ -314,7 +346,7 @@ impl RecvQueue {
     }
 
     /// Takes a receive in order to flush it: the one being filled first. With a shared queue that is all.
-    pub fn take_for_flush(&mut self, out: &mut Recv) -> Flush {
+    pub fn take_for_flush(&mut self, out: &mut Box<Recv>) -> Flush {
         match &self.filling {
             Some(Filling { busy: true, .. }) => return Flush::Busy,
             Some(Filling { wr_id, .. }) => {

@@ -160,6 +160,14 @@ impl SendQueue {
         self.posted != self.consumer
     }
 
+    /// Requests that are known to follow the present one and may go the way of this host's memory.
+    pub fn followers(&self) -> usize {
+        match &self.ring {
+            Some(ring) if self.nic.is_none() => ring.between(self.consumer, self.posted).saturating_sub(1) as usize,
+            _ => 0,
+        }
+    }
+
     /// Elements that are fetched before they are parsed.
     const AHEAD: u32 = 4;
 

@@ -234,7 +234,7 @@ impl Fabric {
         // In a new life the guest has forgotten them.
         if member.qp.incarnation() == end.incarnation {
             for recv in lost {
-                queue.put_back(recv);
+                queue.put_back(Box::new(recv));
             }
         }
         drop(queue);

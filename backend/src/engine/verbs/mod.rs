@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use virtio_rdma::ib::{QpState, QpType};
 
-use super::complete::fatal;
 use super::connected;
 use super::context::Context;
+use super::failure::fatal;
 use super::serve::{self, Next};
 use crate::nic::Nic;
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};

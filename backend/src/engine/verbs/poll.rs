@@ -5,8 +5,9 @@ use std::sync::Arc;
 use virtio_rdma::ib::{WcFlags, WcStatus};
 
 use super::super::Engine;
-use super::super::complete::{OVERFLOW, RecvDone, Word, complete_recv, fatal, tell_fatal};
+use super::super::complete::{RecvDone, Word, complete_recv};
 use super::super::context::Context;
+use super::super::failure::{OVERFLOW, fatal, tell_fatal};
 use crate::nic::Nic;
 use crate::qp::Qp;
 use crate::verbs::{End, Member, Tag, Wc};

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use virtio_rdma::ib::WcStatus;
 
-use super::super::complete::{LONG, OVERFLOW, RecvDone, complete_recv, count_sent, fatal, send_cqe, tell_fatal};
+use super::super::complete::{LONG, RecvDone, complete_recv, count_sent, send_cqe};
+use super::super::completions::How;
 use super::super::context::Context;
+use super::super::failure::{OVERFLOW, fatal, tell_fatal};
 use super::super::serve::{self, Next};
 use super::poll::BROKEN;
 use crate::nic::Nic;
@@ -85,7 +87,7 @@ fn finish(
         // Before the completion: who sees that may post the next request at once.
         send.publish();
         let cqe = send_cqe(qp, wr_id, opcode, length, status);
-        written = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, !success, hold).is_ok();
+        written = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, How { solicited: !success, hold, alone: true }).is_ok();
     } else if !hold {
         ctx.publish();
     }
