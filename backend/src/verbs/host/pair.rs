@@ -33,6 +33,9 @@ const RNR_FOR_EVER: u8 = 7;
 /// Code of 0.01 ms.
 const RNR_TIMER: u8 = 1;
 
+/// Access flags that a queue pair has.
+const ON_QUEUE_PAIR: Access = Access::REMOTE_WRITE.union(Access::REMOTE_READ).union(Access::REMOTE_ATOMIC);
+
 /// A queue pair of the device.
 #[derive(Debug)]
 pub struct Pair {
@@ -90,7 +93,7 @@ impl Pair {
         attr.path_mtu = u32::from(to.mtu.min(shared.context.port(shared.port)?.mtu));
         attr.dest_qp_num = to.peer.qpn;
         attr.rq_psn = to.peer.psn;
-        attr.qp_access_flags = (to.access & (Access::REMOTE_WRITE | Access::REMOTE_READ)).bits();
+        attr.qp_access_flags = (to.access & ON_QUEUE_PAIR).bits();
         attr.max_dest_rd_atomic = to.answers;
         attr.min_rnr_timer = RNR_TIMER;
         attr.ah_attr = ibv_ah_attr {
