@@ -159,6 +159,16 @@ impl Lane {
         }
     }
 
+    /// Somebody is no more.
+    pub(crate) fn forget(&mut self, side: Side, queued: Queued) {
+        if queued.control {
+            self.control.retain(|waiting| *waiting != side);
+        }
+        if queued.data {
+            self.data.retain(|waiting| *waiting != side);
+        }
+    }
+
     /// When it has to be looked at.
     pub(crate) fn timer(&self, limits: &Limits) -> Option<Nanos> {
         match self.state {

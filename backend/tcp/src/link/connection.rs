@@ -98,7 +98,7 @@ impl Link {
         self.flows.by_qp.clear();
         while let Some((&flow, responder)) = self.flows.responders.first_key_value() {
             host.unbound(responder.qp);
-            self.flows.remove_responder(flow);
+            self.remove_responder(flow);
         }
     }
 

@@ -176,7 +176,7 @@ impl Link {
             return Ok(());
         };
         if let Some(before) = self.flows.by_qp.insert(bound.qp, open.flow) {
-            self.flows.remove_responder(before);
+            self.remove_responder(before);
         }
         self.flows.responders.insert(open.flow, Responder::new(open, &bound));
         self.refresh(Side::Responder(open.flow), now);

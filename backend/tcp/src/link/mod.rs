@@ -118,14 +118,29 @@ impl Link {
     /// Ends a flow: its QP is reset or destroyed. Its messages are not completed.
     pub fn close(&mut self, flow: FlowId) {
         if let Some(requester) = self.flows.requesters.remove(&flow) {
-            self.flows.forget_timer(Side::Requester(flow), requester.queued);
+            self.forget(Side::Requester(flow), requester.queued);
+        }
+    }
+
+    /// Somebody is no more: no queue has him.
+    fn forget(&mut self, side: Side, queued: Queued) {
+        if let Some(at) = queued.timer {
+            self.flows.timers.remove(&(at, side));
+        }
+        let index = self.lane_of(side);
+        self.lanes[index].forget(side, queued);
+    }
+
+    fn remove_responder(&mut self, flow: FlowId) {
+        if let Some(responder) = self.flows.responders.remove(&flow) {
+            self.forget(Side::Responder(flow), responder.queued);
         }
     }
 
     /// A QP takes no more messages: it is reset or destroyed.
     pub fn unbind(&mut self, qp: QpKey) {
         if let Some(flow) = self.flows.by_qp.remove(&qp) {
-            self.flows.remove_responder(flow);
+            self.remove_responder(flow);
         }
     }
 
@@ -282,18 +297,6 @@ impl Flows {
             Side::Datagrams(_) => lane.datagrams.front().map(|first| first.ends),
             Side::Requester(flow) => self.requesters.get(&flow)?.timer(),
             Side::Responder(flow) => self.responders.get(&flow)?.timer(),
-        }
-    }
-
-    fn forget_timer(&mut self, side: Side, queued: Queued) {
-        if let Some(at) = queued.timer {
-            self.timers.remove(&(at, side));
-        }
-    }
-
-    fn remove_responder(&mut self, flow: FlowId) {
-        if let Some(responder) = self.responders.remove(&flow) {
-            self.forget_timer(Side::Responder(flow), responder.queued);
         }
     }
 }

@@ -441,6 +441,23 @@ fn a_datagram_never_waits_for_a_connection_that_is_not_there() {
 }
 
 #[test]
+fn flows_that_come_and_go_leave_nothing_behind_though_nobody_sends() {
+    let mut link = Link::new(config(false, 1), Nanos::ZERO);
+    let mut device = Device::default();
+    let conn = connect_to(&mut link, 1, &mut device);
+    for number in 0..1000 {
+        let flow = link.open(open(1), FOREVER);
+        let work = Work { token: Token(number), op: write(), length: 8, fence: false, solicited: false };
+        link.post(MS, flow, work, &mut device).unwrap();
+        link.close(flow);
+        let theirs = Open { flow: FlowId(number), transport: Transport::Uc, ..open(2) };
+        link.on_frame(MS, conn, &Packet::bare(Frame::Open(theirs)), &mut device).unwrap();
+    }
+    let held = link.footprint();
+    assert_eq!((held.requesters, held.responders, held.queued, held.timers), (0, 1, 1, 1));
+}
+
+#[test]
 fn answers_to_unknown_flows_are_bounded() {
     let mut link = Link::new(config(false, 1), Nanos::ZERO);
     let mut device = Device::default();

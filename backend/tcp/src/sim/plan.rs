@@ -70,6 +70,8 @@ pub(super) fn rom_byte(addr: u64) -> u8 {
 pub(super) struct Plan {
     pub(super) kind: Kind,
     pub(super) hosts: usize,
+    /// How many of the hosts after it each has a link with.
+    pub(super) neighbours: usize,
     pub(super) lanes: u16,
     pub(super) limits: Limits,
     pub(super) retries: Retries,
@@ -107,6 +109,7 @@ impl Plan {
         Self {
             kind,
             hosts: if rng.chance(150) { 3 } else { 2 },
+            neighbours: usize::MAX / 2,
             lanes: rng.between(1, 4) as u16,
             limits: Self::limits(rng),
             retries: Retries { timeout: timeout.filter(|_| !forever), lost, not_ready: rnr },

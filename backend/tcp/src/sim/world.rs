@@ -45,11 +45,22 @@ impl World {
     pub(super) fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let plan = Plan::new(&mut rng);
+        Self::of(plan, rng)
+    }
+
+    /// A seed's plan on many hosts, each linked with the next eight; one connection between two QPs on each link.
+    pub(super) fn large(seed: u64, hosts: usize) -> Self {
+        let mut rng = Rng::new(seed);
+        let plan = Plan { hosts, neighbours: 8, qps: 1, cut: 5, ..Plan::new(&mut rng) };
+        Self::of(plan, rng)
+    }
+
+    fn of(plan: Plan, mut rng: Rng) -> Self {
         let devices = (0..plan.hosts).map(|_| Device::new(Rng::new(rng.next()), plan.later)).collect();
         let mut world =
             Self { plan, rng, now: Nanos(1), devices, pairs: Vec::new(), datagrams: 0, cuts: 0, forgotten: 0 };
         for first in 0..world.plan.hosts {
-            for second in first + 1..world.plan.hosts {
+            for second in first + 1..world.plan.hosts.min(first + 1 + world.plan.neighbours) {
                 world.add_pair(first, second);
             }
         }
@@ -119,7 +130,7 @@ impl World {
                 moved |= self.step_pair(index);
             }
             if self.now < self.plan.peace {
-                self.befall();
+                (0..self.pairs.len().div_ceil(8)).for_each(|_| self.befall());
             }
             self.check_bounds();
             self.advance(moved);
@@ -401,6 +412,11 @@ impl World {
             (Kind::Forgetful, failed) => failed.is_none_or(|status| status == WcStatus::RetryExcErr),
         };
         assert!(expected, "{who}: {:?} at {}", qp.failed, qp.failed_at());
+    }
+
+    /// QPs of all hosts.
+    pub(super) fn qps(&self) -> usize {
+        self.devices.iter().map(|device| device.qps.len()).sum()
     }
 
     /// What is worth knowing when it goes wrong.
