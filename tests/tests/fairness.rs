@@ -9,7 +9,7 @@ use freeflow_backend::Profile;
 use freeflow_tests::guest::mem::Word64;
 use freeflow_tests::guest::verbs::{MrSpec, MwType, Op, QpSpec, Rc, RcOptions, Remote, SendWr, Sge};
 use freeflow_tests::guest::{Guest, doorbell::DoorbellArea};
-use freeflow_tests::router::device_of_tests;
+use freeflow_tests::router::{device_of_tests, nic_is_late};
 use freeflow_tests::stepped::Stepped;
 use virtio_rdma::ib::{QpState, SendFlags};
 
@@ -21,12 +21,6 @@ const FAIR: u64 = 95;
 /// The victim, its peer, the attacker, its peer.
 fn bed() -> Stepped {
     Stepped::new(4, &Profile { max_qp: 1024, max_cq: 1024, max_mr: 1100, max_mw: 256, ..Profile::default() }).unwrap()
-}
-
-/// The fake NIC that works late executes a work request or two in a step, whoever's that is: what there is to share then is the NIC's time, which
-/// is not ours to give.
-fn nic_is_late() -> bool {
-    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "shuffled")
 }
 
 /// WRITEs of one length without end, on some QPs.
