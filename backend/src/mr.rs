@@ -388,18 +388,6 @@ impl Mr {
     }
 }
 
-impl Mr {
-    /// These pages are missing for an access that ends at `end`, and the same request will need so many bytes behind that: with pages that
-    /// are missing there, if they follow.
-    #[cold]
-    pub fn look_ahead(&self, missing: Missing, end: u64, ahead: u64) -> Missing {
-        match &self.memory {
-            Memory::OnDemand(pages) => pages.look_ahead(missing, end - self.iova + self.offset, ahead),
-            Memory::Pieces(_) | Memory::Guest(_) => missing,
-        }
-    }
-}
-
 #[inline(never)]
 fn on_demand_segments<'a>(
     pages: &'a Arc<OnDemand>,

@@ -18,9 +18,6 @@ use crate::mem::{Extent, Map, Seg};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Bytes behind what is missing of a piece of a request that are asked for with it.
-const MOST_AHEAD: u64 = 1 << 20;
-
 /// Runs that are changed at a time: workers that look for pages wait that long.
 const RUNS_AT_A_TIME: usize = 256;
 
@@ -54,7 +51,7 @@ impl Run {
 pub struct Missing {
     /// The first.
     pub page: u32,
-    /// How many, as far as the request goes that needs them, or the device looks ahead.
+    /// How many, as far as the access goes.
     pub count: u32,
     /// They are to be written.
     pub write: bool,
@@ -188,23 +185,6 @@ impl OnDemand {
             out.push(seg);
         }
         Ok(())
-    }
-
-    /// With the pages that are missing behind those, up to `ahead` bytes behind `end`, where the access ends: the driver has to be asked
-    /// less often then.
-    pub fn look_ahead(&self, missing: Missing, end: u64, ahead: u64) -> Missing {
-        let last_asked = missing.page + missing.count;
-        if u64::from(last_asked) < (self.head + end).div_ceil(PAGE) {
-            // What comes next is there.
-            return missing;
-        }
-        let wanted = (self.head + end.saturating_add(ahead.min(MOST_AHEAD))).div_ceil(PAGE);
-        let behind = wanted.min(u64::from(self.pages())) as u32;
-        let runs = self.runs.read();
-        let next = runs.range(last_asked..behind.max(last_asked)).find(|(_, run)| run.allows(missing.write));
-        let reaches = run_at(&runs, last_asked).is_some_and(|(_, run)| run.allows(missing.write));
-        let until = if reaches { last_asked } else { next.map_or(behind, |(&next, _)| next) };
-        Missing { count: until.max(last_asked) - missing.page, ..missing }
     }
 
     /// Puts pages in their places, one extent after another, and ends the faults that waited for them. Returns what was there
@@ -438,23 +418,6 @@ mod tests {
         assert!(tell && !Arc::ptr_eq(&again, &write), "asked anew");
         let another = OnDemand::new(8 << 8, 0, 32 * PAGE);
         assert!(another.fault(Some(write), Missing { page: 4, count: 1, write: true }, now).is_ok());
-    }
-
-    #[test]
-    fn a_fault_asks_for_what_the_request_needs_next_within_bounds() {
-        let (map, region) = (memory(), OnDemand::new(1, 0, 1024 * PAGE));
-        let piece = |write| Missing { page: 0, count: 16, write };
-        let asked = |region: &OnDemand, write, pages| region.look_ahead(piece(write), 16 * PAGE, pages * PAGE).count;
-        assert_eq!((asked(&region, false, 0), asked(&region, false, 8)), (16, 24));
-        assert_eq!(asked(&region, false, 1 << 20), 16 + 256, "1 MiB");
-        assert_eq!(region.look_ahead(piece(false), 16 * PAGE, u64::MAX).count, 16 + 256);
-        assert_eq!(asked(&OnDemand::new(1, 0, 18 * PAGE), false, 100), 18, "no more than it has");
-        region.map(20, false, extents(&map, 1, 1));
-        assert_eq!((asked(&region, false, 8), asked(&region, true, 8)), (20, 24), "until some are there");
-        let inside = Missing { page: 0, count: 4, write: false };
-        assert_eq!(region.look_ahead(inside, 16 * PAGE, 8 * PAGE).count, 4, "what comes next is there");
-        region.map(16, false, extents(&map, 2, 1));
-        assert_eq!(asked(&region, false, 8), 16);
     }
 
     #[test]

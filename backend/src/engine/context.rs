@@ -242,10 +242,7 @@ impl Context {
             Side::Destination => &mut self.dst,
         };
         let found = mr.segments(at.need, at.addr, len, out);
-        found.map_err(|(pages, missing)| {
-            let missing = mr.look_ahead(missing, at.addr + len, self.paging.ahead);
-            self.paging.miss(nic, pages, missing, self.now)
-        })
+        found.map_err(|(pages, missing)| self.paging.miss(nic, pages, missing, self.now))
     }
 
     /// Checks every key of an SGE list.
@@ -283,11 +280,7 @@ impl Context {
             let addr = sge.addr.wrapping_add(skip);
             mr.check(list.pdn, list.need, addr, len)?;
             let found = mr.segments(list.need, addr, len, out);
-            found.map_err(|(pages, missing)| {
-                let ahead = self.paging.ahead.min(length - skip - len);
-                let missing = mr.look_ahead(missing, addr + len, ahead);
-                self.paging.miss(list.nic, pages, missing, self.now)
-            })?;
+            found.map_err(|(pages, missing)| self.paging.miss(list.nic, pages, missing, self.now))?;
             left -= len;
             skip = 0;
         }
@@ -352,8 +345,6 @@ fn received(nic: &Nic) -> (&Counter, &Counter) {
 pub struct Paging {
     /// The fault.
     pub fault: Option<Arc<Fault>>,
-    /// Bytes of the request behind its present piece: pages of those are asked for with it.
-    pub ahead: u64,
     /// Cost of telling guests.
     spent: u64,
 }

@@ -157,7 +157,6 @@ pub(super) fn advance(
         ctx.publish();
     }
     ctx.paging.fault = job.fault.take();
-    ctx.paging.ahead = job.left().saturating_sub(budget.bytes);
     let step = match job.wqe.op {
         Op::Invalid => Step::Failed(WcStatus::LocQpOpErr),
         Op::Datagram { .. } => ud::step(ctx, nic, qp, &mut job, budget),
