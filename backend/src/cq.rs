@@ -57,14 +57,17 @@ impl Cq {
     /// Elements that are fetched ahead of single completions.
     const AHEAD: u32 = 2;
 
-    /// Writes one completion, which the guest sees with the next [`publish`](Self::publish): telling it of several at once saves both
-    /// sides the way of a cache line there and back. For how many more there is room.
+    /// Writes one completion, which the guest sees at once, or with the next [`publish`](Self::publish): telling it of several at once saves
+    /// both sides the way of a cache line there and back. For how many more there is room.
     ///
     /// # Errors
     /// [`CqBroken`] when there is no room; [`first_break`](Self::first_break) tells who reports it.
-    pub fn push(&self, cqe: &Cqe) -> Result<u32, CqBroken> {
+    pub fn push(&self, cqe: &Cqe, show: bool) -> Result<u32, CqBroken> {
         let mut producer = self.memory.lock();
         producer.push_or_break(cqe.as_bytes())?;
+        if show {
+            producer.publish();
+        }
         producer.prefetch(Self::AHEAD);
         Ok(producer.room())
     }

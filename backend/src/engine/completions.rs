@@ -69,7 +69,7 @@ impl Completions {
             self.waiting[self.num_waiting] = (index, *cqe);
             self.num_waiting += 1;
         } else {
-            self.push_now(engine, index, cqe)?;
+            self.push_now(engine, index, cqe, how.hold)?;
         }
         if !how.hold || self.num_waiting + self.hidden >= MOST {
             self.publish(engine);
@@ -78,10 +78,12 @@ impl Completions {
     }
 
     #[inline(never)]
-    fn push_now(&mut self, engine: &Engine, index: usize, cqe: &Cqe) -> Result<(), CqBroken> {
+    fn push_now(&mut self, engine: &Engine, index: usize, cqe: &Cqe, hold: bool) -> Result<(), CqBroken> {
         self.write(engine);
-        self.touched[index].push(cqe)?;
-        self.hidden += 1;
+        // One alone is written and shown under one lock.
+        let show = !hold && self.hidden == 0;
+        self.touched[index].push(cqe, show)?;
+        self.hidden += usize::from(!show);
         Ok(())
     }
 
@@ -143,8 +145,8 @@ impl Completions {
 
 impl Touched {
     /// Writes one now.
-    fn push(&mut self, cqe: &Cqe) -> Result<(), CqBroken> {
-        self.room = self.cq.push(cqe).inspect_err(|_| self.broke())?;
+    fn push(&mut self, cqe: &Cqe, show: bool) -> Result<(), CqBroken> {
+        self.room = self.cq.push(cqe, show).inspect_err(|_| self.broke())?;
         Ok(())
     }
 
