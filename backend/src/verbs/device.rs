@@ -310,16 +310,19 @@ pub enum PostedOp {
 
 impl PostedOp {
     /// Whether something comes back from the peer.
+    #[inline]
     pub fn fetches(self) -> bool {
         matches!(self, Self::Read | Self::Atomic(_))
     }
 
     /// Whether it takes a receive.
+    #[inline]
     pub fn takes_receive(self) -> bool {
         !matches!(self, Self::Write | Self::Read | Self::Atomic(_))
     }
 
     /// What its completion names.
+    #[inline]
     pub fn opcode(self) -> WcOpcode {
         match self {
             Self::Send | Self::SendImm(_) => WcOpcode::Send,
@@ -365,6 +368,7 @@ impl SendList {
     }
 
     /// Appends a work request with its payload in memory.
+    #[inline]
     pub fn push(&mut self, id: u64, op: PostedOp, flags: SendFlags, (remote_addr, rkey): (u64, u32)) {
         let at = self.sges.len();
         let flags = flags - SendFlags::INLINE;
@@ -372,6 +376,7 @@ impl SendList {
     }
 
     /// One more SGE of the last work request.
+    #[inline]
     pub fn push_sge(&mut self, sge: Sge) {
         self.sges.push(sge);
         if let Some(last) = self.requests.last_mut() {

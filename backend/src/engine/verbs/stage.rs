@@ -77,6 +77,7 @@ pub(super) fn stage(
 }
 
 /// What it is to the NIC, if anything. Atomics are executed here, by the processor, unless the NIC's are so with those.
+#[inline]
 fn posted_op(ctx: &Context, wqe: &Send) -> Option<PostedOp> {
     Some(match wqe.op {
         Op::Send { imm: false } => PostedOp::Send,
@@ -92,6 +93,7 @@ fn posted_op(ctx: &Context, wqe: &Send) -> Option<PostedOp> {
 }
 
 /// Checks all but the local keys; `None` if something does not hold, or is not for the NIC.
+#[inline]
 fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Send) -> Option<Command> {
     if wqe.length > u64::from(Profile::MAX_MESSAGE) || !fits(queue, wqe) {
         return None;
@@ -129,6 +131,7 @@ fn fits(queue: &NicQueue, wqe: &Send) -> bool {
 }
 
 /// Appends it with the NIC's addresses and keys. False if a local key does not hold.
+#[inline]
 fn translate(
     list: &mut SendList,
     nic: &Nic,
