@@ -1,22 +1,19 @@
 //! The daemon's Unix socket: one request, one answer, each a line of JSON. Who may open the socket may ask.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use freeflow_backend::vhost::socket::listen;
 use freeflow_backend::{NicStatus, QpStatus, Rates};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::files::make_parent;
+use crate::acceptor::Acceptor;
+use crate::files::{Direct, Files, make_parent};
 use crate::inventory::NewNic;
 use crate::router::{Added, RateSet, Removed, Router};
 
@@ -67,9 +64,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
-    listener: UnixListener,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    _acceptor: Acceptor<UnixListener>,
 }
 
 impl Server {
@@ -79,33 +74,15 @@ impl Server {
     /// When another daemon listens there, or the socket cannot be made.
     pub fn start(path: &Path, router: Arc<Router>) -> Result<Self> {
         make_parent(path)?;
-        let listener = listen(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, incoming) = (stop.clone(), listener.try_clone()?);
-        let thread = std::thread::Builder::new().name("control".to_owned()).spawn(move || {
-            for stream in incoming.incoming() {
-                if stopped.load(Ordering::SeqCst) {
-                    return;
-                }
-                if let Err(error) = stream.and_then(|stream| answer(stream, &router)) {
-                    log::debug!("control socket: {error}");
-                }
-            }
-        })?;
-        Ok(Self { path: path.to_owned(), listener, stop, thread: Some(thread) })
+        let listener =
+            Direct::default().listen(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        let acceptor = Acceptor::start("control", listener, move |stream| answer(stream, &router))?;
+        Ok(Self { path: path.to_owned(), _acceptor: acceptor })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        // Wakes the thread from `accept`, which fails from now on. Connecting would too, but a daemon that is sealed cannot.
-        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
-        if let Some(thread) = self.thread.take() {
-            // A panic there was reported when it happened.
-            let _ = thread.join();
-        }
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::debug!("cannot remove {}: {error}", self.path.display());
         }

@@ -37,7 +37,7 @@ pub fn run(config: &Config) -> Result<()> {
     sandbox.enter()?;
     let router = Arc::new(Router::start_with(config, device, Box::new(steward), &added)?);
     let api = api::Server::start(config.control(), router.clone())?;
-    let metrics = metrics.map(|listener| metrics::Server::start(listener, router.clone())).transpose()?;
+    let metrics = metrics.map(|listener| metrics::serve(listener, router.clone())).transpose()?;
     sandbox.seal()?;
     log::info!(
         "serving {}; look with: freeflow --control {} nics",

@@ -100,7 +100,7 @@ const STATE_HEADER: &str =
     "# Virtual NICs that were added with `freeflow nic add`. Written by freeflow-router: changes are lost.\n\n";
 
 /// The virtual NICs of a router.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Inventory {
     workers: usize,
     control: PathBuf,
@@ -157,11 +157,6 @@ impl Inventory {
     pub fn find_mut(&mut self, name: &str) -> Option<(NicId, Origin, &mut NicSettings)> {
         let found = self.nics.iter_mut().find(|(_, (nic, _))| nic.name == name);
         found.map(|(id, (nic, origin))| (*id, *origin, nic))
-    }
-
-    /// It was not removed after all.
-    pub fn put_back(&mut self, id: NicId, nic: Option<(NicSettings, Origin)>) {
-        self.nics.extend(nic.map(|nic| (id, nic)));
     }
 
     /// What is to be kept for the next start.

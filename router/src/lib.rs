@@ -4,8 +4,9 @@
 //! * [`router`] starts the device side with all virtual NICs and stops it; [`inventory`] decides which may come and go.
 //! * [`device`] opens the host's RDMA NIC, if it is to be used.
 //! * [`daemon`] is the daemon's life, [`sandbox`] what it gives up, [`steward`] the process that has [`files`] and sockets made for it.
-//! * [`api`] is the Unix socket by which [`cli`], the `freeflow` command, asks; [`metrics`] is what Prometheus asks.
+//! * [`api`] is the Unix socket by which [`cli`], the `freeflow` command, asks; [`metrics`] is what Prometheus asks; an [`acceptor`] answers for both.
 
+pub mod acceptor;
 pub mod api;
 pub mod cli;
 pub mod config;

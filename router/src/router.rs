@@ -102,7 +102,8 @@ impl Router {
         let nic = nic.settle(&self.folder);
         let created = self.start_nic(&nic, Origin::Added)?;
         if let Some(id) = created {
-            self.keep().inspect_err(|_| self.stop_nic(id))?;
+            let saved = self.save(&self.inventory());
+            saved.inspect_err(|_| self.stop_nic(id))?;
         }
         Ok(Added { name: nic.name, socket: nic.socket, created: created.is_some() })
     }
@@ -112,16 +113,11 @@ impl Router {
     /// # Errors
     /// When it comes from the configuration, or what is kept for a restart cannot be written: nothing has changed then.
     pub fn remove(&self, name: String) -> Result<Removed> {
-        let mut inventory = self.inventory();
-        let id = inventory.removable(&name)?;
-        if let Some(id) = id {
-            let nic = inventory.remove(id);
-            if let Err(error) = self.save(&inventory) {
-                inventory.put_back(id, nic);
-                return Err(error);
-            }
-        }
-        drop(inventory);
+        let id = self.change(|inventory| {
+            let id = inventory.removable(&name)?;
+            id.and_then(|id| inventory.remove(id));
+            Ok(id)
+        })?;
         if let Some(id) = id {
             self.stop_nic(id);
             log::info!("virtual NIC {name} is removed");
@@ -135,17 +131,12 @@ impl Router {
     /// When there is none of that name, the limits are not possible, or they cannot be kept for a restart: nothing has changed then.
     pub fn set_rate(&self, name: &str, rate: Rates) -> Result<RateSet> {
         rate.check().map_err(anyhow::Error::msg)?;
-        let mut inventory = self.inventory();
-        let (id, origin, nic) =
-            inventory.find_mut(name).with_context(|| format!("there is no virtual NIC {name:?}"))?;
-        let before = std::mem::replace(&mut nic.rate, rate.clone());
-        let kept = origin == Origin::Added;
-        if let Err(error) = if kept { self.save(&inventory) } else { Ok(()) } {
-            if let Some((_, _, nic)) = inventory.find_mut(name) {
-                nic.rate = before;
-            }
-            return Err(error);
-        }
+        let (id, kept) = self.change(|inventory| {
+            let found = inventory.find_mut(name).with_context(|| format!("there is no virtual NIC {name:?}"))?;
+            let (id, origin, nic) = found;
+            nic.rate = rate.clone();
+            Ok((id, origin == Origin::Added))
+        })?;
         self.host.set_rates(id, rate.clone());
         Ok(RateSet { name: name.to_owned(), rate, kept })
     }
@@ -184,8 +175,16 @@ impl Router {
         self.inventory().remove(id);
     }
 
-    fn keep(&self) -> Result<()> {
-        self.save(&self.inventory())
+    /// Changes what there is and what is kept of it for a restart, both or neither.
+    fn change<T>(&self, change: impl FnOnce(&mut Inventory) -> Result<T>) -> Result<T> {
+        let mut inventory = self.inventory();
+        let mut changed = inventory.clone();
+        let value = change(&mut changed)?;
+        if changed.to_state()? != inventory.to_state()? {
+            self.save(&changed)?;
+        }
+        *inventory = changed;
+        Ok(value)
     }
 
     fn save(&self, inventory: &Inventory) -> Result<()> {

@@ -108,16 +108,8 @@ fn a_silent_client_is_cut() {
 fn an_address_that_is_taken_is_a_mistake() {
     let place = Place::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_freeflow-router"))
-        .args(["--metrics", &taken.local_addr().unwrap().to_string()])
-        .arg("--state")
-        .arg(place.state())
-        .arg("--control")
-        .arg(place.run().join("control.sock"))
-        .output()
-        .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && error.contains("for metrics"), "{error}");
+    let error = place.refuses(&["--metrics", &taken.local_addr().unwrap().to_string()]);
+    assert!(error.contains("for metrics"), "{error}");
 }
 
 #[test]

@@ -214,13 +214,6 @@ fn a_state_that_is_not_ours_is_refused() {
     let place = Place::new();
     std::fs::create_dir(place.state().parent().unwrap()).unwrap();
     std::fs::write(place.state(), "nic = 7").unwrap();
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_freeflow-router"))
-        .arg("--state")
-        .arg(place.state())
-        .arg("--control")
-        .arg(place.run().join("control.sock"))
-        .output()
-        .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && error.contains("not what a router of this version writes"), "{error}");
+    let error = place.refuses(&[]);
+    assert!(error.contains("not what a router of this version writes"), "{error}");
 }

@@ -237,15 +237,8 @@ fn a_filter_that_only_logs_ends_nothing() {
 
 #[test]
 fn a_user_that_is_not_there_is_a_mistake() {
-    let dir = tempfile::tempdir().unwrap();
-    let folder = dir.path().join("run");
-    let output = Command::new(env!("CARGO_BIN_EXE_freeflow-router"))
-        .args(["--user", "no-such-user", "--nic", "name=a,ip=10.0.0.1,socket=/nowhere/a.sock"])
-        .arg("--control")
-        .arg(folder.join("control.sock"))
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no user \"no-such-user\""), "{output:?}");
-    assert!(!folder.exists(), "nothing was made for it");
+    let place = Place::new();
+    let error = place.refuses(&["--user", "no-such-user", "--nic", "name=a,ip=10.0.0.1,socket=/nowhere/a.sock"]);
+    assert!(error.contains("no user \"no-such-user\""), "{error}");
+    assert!(!place.run().exists(), "nothing was made for it");
 }

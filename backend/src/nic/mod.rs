@@ -10,7 +10,9 @@ pub mod log;
 mod mac;
 pub mod stats;
 
+use std::fmt;
 use std::net::IpAddr;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -78,6 +80,27 @@ pub enum PathChoice {
     Auto,
     /// Through the host's NIC, if the peer does so too.
     Nic,
+}
+
+impl FromStr for PathChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "nic" => Ok(Self::Nic),
+            _ => Err(format!("path {text:?}: use auto, or nic for the host's RDMA NIC")),
+        }
+    }
+}
+
+impl fmt::Display for PathChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Nic => "nic",
+        })
+    }
 }
 
 impl NicConfig {

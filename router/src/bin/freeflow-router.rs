@@ -110,7 +110,7 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
             "socket" => socket = Some(PathBuf::from(value)),
             "tenant" => tenant = Some(value.to_owned()),
             "mac" => mac = Some(value.parse::<Mac>()?),
-            "path" => path = parse_path(value)?,
+            "path" => path = value.parse()?,
             "ip" => ip.push(value.parse::<IpAddr>().map_err(|e| format!("{value:?}: {e}"))?),
             _ => {
                 return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac, path"));
@@ -130,14 +130,6 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
         rate: Rates::default(),
         limits: Profile::default(),
     })
-}
-
-fn parse_path(text: &str) -> Result<PathChoice, String> {
-    match text {
-        "auto" => Ok(PathChoice::Auto),
-        "nic" => Ok(PathChoice::Nic),
-        _ => Err(format!("path {text:?}: use auto, or nic for the host's RDMA NIC")),
-    }
 }
 
 impl Args {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use comfy_table::Table;
 use freeflow_backend::{BitRate, Mac, NicStatus, PathChoice, Profile, Rates};
 
@@ -117,9 +117,9 @@ pub struct Add {
     /// Data-path workers that serve it.
     #[arg(long, value_name = "N", default_value_t = 1)]
     workers: u16,
-    /// How bytes get to peers.
-    #[arg(long, value_enum, default_value_t = Path::Auto)]
-    path: Path,
+    /// How bytes get to peers: auto, as is best; nic, through the host's RDMA NIC, if the peer does so too.
+    #[arg(long, default_value_t)]
+    path: PathChoice,
     #[command(flatten)]
     rate: Limits,
     /// Most queue pairs; short for `--limit max_qp=N`.
@@ -128,14 +128,6 @@ pub struct Add {
     /// A limit of the device by its name in the configuration (docs/operations.md); may be given more than once.
     #[arg(long = "limit", value_name = "NAME=N")]
     limits: Vec<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Path {
-    /// As is best: on one host straight from memory to memory.
-    Auto,
-    /// Through the host's RDMA NIC, if the peer does so too.
-    Nic,
 }
 
 impl Add {
@@ -152,10 +144,7 @@ impl Add {
             socket: self.socket.as_deref().map(std::path::absolute).transpose()?,
             vectors: self.vectors,
             workers: self.workers,
-            path: match self.path {
-                Path::Auto => PathChoice::Auto,
-                Path::Nic => PathChoice::Nic,
-            },
+            path: self.path,
             rate: self.rate.over(&Rates::default()),
             limits: self.profile()?,
         })
@@ -212,10 +201,6 @@ fn rate_of(rates: &Rates) -> String {
 
 pub fn table(nic: &NicStatus) -> Table {
     let mut table = super::table(&["VIRTUAL NIC", &nic.config.name]);
-    let path = match nic.config.path {
-        PathChoice::Auto => "auto",
-        PathChoice::Nic => "nic",
-    };
     let objects = nic.objects;
     let rows = [
         ("tenant", nic.config.tenant.clone()),
@@ -224,7 +209,7 @@ pub fn table(nic: &NicStatus) -> Table {
         ("socket", nic.socket.clone()),
         ("guest", guest_of(nic).to_owned()),
         ("gids", nic.gids.join(" ")),
-        ("path", path.to_owned()),
+        ("path", nic.config.path.to_string()),
         ("rate", rate_of(&nic.config.rates)),
         ("vectors", nic.config.num_vectors.to_string()),
         ("workers", nic.config.num_workers.to_string()),

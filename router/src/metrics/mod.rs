@@ -8,12 +8,11 @@ mod figures;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::acceptor::Acceptor;
 use crate::router::Router;
 
 /// Most bytes of a request's head.
@@ -34,46 +33,12 @@ pub fn listen(address: SocketAddr) -> Result<TcpListener> {
     TcpListener::bind(address).with_context(|| format!("cannot listen on {address} for metrics"))
 }
 
-/// The thread that answers.
-#[derive(Debug)]
-pub struct Server {
-    listener: TcpListener,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    /// Answers on `listener` with the figures of `router`.
-    ///
-    /// # Errors
-    /// When the system gives no thread.
-    pub fn start(listener: TcpListener, router: Arc<Router>) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, incoming) = (stop.clone(), listener.try_clone()?);
-        let thread = std::thread::Builder::new().name("metrics".to_owned()).spawn(move || {
-            for stream in incoming.incoming() {
-                if stopped.load(Ordering::SeqCst) {
-                    return;
-                }
-                if let Err(error) = stream.and_then(|stream| answer(stream, &router)) {
-                    log::debug!("metrics: {error}");
-                }
-            }
-        })?;
-        Ok(Self { listener, stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        // Wakes the thread from `accept`, which fails from now on.
-        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
-        if let Some(thread) = self.thread.take() {
-            // A panic there was reported when it happened.
-            let _ = thread.join();
-        }
-    }
+/// Answers on `listener` with the figures of `router`, until it is dropped.
+///
+/// # Errors
+/// When the system gives no thread.
+pub fn serve(listener: TcpListener, router: Arc<Router>) -> io::Result<Acceptor<TcpListener>> {
+    Acceptor::start("metrics", listener, move |stream| answer(stream, &router))
 }
 
 fn answer(mut stream: TcpStream, router: &Router) -> io::Result<()> {

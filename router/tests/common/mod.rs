@@ -47,6 +47,15 @@ impl Place {
         self.0.path().join("state").join("nics.toml")
     }
 
+    /// What a daemon says that does not start with these arguments.
+    pub fn refuses(&self, args: &[&str]) -> String {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_freeflow-router"));
+        command.arg("--control").arg(self.run().join("control.sock")).arg("--state").arg(self.state());
+        let output = command.args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
     /// A daemon with so many virtual NICs from its command line, as `nobody` where we may choose.
     pub fn start(&self, nics: usize) -> Daemon<'_> {
         self.start_with(nics, &[])
