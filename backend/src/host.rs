@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::TcpStream;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -17,6 +18,7 @@ use crate::overlay::{Gid, NicId, Overlay};
 use crate::profile::BadLimit;
 use crate::qp::{Qp, SendQueue};
 use crate::rate::Rates;
+use crate::tcp::{Conn, PeerId, Peering};
 use crate::verbs::Device;
 use crate::vhost::aio::Signaller;
 use crate::vhost::server::Server;
@@ -104,6 +106,31 @@ impl Host {
         // Workers that sleep until it may go on.
         self.engine.ports_changed();
         true
+    }
+
+    /// Another host can be reached from now on.
+    pub fn join(&self, peering: Peering) {
+        self.engine.join(peering);
+    }
+
+    /// It cannot any more: whatever waits for it fails.
+    pub fn leave(&self, peer: PeerId) {
+        self.engine.leave(peer);
+    }
+
+    /// A connection that was [asked for](crate::Dialer::dial) is there, or could not be made.
+    pub fn dialed(&self, peer: PeerId, link: u16, conn: Conn, made: io::Result<TcpStream>) {
+        self.engine.dialed(peer, link, conn, made);
+    }
+
+    /// A peer has made a connection for this link, and these are its first bytes: the frame with the link's ticket.
+    pub fn accepted(&self, peer: PeerId, link: u16, stream: TcpStream, first: Vec<u8>) {
+        self.engine.accepted(peer, link, stream, first);
+    }
+
+    /// Number of data-path workers: no link has to be for more.
+    pub fn num_workers(&self) -> usize {
+        self.engine.num_workers()
     }
 
     /// Removes all virtual NICs and ends the engine.

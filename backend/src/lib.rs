@@ -4,6 +4,7 @@
 //! * [`vhost`] talks to the VMM, [`control`] executes the guest's control commands on the objects of [`nic`], [`mr`], [`cq`] and [`qp`].
 //! * [`engine`] moves the bytes: doorbells to work requests ([`ring`], [`wqe`]) to copies between guests' memories ([`mem`]) to completions.
 //! * [`verbs`] is the host's RDMA NIC.
+//! * [`tcp`] is the way to other hosts.
 //! * [`rate`] holds virtual NICs and QPs to their rates.
 //! * [`overlay`] is what it asks of the router.
 //! * [`stepped`] is a host for simulations.
@@ -34,6 +35,7 @@ pub mod ring;
 mod slots;
 mod srq;
 pub mod stepped;
+pub mod tcp;
 pub mod verbs;
 pub mod vhost;
 pub mod wqe;
@@ -44,4 +46,5 @@ pub use nic::{Mac, NicConfig, PathChoice};
 pub use overlay::{Gid, NicId, Overlay, Place};
 pub use profile::Profile;
 pub use rate::{BitRate, Rates};
+pub use tcp::{Dialer, PeerId, Peering};
 pub use verbs::NicQuota;

@@ -1,8 +1,11 @@
 //! What the device needs to know of the overlay network. The router implements it.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+use crate::tcp::PeerId;
 
 /// A virtual NIC of this host; numbers are not used again while the router runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -69,12 +72,36 @@ pub fn eui64(mac: [u8; 6]) -> [u8; 8] {
 pub enum Place {
     /// On this host.
     Local(NicId),
+    /// On that host.
+    Remote(PeerId),
 }
 
-/// Answers of the overlay. Called from data-path workers when a QP looks for its peer: it must not block.
+/// Answers of the overlay. Called from data-path workers when a QP looks for its peer, or a peer for one: it must not block.
+///
+/// What concerns other hosts has an answer here for an overlay of one host.
 pub trait Overlay: Send + Sync + fmt::Debug {
     /// Where `gid` lives for a QP of `from`, or `None` if it does not exist or the two may not talk.
     fn locate(&self, from: NicId, gid: Gid) -> Option<Place>;
+
+    /// The number by which other hosts are told the tenant of this virtual NIC.
+    fn tenant(&self, _nic: NicId) -> Option<u32> {
+        None
+    }
+
+    /// What a peer calls this tenant, if `source` is a virtual NIC of the tenant and lives there: a host does not speak for others.
+    fn tenant_of(&self, _from: PeerId, _tenant: u32, _source: Gid) -> Option<Arc<str>> {
+        None
+    }
+
+    /// The virtual NIC of this host that a tenant has this GID for.
+    fn find(&self, _tenant: &str, _gid: Gid) -> Option<NicId> {
+        None
+    }
+
+    /// Other hosts with virtual NICs of this one's tenant.
+    fn hosts(&self, _nic: NicId) -> Vec<PeerId> {
+        Vec::new()
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! * [`serve`]: one visit to a QP; [`rc`], [`uc`] and [`ud`] are the transports on this host,
 //!   [`connected`] what the first two share, [`mcast`] the last to many; [`local`] is for work requests that need no peer.
 //! * [`verbs`]: connected transports over the host's NIC.
+//! * [`tcp`]: connected transports and datagrams to other hosts.
 //! * [`complete`]: what becomes of work requests; all of these use it, and it uses none of them. [`completions`] are on their way to CQs,
 //!   [`failure`] is what no completion can say; [`hand`] has receives that were taken ahead.
 //! * [`cost`]: what work costs, by which virtual NICs share a worker.
@@ -23,6 +24,7 @@ pub mod quiesce;
 mod rc;
 mod serve;
 mod tally;
+mod tcp;
 mod timers;
 mod uc;
 mod ud;
@@ -228,8 +230,10 @@ impl Engine {
 
     /// The virtual NIC that has `gid`, as seen from `from`.
     pub fn find(&self, from: NicId, gid: Gid) -> Option<Arc<Nic>> {
-        let Place::Local(id) = self.overlay.locate(from, gid)?;
-        self.nics.load().get(&id).cloned()
+        match self.overlay.locate(from, gid)? {
+            Place::Local(id) => self.nics.load().get(&id).cloned(),
+            Place::Remote(_) => None,
+        }
     }
 
     /// Workers look at NICs and areas again, sleeping ones too.

@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::tcp::Command;
 use crate::handshake;
 use crate::nic::Nic;
 use crate::overlay::NicId;
@@ -23,6 +24,7 @@ use crate::qp::Qp;
 #[derive(Debug)]
 pub struct Mailbox {
     posts: SegQueue<(Arc<Nic>, Arc<Qp>)>,
+    commands: SegQueue<Command>,
     asleep: AtomicU32,
     sleeps: AtomicU64,
     epoll: Epoll,
@@ -46,6 +48,7 @@ impl Mailbox {
         }
         Ok(Self {
             posts: SegQueue::new(),
+            commands: SegQueue::new(),
             asleep: AtomicU32::new(0),
             sleeps: AtomicU64::new(0),
             epoll,
@@ -64,6 +67,18 @@ impl Mailbox {
     /// The next QP that somebody put here.
     pub fn take(&self) -> Option<(Arc<Nic>, Arc<Qp>)> {
         self.posts.pop()
+    }
+
+    /// Tells the worker something about links.
+    pub fn command(&self, command: Command) {
+        self.commands.push(command);
+        self.wake();
+    }
+
+    /// The next thing that it was told.
+    #[expect(dead_code, reason = "the worker's side of it is the next commit")]
+    pub fn next_command(&self) -> Option<Command> {
+        self.commands.pop()
     }
 
     /// Wakes the worker if it sleeps or is about to.
@@ -100,7 +115,7 @@ impl Mailbox {
 
     /// Whether somebody has put something here.
     pub fn has_posts(&self) -> bool {
-        !self.posts.is_empty()
+        !self.posts.is_empty() || !self.commands.is_empty()
     }
 
     /// Sleeps until woken, or for this long.
