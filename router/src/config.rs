@@ -9,6 +9,7 @@ use freeflow_backend::verbs::DeviceChoice;
 use freeflow_backend::{EngineConfig, Mac, NicConfig, NicQuota, PathChoice, Profile, Rates};
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::ClusterSettings;
 use crate::sandbox::Security;
 
 /// Default of [`Config::control`].
@@ -75,6 +76,8 @@ pub struct Config {
     pub engine: EngineSettings,
     /// What the daemon gives up.
     pub security: Security,
+    /// Other hosts; without it there are none.
+    pub cluster: Option<ClusterSettings>,
     /// Virtual NICs.
     pub nic: Vec<NicSettings>,
 }
@@ -261,6 +264,7 @@ impl Config {
         if self.engine.workers == 0 {
             return Err(ConfigError::Setting("engine.workers must be at least 1"));
         }
+        self.cluster.as_ref().map_or(Ok(()), ClusterSettings::check).map_err(ConfigError::Setting)?;
         check_nics(self.nic.iter(), self.engine.workers, self.control())
     }
 }
