@@ -91,6 +91,11 @@ pub struct Tenants {
 }
 
 impl Tenants {
+    /// The table of a tenant that has a virtual NIC here.
+    pub fn known(&self, tenant: &str) -> Option<Arc<Groups>> {
+        self.by_name.lock().get(tenant).and_then(Weak::upgrade)
+    }
+
     /// The table of a tenant, for a virtual NIC of it.
     pub fn groups(&self, tenant: &str) -> Arc<Groups> {
         let mut tenants = self.by_name.lock();

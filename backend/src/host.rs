@@ -11,7 +11,6 @@ use virtio_rdma::config::NUM_CTRL_QUEUES;
 use virtio_rdma::ib::QpState;
 
 use crate::engine::{Engine, EngineConfig};
-use crate::groups::Tenants;
 use crate::nic::stats::CounterValues;
 use crate::nic::{Nic, NicConfig, PathChoice};
 use crate::overlay::{Gid, NicId, Overlay};
@@ -43,7 +42,6 @@ pub enum AddNicError {
 #[derive(Debug)]
 pub struct Host {
     engine: Arc<Engine>,
-    tenants: Tenants,
     servers: Mutex<BTreeMap<NicId, (Arc<Nic>, Server)>>,
 }
 
@@ -56,7 +54,7 @@ impl Host {
         // Without it no guest could be interrupted: better said now than to each VMM.
         Signaller::get()?;
         let engine = Engine::start(config, overlay, device)?;
-        Ok(Self { engine, tenants: Tenants::default(), servers: Mutex::default() })
+        Ok(Self { engine, servers: Mutex::default() })
     }
 
     /// Adds a virtual NIC and waits for its VMM on `socket`.
@@ -78,7 +76,7 @@ impl Host {
         let first = id.0 as usize;
         let served_by: Vec<_> = (0..workers).map(|w| (first + w) % self.engine.num_workers()).collect();
         let events = vrings.iter().skip(NUM_CTRL_QUEUES).take(vectors).cloned().collect();
-        let groups = self.tenants.groups(&config.tenant);
+        let groups = self.engine.tenants().groups(&config.tenant);
         let nic = Arc::new(Nic::new(id, config, groups, &served_by, events));
         let server = Server::start(socket, nic.clone(), self.engine.clone(), vrings)?;
         self.engine.add_nic(&nic);

@@ -292,6 +292,11 @@ impl Mr {
         matches!(self.memory, Memory::Guest(_))
     }
 
+    /// Whether its pages come and go.
+    pub fn is_on_demand(&self) -> bool {
+        matches!(self.memory, Memory::OnDemand(_))
+    }
+
     /// Whether it is a window.
     pub fn is_window(&self) -> bool {
         self.reach != Reach::Region

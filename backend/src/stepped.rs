@@ -14,7 +14,6 @@ use vm_memory::GuestAddress;
 
 use crate::control::Control;
 use crate::engine::{Engine, EngineConfig, SteppedWorker};
-use crate::groups::Tenants;
 use crate::mem::Map;
 use crate::nic::{Nic, NicConfig};
 use crate::overlay::{NicId, Overlay};
@@ -26,7 +25,6 @@ use crate::vhost::vring::Vring;
 pub struct SteppedHost {
     engine: Arc<Engine>,
     workers: Vec<SteppedWorker>,
-    tenants: Tenants,
 }
 
 impl SteppedHost {
@@ -36,7 +34,7 @@ impl SteppedHost {
     /// When the system gives no descriptors.
     pub fn new(config: EngineConfig, overlay: Arc<dyn Overlay>, device: Option<Arc<dyn Device>>) -> io::Result<Self> {
         let (engine, workers) = Engine::stepped(config, overlay, device)?;
-        Ok(Self { engine, workers, tenants: Tenants::default() })
+        Ok(Self { engine, workers })
     }
 
     /// Adds a virtual NIC, served by the first workers, whose driver accepts all features.
@@ -45,7 +43,7 @@ impl SteppedHost {
         let vrings: Vec<_> = (0..count).map(|_| Arc::new(Mutex::new(Vring::new()))).collect();
         let events = vrings[NUM_CTRL_QUEUES..][..config.num_vectors.into()].to_vec();
         let workers: Vec<_> = (0..config.num_workers.into()).collect();
-        let groups = self.tenants.groups(&config.tenant);
+        let groups = self.engine.tenants().groups(&config.tenant);
         let nic = Arc::new(Nic::new(id, config, groups, &workers, events));
         self.engine.add_nic(&nic);
         let mut control = Control::new(nic.clone(), self.engine.clone());

@@ -1,13 +1,20 @@
-//! Who is where on the overlay network: in this version, virtual NICs of this router only.
+//! Who is where on the overlay network: virtual NICs of this router, and those that it knows of on other hosts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use freeflow_backend::{Gid, NicConfig, NicId, Overlay, Place};
+use freeflow_backend::{Gid, NicConfig, NicId, Overlay, PeerId, Place};
 
-/// Addresses of the virtual NICs that this router serves.
+/// Where the addresses of each tenant are that live on other hosts.
+pub type Elsewhere = HashMap<String, HashMap<Gid, PeerId>>;
+
+/// What a host calls its tenants.
+pub type TenantNumbers = BTreeMap<u32, Arc<str>>;
+
+/// Addresses of virtual NICs.
 #[derive(Debug, Default)]
-pub struct LocalOverlay {
+pub struct Addresses {
     /// As of now: workers look at them for every datagram, and wait for nobody.
     tables: ArcSwap<Tables>,
 }
@@ -17,13 +24,20 @@ struct Tables {
     tenants: HashMap<NicId, String>,
     /// For each tenant.
     places: HashMap<String, HashMap<Gid, NicId>>,
+    elsewhere: Arc<Elsewhere>,
+    /// Of tenants that have, or had, a virtual NIC here. A number stays its tenant's as long as the router runs.
+    numbers: HashMap<String, u32>,
+    /// What peers call tenants.
+    theirs: HashMap<PeerId, Arc<TenantNumbers>>,
 }
 
-impl LocalOverlay {
+impl Addresses {
     /// A virtual NIC is here from now on.
     pub fn add(&self, id: NicId, nic: &NicConfig) {
         self.change(|tables| {
             tables.tenants.insert(id, nic.tenant.clone());
+            let next = tables.numbers.len() as u32;
+            tables.numbers.entry(nic.tenant.clone()).or_insert(next);
             let gids = nic.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac.0)]);
             tables.places.entry(nic.tenant.clone()).or_default().extend(gids.map(|gid| (gid, id)));
         });
@@ -38,6 +52,27 @@ impl LocalOverlay {
         });
     }
 
+    /// What this host calls its tenants, for its peers.
+    pub fn numbers(&self) -> TenantNumbers {
+        let tables = self.tables.load();
+        tables.numbers.iter().map(|(name, number)| (*number, name.as_str().into())).collect()
+    }
+
+    /// What a peer calls its tenants, all of them; `None` when there is no such peer any more.
+    pub fn set_numbers_of(&self, peer: PeerId, numbers: Option<TenantNumbers>) {
+        let numbers = numbers.map(Arc::new);
+        self.change(|tables| match &numbers {
+            Some(numbers) => drop(tables.theirs.insert(peer, numbers.clone())),
+            None => drop(tables.theirs.remove(&peer)),
+        });
+    }
+
+    /// Where everything is that is on other hosts that can be reached.
+    pub fn set_elsewhere(&self, elsewhere: Elsewhere) {
+        let elsewhere = Arc::new(elsewhere);
+        self.change(|tables| tables.elsewhere = elsewhere.clone());
+    }
+
     fn change(&self, change: impl Fn(&mut Tables)) {
         self.tables.rcu(|tables| {
             let mut tables = Tables::clone(tables);
@@ -47,11 +82,38 @@ impl LocalOverlay {
     }
 }
 
-impl Overlay for LocalOverlay {
+impl Overlay for Addresses {
     fn locate(&self, from: NicId, gid: Gid) -> Option<Place> {
         let tables = self.tables.load();
         let tenant = tables.tenants.get(&from)?;
-        tables.places.get(tenant)?.get(&gid).copied().map(Place::Local)
+        let here = tables.places.get(tenant).and_then(|places| places.get(&gid)).copied();
+        let there = || tables.elsewhere.get(tenant)?.get(&gid).copied();
+        here.map(Place::Local).or_else(|| there().map(Place::Remote))
+    }
+
+    fn tenant(&self, nic: NicId) -> Option<u32> {
+        let tables = self.tables.load();
+        tables.numbers.get(tables.tenants.get(&nic)?).copied()
+    }
+
+    fn tenant_of(&self, from: PeerId, tenant: u32, source: Gid) -> Option<Arc<str>> {
+        let tables = self.tables.load();
+        let name = tables.theirs.get(&from)?.get(&tenant)?;
+        let lives_there = tables.elsewhere.get(&**name)?.get(&source) == Some(&from);
+        lives_there.then(|| name.clone())
+    }
+
+    fn find(&self, tenant: &str, gid: Gid) -> Option<NicId> {
+        self.tables.load().places.get(tenant)?.get(&gid).copied()
+    }
+
+    fn hosts(&self, nic: NicId) -> Vec<PeerId> {
+        let tables = self.tables.load();
+        let places = tables.tenants.get(&nic).and_then(|tenant| tables.elsewhere.get(tenant));
+        let mut hosts: Vec<_> = places.into_iter().flat_map(|places| places.values().copied()).collect();
+        hosts.sort_unstable();
+        hosts.dedup();
+        hosts
     }
 }
 
@@ -76,18 +138,67 @@ mod tests {
         }
     }
 
+    fn gid(last: u8) -> Gid {
+        Gid::of([10, 0, 0, last].into())
+    }
+
+    fn elsewhere(tenant: &str, last: u8, peer: u32) -> Elsewhere {
+        [(tenant.to_owned(), [(gid(last), PeerId(peer))].into())].into()
+    }
+
     #[test]
     fn a_tenant_sees_its_own_addresses_only() {
-        let overlay = LocalOverlay::default();
+        let overlay = Addresses::default();
         overlay.add(NicId(1), &nic("red", 1));
         overlay.add(NicId(2), &nic("red", 2));
         overlay.add(NicId(3), &nic("blue", 1));
-        let gid = Gid::of([10, 0, 0, 1].into());
-        assert_eq!(overlay.locate(NicId(2), gid), Some(Place::Local(NicId(1))));
-        assert_eq!(overlay.locate(NicId(3), gid), Some(Place::Local(NicId(3))));
-        assert_eq!(overlay.locate(NicId(3), Gid::of([10, 0, 0, 2].into())), None);
+        assert_eq!(overlay.locate(NicId(2), gid(1)), Some(Place::Local(NicId(1))));
+        assert_eq!(overlay.locate(NicId(3), gid(1)), Some(Place::Local(NicId(3))));
+        assert_eq!(overlay.locate(NicId(3), gid(2)), None);
         assert_eq!(overlay.locate(NicId(3), Gid::link_local([2, 0, 0, 0, 0, 2])), None);
         overlay.remove(NicId(1));
-        assert_eq!(overlay.locate(NicId(2), gid), None);
+        assert_eq!(overlay.locate(NicId(2), gid(1)), None);
+    }
+
+    #[test]
+    fn addresses_of_other_hosts_are_the_tenants_too_and_its_own_come_first() {
+        let overlay = Addresses::default();
+        overlay.add(NicId(1), &nic("red", 1));
+        overlay.add(NicId(2), &nic("blue", 2));
+        overlay.set_elsewhere(elsewhere("red", 9, 7));
+        assert_eq!(overlay.locate(NicId(1), gid(9)), Some(Place::Remote(PeerId(7))));
+        assert_eq!(overlay.locate(NicId(2), gid(9)), None);
+        assert_eq!((overlay.hosts(NicId(1)), overlay.hosts(NicId(2))), (vec![PeerId(7)], vec![]));
+        overlay.set_elsewhere(elsewhere("red", 1, 7));
+        assert_eq!(overlay.locate(NicId(1), gid(1)), Some(Place::Local(NicId(1))));
+    }
+
+    #[test]
+    fn a_peer_speaks_for_the_addresses_that_live_there_and_no_others() {
+        let overlay = Addresses::default();
+        overlay.set_elsewhere(elsewhere("red", 9, 7));
+        let numbers = TenantNumbers::from([(4, "red".into()), (5, "blue".into())]);
+        overlay.set_numbers_of(PeerId(7), Some(numbers.clone()));
+        overlay.set_numbers_of(PeerId(8), Some(numbers));
+        assert_eq!(overlay.tenant_of(PeerId(7), 4, gid(9)).as_deref(), Some("red"));
+        assert_eq!(overlay.tenant_of(PeerId(7), 5, gid(9)), None, "another tenant");
+        assert_eq!(overlay.tenant_of(PeerId(7), 6, gid(9)), None, "no such number");
+        assert_eq!(overlay.tenant_of(PeerId(7), 4, gid(8)), None, "an address of nobody");
+        assert_eq!(overlay.tenant_of(PeerId(8), 4, gid(9)), None, "another host's");
+        overlay.set_numbers_of(PeerId(7), None);
+        assert_eq!(overlay.tenant_of(PeerId(7), 4, gid(9)), None);
+    }
+
+    #[test]
+    fn a_tenants_number_stays() {
+        let overlay = Addresses::default();
+        overlay.add(NicId(1), &nic("red", 1));
+        overlay.add(NicId(2), &nic("blue", 2));
+        overlay.remove(NicId(1));
+        overlay.add(NicId(3), &nic("green", 3));
+        overlay.add(NicId(4), &nic("red", 1));
+        assert_eq!((overlay.tenant(NicId(4)), overlay.tenant(NicId(3))), (Some(0), Some(2)));
+        let numbers: Vec<_> = overlay.numbers().into_iter().map(|(n, name)| (n, name.to_string())).collect();
+        assert_eq!(numbers, [(0, "red".to_owned()), (1, "blue".to_owned()), (2, "green".to_owned())]);
     }
 }

@@ -12,13 +12,13 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, NicSettings};
 use crate::files::{Direct, Files};
 use crate::inventory::{Inventory, NewNic, Origin};
-use crate::overlay::LocalOverlay;
+use crate::overlay::Addresses;
 
 /// The device side of this host with its virtual NICs. Dropping it stops everything.
 #[derive(Debug)]
 pub struct Router {
     host: Host,
-    overlay: Arc<LocalOverlay>,
+    overlay: Arc<Addresses>,
     files: Box<dyn Files>,
     /// Where sockets go for which no place was named.
     folder: PathBuf,
@@ -77,7 +77,7 @@ impl Router {
         added: &[NicSettings],
     ) -> Result<Self> {
         config.check()?;
-        let overlay = Arc::new(LocalOverlay::default());
+        let overlay = Arc::new(Addresses::default());
         let has_device = device.is_some();
         let host =
             Host::start(config.engine.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
@@ -139,6 +139,16 @@ impl Router {
         })?;
         self.host.set_rates(id, rate.clone());
         Ok(RateSet { name: name.to_owned(), rate, kept })
+    }
+
+    /// The device side.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Who is where.
+    pub fn addresses(&self) -> &Arc<Addresses> {
+        &self.overlay
     }
 
     /// Its number, unless it is there already.

@@ -16,6 +16,7 @@ use freeflow_router::config::{Config, EngineSettings, NicSettings};
 use crate::bed::eventually;
 use crate::guest::verbs::ip_gid;
 use crate::guest::{Gid, Guest, GuestConfig};
+use crate::mesh::Mesh;
 
 pub use freeflow_backend::Objects;
 pub use freeflow_router::Router;
@@ -96,13 +97,14 @@ impl RouterSpec {
 }
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
-/// late and in another order each time; `=nic` over one that this machine has, `=nic:rxe0` over this one.
+/// late and in another order each time; `=tcp` [between hosts](is_spread); `=nic` over one that this machine has, `=nic:rxe0` over this one.
 pub fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
         Ok("verbs") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
         Ok(other) if other.starts_with("nic") => return Some(device_of_host(other)),
-        Ok(other) if other != "local" => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, verbs, shuffled or nic"),
+        Ok("local" | "tcp") => return None,
+        Ok(other) => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, verbs, shuffled or nic"),
         _ => return None,
     };
     Some(Arc::new(FakeNic::new(script)))
@@ -119,10 +121,16 @@ pub fn nic_is_late() -> bool {
     std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "shuffled")
 }
 
-/// A router. Its sockets are in a directory that goes with it.
+/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`.
+pub fn is_spread() -> bool {
+    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "tcp")
+}
+
+/// A router, or one for each virtual NIC. Its sockets are in a directory that goes with it.
 #[derive(Debug)]
 pub struct TestRouter {
-    router: Router,
+    _mesh: Option<Mesh>,
+    routers: Vec<Arc<Router>>,
     id: u32,
     dir: tempfile::TempDir,
 }
@@ -133,8 +141,11 @@ impl TestRouter {
         let dir = tempfile::tempdir().expect("a directory");
         let id = COUNT.fetch_add(1, Relaxed);
         let config = spec.config(dir.path(), |nic| format!("r{id}n{nic}"));
-        let router = Router::start_on(&config, spec.device.clone()).expect("the router starts");
-        Self { router, id, dir }
+        let hosts = if is_spread() { spread(config) } else { vec![config] };
+        let start = |config| Router::start_on(config, spec.device.clone()).expect("the router starts");
+        let routers: Vec<_> = hosts.iter().map(start).map(Arc::new).collect();
+        let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone()));
+        Self { _mesh: mesh, routers, id, dir }
     }
 
     /// The socket of a virtual NIC.
@@ -167,7 +178,8 @@ impl TestRouter {
 
     /// A virtual NIC at the moment.
     pub fn status(&self, nic: usize) -> NicStatus {
-        self.router.nics().swap_remove(nic)
+        let mut all = self.routers.iter().flat_map(|router| router.nics());
+        all.nth(nic).expect("a virtual NIC of this number")
     }
 
     /// What a virtual NIC has at the moment.
@@ -190,15 +202,21 @@ impl TestRouter {
         self.status(nic).connected
     }
 
-    /// The router itself.
+    /// The router itself; of several, that of the first virtual NIC.
     pub fn router(&self) -> &Router {
-        &self.router
+        &self.routers[0]
     }
 
     /// Stops it, as SIGTERM does.
     pub fn stop(self) {
-        self.router.stop();
+        self.routers.iter().for_each(|router| router.stop());
     }
+}
+
+/// The same virtual NICs, each on a host of its own.
+fn spread(config: Config) -> Vec<Config> {
+    let Config { nic, engine, .. } = config;
+    nic.into_iter().map(|nic| Config { engine: engine.clone(), nic: vec![nic], ..Config::default() }).collect()
 }
 
 /// The socket of a virtual NIC in a directory.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use freeflow_backend::stepped::{SteppedHost, SteppedNic};
 use freeflow_backend::{EngineConfig, NicId, Profile, Rates};
 use freeflow_router::config::EngineSettings;
-use freeflow_router::overlay::LocalOverlay;
+use freeflow_router::overlay::Addresses;
 
 use crate::guest::{Guest, GuestConfig, Result};
 use crate::router::{RouterSpec, TestRouter};
@@ -34,7 +34,7 @@ impl Stepped {
 
     /// The same, each of which may be only so fast.
     pub fn with_rates(nics: usize, limits: &Profile, rates: &Rates) -> Result<Self> {
-        let overlay = Arc::new(LocalOverlay::default());
+        let overlay = Arc::new(Addresses::default());
         let engine = EngineSettings { workers: 1, ..EngineSettings::default() };
         let spec =
             RouterSpec { limits: limits.clone(), rates: rates.clone(), vectors: 1, engine, ..RouterSpec::of(nics) };

@@ -12,7 +12,7 @@ use super::context::Context;
 use super::failure::{OVERFLOW, fatal};
 use super::job::Job;
 use crate::nic::Nic;
-use crate::qp::{Qp, SendQueue, WaitKind};
+use crate::qp::{Posted, Qp, SendQueue, WaitKind};
 
 /// Bytes of a message from which on no completion waits for it, and its own for no other: what that saves is little beside the copy.
 pub(super) const LONG: u64 = 1024;
@@ -57,6 +57,34 @@ pub(super) fn complete_send(
     let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, how).is_ok();
     count_sent(ctx, nic, job.wqe.length, status);
     pushed
+}
+
+/// Completes the oldest work request that somebody else had to do: the NIC, or another host. `more` are complete, too. False if the
+/// completion could not be written.
+pub(super) fn complete_handed_over(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    Posted { wr_id, opcode, length, signaled }: Posted,
+    status: WcStatus,
+    more: bool,
+) -> bool {
+    let success = status == WcStatus::Success;
+    let hold = success && more && u64::from(length) < LONG;
+    send.retire();
+    send.bytes += if success { length.into() } else { 0 };
+    let mut written = true;
+    if signaled || !success {
+        // Before the completion: who sees that may post the next request at once.
+        send.publish();
+        let cqe = send_cqe(qp, wr_id, opcode, length, status);
+        written = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, How { solicited: !success, hold, alone: true }).is_ok();
+    } else if !hold {
+        ctx.publish();
+    }
+    count_sent(ctx, nic, length.into(), status);
+    written
 }
 
 /// The completion of a send work request.

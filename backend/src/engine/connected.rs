@@ -17,7 +17,7 @@ use crate::mem::{self, AtomicOp, Source};
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::profile::Profile;
-use crate::qp::{Binding, Qp, SendQueue, Taken, Ticket};
+use crate::qp::{Binding, Qp, Requester, SendQueue, Taken, Ticket};
 use crate::wqe::{Flush, Op};
 
 /// How far a message came.
@@ -82,7 +82,7 @@ pub(super) fn step(
 }
 
 /// Why a message does not get further.
-enum Failure {
+pub(super) enum Failure {
     Own(OwnFailure),
     Remote(Fault),
     /// A page of the peer's is missing.
@@ -90,7 +90,7 @@ enum Failure {
 }
 
 /// The same where it is on this side.
-enum OwnFailure {
+pub(super) enum OwnFailure {
     Refused(WcStatus),
     Paging,
 }
@@ -141,7 +141,17 @@ fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job, budget: &Budget
     ctx.gather(Side::Source, &own).map_err(|reason| not_ours(qp, reason))
 }
 
-fn check_request(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job, budget: &Budget) -> Result<(), OwnFailure> {
+/// Checks what is the requester's own.
+///
+/// # Errors
+/// What does not hold.
+pub(super) fn check_request(
+    ctx: &mut Context,
+    nic: &Nic,
+    qp: &Qp,
+    job: &Job,
+    budget: &Budget,
+) -> Result<(), OwnFailure> {
     let fetches = job.wqe.op.fetches();
     if job.wqe.length > u64::from(Profile::MAX_MESSAGE) {
         return Err(OwnFailure::Refused(WcStatus::LocLenErr));
@@ -221,17 +231,18 @@ fn find_peer(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<Binding> {
     // A UC responder takes any PSN at the start of a message (IBA 9.8.2.2).
     let reliable = qp.id.kind == QpType::Rc;
     let in_step = !reliable || theirs.attr.rq_psn == attr.sq_psn;
-    let accepts_us = !reliable || theirs.accepts.is_none_or(|only| only == qp.incarnation());
+    let us = Requester { host: None, incarnation: qp.incarnation() };
+    let accepts_us = !reliable || theirs.accepts.is_none_or(|only| only == us);
     if !(names_us && in_step && accepts_us) {
         return None;
     }
-    theirs.accepts = Some(qp.incarnation());
+    theirs.accepts = Some(us);
     drop(theirs);
     Some(Binding { nic: peer_nic, qp: peer, incarnation, gid_epochs })
 }
 
 /// What the responder says to a new message.
-enum Admission {
+pub(super) enum Admission {
     Accepted,
     /// RNR NAK.
     NotReady,
@@ -248,7 +259,7 @@ pub(super) struct Fault {
 }
 
 impl Fault {
-    const INVALID: Self = Self {
+    pub(super) const INVALID: Self = Self {
         requester: WcStatus::RemInvReqErr,
         responder: WcStatus::RemInvReqErr,
         event: EventType::QpRequestError,
@@ -257,7 +268,7 @@ impl Fault {
     /// IBA 9.9.3, class J. There the requester hears nothing; here it does.
     const INVALIDATION: Self = Self { event: EventType::QpFatal, ..Self::INVALID };
     const TOO_LONG: Self = Self { responder: WcStatus::LocLenErr, ..Self::INVALID };
-    const ACCESS: Self = Self {
+    pub(super) const ACCESS: Self = Self {
         requester: WcStatus::RemAccessErr,
         responder: WcStatus::LocProtErr,
         event: EventType::QpAccessError,
@@ -268,7 +279,11 @@ impl Fault {
     const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
 }
 
-fn admit(
+/// A message begins: checks it at its responder, and takes a receive if it needs one.
+///
+/// # Errors
+/// Why it is refused.
+pub(super) fn admit(
     ctx: &mut Context,
     peer: &Binding,
     job: &mut Job,
@@ -419,7 +434,45 @@ fn move_piece(
         ctx.charge(cost::bytes(len));
         ctx.count_bytes(len);
     }
-    if !last || !invalidate(ctx, peer, job)? {
+    if last { arrive(ctx, peer, job) } else { Ok(Progress::Paused) }
+}
+
+/// The rest of a message from another host, and with that all of it, is here: makes its last bytes visible, and completes the receive.
+///
+/// # Errors
+/// Why it cannot be.
+pub(super) fn finish_at_peer(
+    ctx: &mut Context,
+    peer: &Binding,
+    job: &mut Job,
+    last_bytes: &[u8],
+) -> Result<Progress, Failure> {
+    let is_word = matches!(job.wqe.op, Op::AtomicWrite { .. });
+    let word = std::mem::take(&mut job.wqe.inline);
+    let bytes = if is_word { &word[..] } else { last_bytes };
+    job.done = job.wqe.length - bytes.len() as u64;
+    let placed = place_last(ctx, peer, job, bytes, is_word);
+    job.wqe.inline = word;
+    placed?;
+    arrive(ctx, peer, job)
+}
+
+fn place_last(ctx: &mut Context, peer: &Binding, job: &Job, bytes: &[u8], is_word: bool) -> Result<(), Failure> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    ctx.dst.clear();
+    map_to_peer(ctx, peer, job, bytes.len() as u64)?;
+    if is_word && !matches!(ctx.dst[..], [word] if word.is_word()) {
+        return Err(Failure::Remote(Fault::INVALID));
+    }
+    mem::copy_ordered(Source { own: &[bytes], guest: &[] }, &ctx.dst);
+    Ok(())
+}
+
+/// All bytes of the message are in place.
+fn arrive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Progress, Failure> {
+    if !invalidate(ctx, peer, job)? {
         return Ok(Progress::Paused);
     }
     if job.finish_receive(&peer.qp) && !complete_recv(ctx, &peer.nic, &peer.qp, &received(job)) {
@@ -492,6 +545,16 @@ fn map_piece(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: &Binding, job: &Job, l
             let target = Gather { nic, pdn, need: Access::LOCAL_WRITE, sges, from: job.done, len };
             ctx.gather(Side::Destination, &target).map_err(|reason| Failure::Own(not_ours(qp, reason)))
         }
+        _ => map_to_peer(ctx, peer, job, len),
+    }
+}
+
+/// Finds where the next `len` bytes of what the requester sends go.
+///
+/// # Errors
+/// Why they cannot.
+pub(super) fn map_to_peer(ctx: &mut Context, peer: &Binding, job: &Job, len: u64) -> Result<(), Failure> {
+    match job.wqe.op {
         Op::Write { remote_addr, rkey, .. } | Op::AtomicWrite { remote_addr, rkey } => {
             let at = Remote { need: Access::REMOTE_WRITE, addr: remote_addr.wrapping_add(job.done), rkey };
             reach(ctx, peer, Side::Destination, at, len)

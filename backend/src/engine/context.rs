@@ -11,6 +11,7 @@ use super::hand::Hand;
 use super::job::Job;
 use super::quiesce::Grace;
 use super::tally::Tally;
+use super::tcp::Links;
 use super::verbs::Scratch;
 use super::{Engine, cost};
 use crate::cq::{Cq, CqBroken};
@@ -49,6 +50,11 @@ impl Budget {
     /// A whole visit.
     pub fn full() -> Self {
         Self { bytes: QUANTUM_BYTES, wqes: QUANTUM_WQES, refills: REFILLS }
+    }
+
+    /// Nothing: whatever is checked only where bytes do not move at once, is.
+    pub fn empty() -> Self {
+        Self { bytes: 0, wqes: 0, refills: 0 }
     }
 
     /// Goes on with the visit after a look whether others wait; false if they do, or it has been long enough.
@@ -103,6 +109,8 @@ pub struct Context {
     pub paging: Paging,
     /// For the host's NIC.
     pub verbs: Scratch,
+    /// Links to other hosts, once there are any.
+    pub tcp: Option<Box<Links>>,
     keys: KeyCache,
     #[expect(clippy::vec_box, reason = "jobs move between here and queues, and are large")]
     spare: Vec<Box<Job>>,
@@ -131,6 +139,7 @@ impl Context {
             dst: Vec::new(),
             paging: Paging::default(),
             verbs: Scratch::default(),
+            tcp: None,
             keys: KeyCache::default(),
             spare: Vec::new(),
             completions: Completions::default(),

@@ -26,6 +26,8 @@ pub struct Job {
     pub fault: Option<Arc<Fault>>,
     /// It has taken access away and waits for those who had it.
     pub grace: Option<Grace>,
+    /// An atomic of another host's memory: what was there.
+    pub found: Option<u64>,
 }
 
 /// The receive that a message has of its peer.
@@ -52,6 +54,7 @@ impl Job {
         self.cast = None;
         self.fault = None;
         self.grace = None;
+        self.found = None;
     }
 
     /// Whether it has begun between the two memories, and must go on there.

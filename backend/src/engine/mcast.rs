@@ -53,7 +53,7 @@ pub(super) fn step(
             ctx.charge(cost::VISIT);
             continue;
         }
-        let offered = ud::offer(ctx, qp, (&member.nic, &member.qp), job, &cast.header, datagram.imm);
+        let offered = ud::offer(ctx, qp.id.qpn, (&member.nic, &member.qp), job, &cast.header, datagram.imm);
         if offered != Offered::Delivered {
             nic.counters.messages_dropped.add(1);
         }

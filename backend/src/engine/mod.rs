@@ -46,9 +46,11 @@ use parking_lot::Mutex;
 use self::quiesce::Quiesce;
 use self::wake::Mailbox;
 pub use self::worker::SteppedWorker;
+use crate::groups::Tenants;
 use crate::nic::Nic;
 use crate::overlay::{Gid, NicId, Overlay, Place};
 use crate::qp::Qp;
+use crate::tcp::PeerId;
 use crate::verbs::{Device, Fabric};
 
 /// Settings of the engine.
@@ -86,6 +88,7 @@ const NIC_PATIENCE: Duration = Duration::from_secs(1);
 pub struct Engine {
     config: EngineConfig,
     overlay: Arc<dyn Overlay>,
+    tenants: Tenants,
     nics: ArcSwap<HashMap<NicId, Arc<Nic>>>,
     /// Changes when workers must look at the list of NICs and their areas again.
     version: AtomicU64,
@@ -142,6 +145,7 @@ impl Engine {
         let mailboxes = (0..workers).map(|worker| Mailbox::new(events(worker))).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
             overlay,
+            tenants: Tenants::default(),
             nics: ArcSwap::default(),
             version: AtomicU64::new(1),
             seen: (0..workers).map(|_| AtomicU64::new(0)).collect(),
@@ -226,6 +230,33 @@ impl Engine {
         let mut nics: Vec<_> = self.nics.load().values().cloned().collect();
         nics.sort_by_key(|n| n.id);
         nics
+    }
+
+    /// The virtual NIC of this number.
+    pub fn nic(&self, id: NicId) -> Option<Arc<Nic>> {
+        self.nics.load().get(&id).cloned()
+    }
+
+    /// The overlay network.
+    pub fn overlay(&self) -> &Arc<dyn Overlay> {
+        &self.overlay
+    }
+
+    /// Multicast groups of all tenants.
+    pub fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    fn mailbox(&self, worker: usize) -> &Mailbox {
+        &self.mailboxes[worker]
+    }
+
+    /// The host that has `gid`, as seen from `from`, if that is another one.
+    pub fn find_host(&self, from: NicId, gid: Gid) -> Option<PeerId> {
+        match self.overlay.locate(from, gid)? {
+            Place::Local(_) => None,
+            Place::Remote(peer) => Some(peer),
+        }
     }
 
     /// The virtual NIC that has `gid`, as seen from `from`.

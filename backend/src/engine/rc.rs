@@ -57,7 +57,7 @@ pub(super) fn fail_responder(ctx: &mut Context, peer: &Binding, job: &mut Job, f
 
 /// Local ACK timeout: 4.096 us * 2^code (IBA 9.7.6.1.3), no less than 1 ms; code 0 is for ever, and then this is just how often to
 /// note it.
-fn ack_timeout(code: u8) -> Duration {
+pub(super) fn ack_timeout(code: u8) -> Duration {
     if code == 0 {
         return Duration::from_secs(1);
     }

@@ -11,7 +11,7 @@ use super::complete::{LONG, RecvDone, Step, complete_recv, complete_send};
 use super::context::{Budget, Context};
 use super::failure::{OVERFLOW, fatal, tell_fatal};
 use super::job::Job;
-use super::{cost, local, rc, uc, ud, verbs};
+use super::{cost, local, rc, tcp, uc, ud, verbs};
 use crate::nic::{Nic, PathChoice};
 use crate::qp::{Flush, Qp, SendQueue, Wait, WaitKind};
 use crate::ring::rxe::parse_send;
@@ -40,6 +40,8 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
         QpState::Rts => run(ctx, nic, qp, &mut send, alone),
         QpState::Err if !verbs::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
         QpState::Sqd | QpState::Sqe if !verbs::settled(ctx, nic, qp, &mut send, false) => Next::Idle,
+        QpState::Err if !tcp::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
+        QpState::Sqd | QpState::Sqe if !tcp::settled(ctx, nic, qp, &mut send, false) => Next::Idle,
         QpState::Sqd => drain(ctx, nic, qp, send),
         QpState::Err => {
             let more = flush_send(ctx, nic, qp, send);
@@ -89,6 +91,12 @@ fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, al
         && ctx.now < wait.next_look
     {
         return Next::At(wait.next_look);
+    }
+    if ctx.tcp.is_some()
+        && !qp.id.kind.is_datagram()
+        && let Some(next) = tcp::run(ctx, nic, qp, send, &alone)
+    {
+        return next;
     }
     let mut budget = ctx.budget();
     let next = loop {
@@ -301,7 +309,7 @@ fn count_wait(
 }
 
 /// The request completes in error and takes its QP with it: to ERR, or SQE where nothing is reliable (IBA 10.3.1).
-fn fail(
+pub(super) fn fail(
     ctx: &mut Context,
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,

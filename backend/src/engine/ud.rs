@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use freeflow_tcp::frame::Datagram as Carried;
 use virtio_rdma::area::AH_VALID;
 use virtio_rdma::ib::{Access, GSI_QKEY, MULTICAST_QPN, QpType, SendFlags, WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
@@ -14,11 +15,12 @@ use super::cost;
 use super::failure::fatal;
 use super::job::Job;
 use super::mcast::{self, Cast};
-use super::rc;
+use super::{rc, tcp};
 use crate::mem::{self, Source};
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::qp::{Qp, Taken, WaitKind};
+use crate::tcp::PeerId;
 use crate::wqe::Op;
 
 /// Bytes of the largest datagram: the port's MTU.
@@ -30,7 +32,8 @@ const IPV4_HEADER: u16 = 20;
 const PAGE_PATIENCE: u32 = 10;
 
 /// Where a datagram goes, as its address handle says.
-struct Route {
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Route {
     source: Gid,
     destination: Gid,
     traffic_class: u8,
@@ -42,7 +45,7 @@ struct Route {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Datagram {
     /// Queue pair.
-    qpn: u32,
+    pub(super) qpn: u32,
     /// `Q_Key`, not that of the request where it stands for the sender's own.
     pub(super) qkey: u32,
     /// With immediate data.
@@ -78,15 +81,24 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     }
     let header = route.header(job.wqe.length as u16, imm);
     if qpn == MULTICAST_QPN && route.destination.is_multicast() {
+        for peer in ctx.engine.overlay().hosts(nic.id) {
+            send_to_host(ctx, nic, qp, peer, &route, datagram, job);
+        }
         return match nic.groups.members(route.destination) {
             Some(members) => mcast::step(ctx, nic, qp, job, Box::new(Cast::new(members, header)), datagram, budget),
             None => drop_it(nic),
         };
     }
     let Some((peer_nic, peer)) = find(ctx, nic, route.destination, datagram) else {
-        return drop_it(nic);
+        return match ctx.engine.find_host(nic.id, route.destination) {
+            Some(peer) => {
+                send_to_host(ctx, nic, qp, peer, &route, datagram, job);
+                Step::Done
+            }
+            None => drop_it(nic),
+        };
     };
-    match offer(ctx, qp, (&peer_nic, &peer), job, &header, imm) {
+    match offer(ctx, qp.id.qpn, (&peer_nic, &peer), job, &header, imm) {
         Offered::Delivered => Step::Done,
         Offered::NoReceive if !peer.recv.lock().starved => {
             Step::Wait(WaitKind::Datagram, ctx.engine.config().datagram_patience)
@@ -96,6 +108,32 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
         }
         Offered::NoReceive | Offered::Paging | Offered::Refused => drop_it(nic),
     }
+}
+
+/// Sends the datagram whose payload is gathered to another host.
+fn send_to_host(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: PeerId, route: &Route, datagram: Datagram, job: &Job) {
+    let Some(tenant) = ctx.engine.overlay().tenant(nic.id) else { return };
+    let carried = Carried {
+        tenant,
+        source_qpn: qp.id.qpn,
+        destination_qpn: datagram.qpn,
+        qkey: datagram.qkey,
+        source: route.source.0,
+        destination: route.destination.0,
+        imm: datagram.imm.then_some(job.wqe.imm),
+        solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
+        traffic_class: route.traffic_class,
+        hop_limit: route.hop_limit,
+        flow_label: route.flow_label & 0xf_ffff,
+    };
+    let mut payload = job.wqe.inline.clone();
+    payload.resize(job.wqe.length as usize, 0);
+    if !job.wqe.is_inline() {
+        mem::read_all(&ctx.src, &mut payload);
+    }
+    ctx.charge(cost::bytes(job.wqe.length));
+    ctx.count_bytes(job.wqe.length);
+    tcp::send_datagram(ctx, nic, peer, carried, payload);
 }
 
 /// What became of a datagram at its destination.
@@ -114,7 +152,7 @@ pub(super) enum Offered {
 /// Offers the datagram whose payload is gathered to a queue pair.
 pub(super) fn offer(
     ctx: &mut Context,
-    sender: &Qp,
+    sender: u32,
     (peer_nic, peer): (&Arc<Nic>, &Arc<Qp>),
     job: &mut Job,
     header: &[u8; GRH_SIZE],
@@ -158,7 +196,7 @@ pub(super) fn offer(
         opcode: WcOpcode::Recv,
         byte_len: (GRH_SIZE as u64 + job.wqe.length) as u32,
         word: Word::imm(imm, job.wqe.imm),
-        src_qp: sender.id.qpn,
+        src_qp: sender,
         flags: WcFlags::GRH,
         sl: header_kind(header),
         solicited: job.wqe.flags.contains(SendFlags::SOLICITED),
@@ -277,8 +315,19 @@ fn datagram_length(payload: u16, imm: bool) -> u16 {
 }
 
 impl Route {
+    /// That of a datagram from another host.
+    pub(super) fn of(carried: &Carried) -> Self {
+        Self {
+            source: Gid(carried.source),
+            destination: Gid(carried.destination),
+            traffic_class: carried.traffic_class,
+            flow_label: carried.flow_label,
+            hop_limit: carried.hop_limit,
+        }
+    }
+
     /// The 40 bytes in front of the payload (IBA 8.3, annex A17.4.5.1).
-    fn header(&self, payload: u16, imm: bool) -> [u8; GRH_SIZE] {
+    pub(super) fn header(&self, payload: u16, imm: bool) -> [u8; GRH_SIZE] {
         let datagram = datagram_length(payload, imm);
         match (self.source.address(), self.destination.address()) {
             (IpAddr::V4(from), IpAddr::V4(to)) => self.ipv4(datagram, from.octets(), to.octets()),

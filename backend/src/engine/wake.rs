@@ -58,6 +58,11 @@ impl Mailbox {
         })
     }
 
+    /// The worker is woken by this descriptor, too, as long as it can be read.
+    pub fn also_wake(&self, fd: RawFd) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
+    }
+
     /// Puts a QP before the worker.
     pub fn post(&self, nic: Arc<Nic>, qp: Arc<Qp>) {
         self.posts.push((nic, qp));
@@ -76,7 +81,6 @@ impl Mailbox {
     }
 
     /// The next thing that it was told.
-    #[expect(dead_code, reason = "the worker's side of it is the next commit")]
     pub fn next_command(&self) -> Option<Command> {
         self.commands.pop()
     }

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::serve::{Next, serve};
+use super::tcp::Tell;
 use super::timers::Timers;
 use super::wake::Mailbox;
-use super::{Engine, RESTING, cost, verbs};
+use super::{Engine, RESTING, cost, tcp, verbs};
 use crate::nic::Nic;
 use crate::nic::areas::DoorbellArea;
 use crate::overlay::NicId;
@@ -156,6 +157,7 @@ impl Worker {
     fn round(&mut self) -> bool {
         let mut worked = self.enter();
         worked |= self.poll_nic();
+        worked |= self.with_links(tcp::poll);
         worked |= self.take_posts();
         worked |= self.take_timers();
         self.all_rich &= !worked;
@@ -165,6 +167,7 @@ impl Worker {
             worked |= self.turn(port);
             port += 1;
         }
+        worked |= self.with_links(tcp::flush);
         self.leave();
         self.all_rich &= !worked;
         worked
@@ -268,6 +271,18 @@ impl Worker {
         })
     }
 
+    /// Sees to links, and has queue pairs visited that these say are to be.
+    fn with_links(&mut self, see_to: impl FnOnce(&mut Context, &mut Tell<'_>) -> bool) -> bool {
+        let ports = &mut self.ports;
+        see_to(&mut self.ctx, &mut |nic, qp, spent| {
+            let queue = qp.id.doorbell_queue;
+            if let Some(port) = ports.iter_mut().find(|p| p.nic.id == nic.id && p.queue == queue) {
+                port.charge(spent);
+                port.schedule(qp.clone());
+            }
+        })
+    }
+
     fn take_posts(&mut self) -> bool {
         let mut any = false;
         for _ in 0..POSTS_PER_ROUND {
@@ -341,7 +356,8 @@ impl Worker {
         if wanted {
             self.mailbox().stay_awake();
         } else {
-            let next = self.ports.iter().flat_map(|port| [port.timers.next(), port.held]).flatten().min();
+            let next = self.ports.iter().flat_map(|port| [port.timers.next(), port.held]).flatten();
+            let next = next.chain(tcp::next_timer(&self.ctx)).min();
             let limit = next.map(|at| at.saturating_duration_since(Instant::now()));
             self.mailbox().sleep(limit);
         }
@@ -359,6 +375,7 @@ impl Worker {
             || self.engine.stop.load(Ordering::SeqCst)
             || self.mailbox().has_posts()
             || !verbs::arm(&mut self.ctx)
+            || tcp::is_wanted(&self.ctx)
             || self.rung()
     }
 

@@ -132,6 +132,11 @@ pub fn read(seg: Seg, buf: &mut [u8]) {
     unsafe { std::ptr::copy_nonoverlapping(seg.ptr, buf.as_mut_ptr(), buf.len()) };
 }
 
+/// Copies guest bytes into `buf`, as many as the shorter of the two has.
+pub fn read_all(segs: &[Seg], buf: &mut [u8]) {
+    read_at(Source { own: &[], guest: segs }, 0, buf);
+}
+
 /// Copies `bytes` to the guest at `seg`.
 ///
 /// # Panics

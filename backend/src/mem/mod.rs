@@ -10,9 +10,10 @@ mod extent;
 mod fault;
 mod map;
 mod pages;
+pub mod socket;
 
 pub use atomic::{AtomicOp, atomic};
-pub use copy::{Source, copy, copy_ordered, read, write};
+pub use copy::{Source, copy, copy_ordered, read, read_all, write};
 pub use extent::{Extent, Seg};
 pub use fault::Alarm;
 pub use map::{Map, MapError, Region, RegionId};

@@ -6,11 +6,12 @@
 
 mod nic;
 mod recv;
+mod remote;
 mod send;
 pub mod state;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use parking_lot::Mutex;
 use virtio_rdma::ctrl::QpAttr;
@@ -18,10 +19,12 @@ use virtio_rdma::ib::{Access, QpState, QpType};
 
 pub use nic::{NicQueue, Posted};
 pub use recv::{Flush, RecvQueue, RecvRing, RecvSource, Taken, Ticket};
+pub use remote::RemoteFlow;
 pub use send::{Binding, SendQueue, Wait, WaitKind};
 
 use crate::cq::Cq;
 use crate::srq::Srq;
+use crate::tcp::PeerId;
 use crate::verbs::End;
 
 /// What never changes about a QP.
@@ -95,13 +98,22 @@ const AS_RESPONDER: u8 = 2;
 pub struct Attrs {
     /// As `MODIFY_QP` set them; the state in here is not used.
     pub attr: QpAttr,
-    /// Incarnation of the QP whose messages this one accepts, once the first has come.
-    pub accepts: Option<u64>,
+    /// The QP whose messages this one accepts, once the first has come.
+    pub accepts: Option<Requester>,
 }
 
-/// A number that was never used for a QP's life before.
+/// One life of a QP that sends to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Requester {
+    /// Where it is, if on another host.
+    pub host: Option<PeerId>,
+    /// Which life of it.
+    pub incarnation: u64,
+}
+
+/// A number that was never used for a QP's life before; hardly by an earlier life of this program either, which other hosts may remember.
 fn new_incarnation() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
+    static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| AtomicU64::new(rand::random()));
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 

@@ -242,6 +242,14 @@ impl RecvQueue {
         Self { source, tickets: 0, filling: None, held: VecDeque::new(), life: 0, starved: false, last_told: false }
     }
 
+    /// Receives that are posted, if they are this queue's alone.
+    pub fn own_posted(&self) -> Option<u32> {
+        match &self.source {
+            RecvSource::Own(ring) => Some(ring.left() + self.held.len() as u32),
+            RecvSource::Shared(_) => None,
+        }
+    }
+
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&mut self, at_least: Option<u64>, out: &mut Box<Recv>) -> Taken {
         if let Some(held) = self.held.pop_front() {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::Qp;
 use super::nic::NicQueue;
+use super::remote::RemoteFlow;
 use crate::engine::job::Job;
 use crate::mem::Map;
 use crate::nic::Nic;
@@ -106,7 +107,9 @@ pub struct SendQueue {
     pub bytes: u64,
     /// Its way over the host's NIC, if it has one.
     pub nic: Option<Box<NicQueue>>,
-    /// Elements before `consumer` whose work requests are on the NIC: the guest may not use them again yet.
+    /// Its way to another host, if its peer is there.
+    pub remote: Option<Box<RemoteFlow>>,
+    /// Elements before `consumer` whose work requests are on the NIC, or on their way to another host: the guest may not use them again yet.
     on_nic: u32,
 }
 
@@ -130,6 +133,7 @@ impl SendQueue {
             completed: 0,
             bytes: 0,
             nic: None,
+            remote: None,
             on_nic: 0,
         }
     }
@@ -195,14 +199,14 @@ impl SendQueue {
         self.completed += 1;
     }
 
-    /// The present work request goes to the NIC: the next one can start.
+    /// The present work request goes to the NIC, or to another host: the next one can start.
     pub fn hand_over(&mut self) {
         self.advance();
         self.completed -= 1;
         self.on_nic += 1;
     }
 
-    /// The oldest work request on the NIC is complete.
+    /// The oldest of those is complete.
     pub fn retire(&mut self) {
         self.completed += 1;
         self.on_nic = self.on_nic.saturating_sub(1);
@@ -217,6 +221,11 @@ impl SendQueue {
                 self.published = index;
             }
         }
+    }
+
+    /// Work requests on the NIC, or on their way to another host.
+    pub fn handed_over(&self) -> u32 {
+        self.on_nic
     }
 
     /// Whether something is under way.
@@ -270,6 +279,7 @@ impl SendQueue {
         self.rnr_retries = 0;
         self.notify_drained = false;
         self.nic = None;
+        self.remote = None;
         self.on_nic = 0;
     }
 }

@@ -9,8 +9,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-pub use freeflow_tcp::Conn;
 pub use freeflow_tcp::frame::HostId;
+pub use freeflow_tcp::{Conn, Limits};
 
 /// Another host; numbers are not used again while the router runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,6 +40,8 @@ pub struct Peering {
     pub epoch: u64,
     /// Connections of each link, at least 1. Both sides have the same number.
     pub lanes: u16,
+    /// Bounds and times of links.
+    pub limits: Limits,
     /// One for each link: as many as the side with more workers has of these.
     pub tickets: Vec<Ticket>,
     /// Who makes connections.

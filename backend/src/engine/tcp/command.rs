@@ -8,7 +8,6 @@ use crate::engine::Engine;
 use crate::tcp::{Conn, PeerId, Peering};
 
 /// Something to do for the worker that a link belongs to.
-#[expect(dead_code, reason = "the worker's side of it is the next commit")]
 #[derive(Debug)]
 pub enum Command {
     /// There is another host; this is one of its links.

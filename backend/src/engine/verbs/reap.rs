@@ -4,14 +4,13 @@ use std::sync::Arc;
 
 use virtio_rdma::ib::WcStatus;
 
-use super::super::complete::{LONG, RecvDone, complete_recv, count_sent, send_cqe};
-use super::super::completions::How;
+use super::super::complete::{RecvDone, complete_handed_over, complete_recv};
 use super::super::context::Context;
 use super::super::failure::{OVERFLOW, fatal, tell_fatal};
 use super::super::serve::{self, Next};
 use super::poll::BROKEN;
 use crate::nic::Nic;
-use crate::qp::{Posted, Qp, SendQueue};
+use crate::qp::{Qp, SendQueue};
 
 /// Completes work requests that the NIC is done with. What to do next, if the QP has failed.
 pub(in super::super) fn reap(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Option<Next> {
@@ -65,34 +64,7 @@ fn finish_next(
     more: bool,
 ) -> bool {
     let next = send.nic.as_mut().and_then(|queue| queue.posted.pop_front());
-    next.is_none_or(|posted| finish(ctx, nic, qp, send, posted, status, more))
-}
-
-/// One work request is complete. False if the completion could not be written.
-fn finish(
-    ctx: &mut Context,
-    nic: &Arc<Nic>,
-    qp: &Arc<Qp>,
-    send: &mut SendQueue,
-    Posted { wr_id, opcode, length, signaled }: Posted,
-    status: WcStatus,
-    more: bool,
-) -> bool {
-    let success = status == WcStatus::Success;
-    let hold = success && more && u64::from(length) < LONG;
-    send.retire();
-    send.bytes += if success { length.into() } else { 0 };
-    let mut written = true;
-    if signaled || !success {
-        // Before the completion: who sees that may post the next request at once.
-        send.publish();
-        let cqe = send_cqe(qp, wr_id, opcode, length, status);
-        written = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, How { solicited: !success, hold, alone: true }).is_ok();
-    } else if !hold {
-        ctx.publish();
-    }
-    count_sent(ctx, nic, length.into(), status);
-    written
+    next.is_none_or(|posted| complete_handed_over(ctx, nic, qp, send, posted, status, more))
 }
 
 /// Whether the NIC has no sends of this QP any more; in ERR, where it is made to flush them, no receives either. If not,

@@ -1,0 +1,77 @@
+//! Messages of this host's queue pairs that are under way.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use freeflow_tcp::frame::FlowId;
+use freeflow_tcp::host::Token;
+use virtio_rdma::ib::{QpState, WcStatus};
+
+use crate::engine::job::Job;
+use crate::nic::Nic;
+use crate::qp::Qp;
+
+/// Bits of a token that count a flow's messages. There are never so many of them under way.
+const MESSAGE_BITS: u32 = 20;
+
+/// What one life of a queue pair has posted.
+#[derive(Debug)]
+pub(super) struct Flow {
+    pub nic: Arc<Nic>,
+    pub qp: Arc<Qp>,
+    incarnation: u64,
+    id: FlowId,
+    /// How many messages were before the oldest of `jobs`.
+    first: u64,
+    /// Those that are under way, oldest first.
+    pub jobs: VecDeque<Box<Job>>,
+    /// What became of the oldest ones; their completions are still to be written.
+    pub finished: VecDeque<WcStatus>,
+}
+
+impl Flow {
+    pub fn new(id: FlowId, nic: Arc<Nic>, qp: Arc<Qp>) -> Self {
+        let incarnation = qp.incarnation();
+        Self { nic, qp, incarnation, id, first: 0, jobs: VecDeque::new(), finished: VecDeque::new() }
+    }
+
+    /// Whether its memory may be touched: it is the present life of the queue pair, which works.
+    pub fn is_live(&self) -> bool {
+        let works = matches!(self.qp.state(), QpState::Rts | QpState::Sqd);
+        works && self.qp.incarnation() == self.incarnation && self.nic.is_running()
+    }
+
+    /// Names the next message.
+    pub fn next_token(&self) -> Token {
+        let number = (self.first + self.jobs.len() as u64) & ((1 << MESSAGE_BITS) - 1);
+        Token(self.id.0 << MESSAGE_BITS | number)
+    }
+
+    /// The message that a token of this flow names.
+    pub fn job(&mut self, token: Token) -> Option<&mut Box<Job>> {
+        let index = token.0.wrapping_sub(self.first) & ((1 << MESSAGE_BITS) - 1);
+        self.jobs.get_mut(index as usize)
+    }
+
+    /// The oldest message, which is finished.
+    pub fn take_finished(&mut self) -> Option<(Box<Job>, WcStatus)> {
+        let status = self.finished.pop_front()?;
+        self.first += 1;
+        Some((self.jobs.pop_front()?, status))
+    }
+}
+
+/// Whose message a token names.
+pub(super) fn flow_of(token: Token) -> FlowId {
+    FlowId(token.0 >> MESSAGE_BITS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_names_its_flow() {
+        assert_eq!(flow_of(Token(77 << MESSAGE_BITS | 5)), FlowId(77));
+    }
+}

@@ -1,0 +1,41 @@
+//! What a send queue remembers whose peer is on another host.
+
+use std::sync::Arc;
+
+use crossbeam_queue::SegQueue;
+use freeflow_tcp::frame::FlowId;
+
+use crate::tcp::PeerId;
+
+/// A flow to another host (`docs/tcp.md`, section 1). Dropping it says that it is not needed any more, to the worker whose link it is on.
+#[derive(Debug)]
+pub struct RemoteFlow {
+    /// The other host.
+    pub peer: PeerId,
+    /// Which link to it.
+    pub link: u16,
+    /// The flow.
+    pub flow: FlowId,
+    /// A message of it has arrived: the QP has no other peer in this life.
+    pub used: bool,
+    /// Flows that are not needed any more.
+    closed: Arc<SegQueue<FlowId>>,
+}
+
+impl RemoteFlow {
+    /// A flow that was opened on a link whose worker looks there for those that were closed.
+    pub fn new(peer: PeerId, link: u16, flow: FlowId, closed: Arc<SegQueue<FlowId>>) -> Self {
+        Self { peer, link, flow, used: false, closed }
+    }
+
+    /// Whether it is this flow, of the link whose worker looks there.
+    pub fn is(&self, flow: FlowId, closed: &Arc<SegQueue<FlowId>>) -> bool {
+        self.flow == flow && Arc::ptr_eq(&self.closed, closed)
+    }
+}
+
+impl Drop for RemoteFlow {
+    fn drop(&mut self) {
+        self.closed.push(self.flow);
+    }
+}

@@ -1,0 +1,164 @@
+//! Several hosts in one process, without sessions: their routers know of each other what sessions would tell them.
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+
+use freeflow_backend::tcp::{Conn, HostId, Ticket};
+use freeflow_backend::{Dialer, Gid, PeerId, Peering};
+use freeflow_router::Router;
+use freeflow_router::overlay::Elsewhere;
+use freeflow_tcp::frame::{Frame, MAX_HEADER, Packet};
+use freeflow_tcp::{Limits, Nanos};
+
+/// Connections of each link.
+const LANES: u16 = 2;
+
+/// Routers that reach each other over loopback. They leave each other when it is dropped.
+#[derive(Debug)]
+pub struct Mesh {
+    routers: Vec<Arc<Router>>,
+    doors: Vec<Door>,
+}
+
+/// Where a host takes connections.
+#[derive(Debug)]
+struct Door {
+    at: SocketAddr,
+    /// The link that a ticket is for.
+    tickets: Arc<Mutex<HashMap<Ticket, (PeerId, u16)>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn host_id(host: usize) -> HostId {
+    [host as u8 + 1; 16]
+}
+
+/// What each router calls the others.
+fn peer_id(host: usize) -> PeerId {
+    PeerId(host as u32)
+}
+
+impl Mesh {
+    /// Has all routers join each other.
+    pub fn join(routers: Vec<Arc<Router>>) -> Self {
+        let doors: Vec<_> = routers.iter().map(|router| Door::open(router).expect("a port on loopback")).collect();
+        let mesh = Self { routers, doors };
+        for host in 0..mesh.routers.len() {
+            mesh.tell_addresses(host);
+            for other in host + 1..mesh.routers.len() {
+                mesh.pair(host, other);
+            }
+        }
+        mesh
+    }
+
+    fn tell_addresses(&self, host: usize) {
+        let mut elsewhere = Elsewhere::new();
+        for (other, router) in self.routers.iter().enumerate().filter(|(other, _)| *other != host) {
+            for nic in router.nics() {
+                let config = nic.config;
+                let gids = config.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(config.mac.0)]);
+                elsewhere.entry(config.tenant).or_default().extend(gids.map(|gid| (gid, peer_id(other))));
+            }
+        }
+        self.routers[host].addresses().set_elsewhere(elsewhere);
+    }
+
+    /// Has two hosts join each other; the first one makes connections.
+    fn pair(&self, one: usize, other: usize) {
+        let links = self.routers[one].host().num_workers().max(self.routers[other].host().num_workers());
+        let tickets: Vec<Ticket> = (0..links).map(|_| rand::random()).collect();
+        for (host, peer) in [(one, other), (other, one)] {
+            let router = &self.routers[host];
+            router.addresses().set_numbers_of(peer_id(peer), Some(self.routers[peer].addresses().numbers()));
+            let named = tickets.iter().enumerate().map(|(link, ticket)| (*ticket, (peer_id(peer), link as u16)));
+            self.doors[host].tickets.lock().unwrap().extend(named);
+            router.host().join(Peering {
+                peer: peer_id(peer),
+                theirs: host_id(peer),
+                ours: host_id(host),
+                dials: host == one,
+                epoch: rand::random(),
+                lanes: LANES,
+                limits: patient(),
+                tickets: tickets.clone(),
+                dialer: Arc::new(Caller { router: Arc::downgrade(router), at: self.doors[peer].at }),
+            });
+        }
+    }
+}
+
+/// Debug builds on a busy machine must not look like dead hosts.
+fn patient() -> Limits {
+    Limits { silence: Nanos::from_millis(30_000), ..Limits::default() }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        for (host, router) in self.routers.iter().enumerate() {
+            let others = (0..self.routers.len()).filter(|other| *other != host);
+            others.for_each(|other| router.host().leave(peer_id(other)));
+        }
+        self.doors.iter_mut().for_each(Door::close);
+    }
+}
+
+impl Door {
+    fn open(router: &Arc<Router>) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let at = listener.local_addr()?;
+        let tickets = Arc::<Mutex<HashMap<_, _>>>::default();
+        let (known, router) = (tickets.clone(), Arc::downgrade(router));
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Some(router) = router.upgrade() else { return };
+                let Ok((stream, first, ticket)) = stream.and_then(greeting) else { return };
+                let link = known.lock().unwrap().get(&ticket).copied();
+                if let Some((peer, link)) = link {
+                    router.host().accepted(peer, link, stream, first);
+                }
+            }
+        });
+        Ok(Self { at, tickets, thread: Some(thread) })
+    }
+
+    /// A connection that says nothing ends its thread.
+    fn close(&mut self) {
+        drop(TcpStream::connect(self.at));
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the door closes");
+        }
+    }
+}
+
+/// The first frame of a connection, and its ticket.
+fn greeting(mut stream: TcpStream) -> io::Result<(TcpStream, Vec<u8>, Ticket)> {
+    let mut first = vec![0; MAX_HEADER];
+    stream.read_exact(&mut first)?;
+    match Packet::parse(&first) {
+        Ok(Some((Packet { frame: Frame::Hello(hello), .. }, _))) => Ok((stream, first, hello.ticket)),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Makes connections to one host.
+#[derive(Debug)]
+struct Caller {
+    router: Weak<Router>,
+    at: SocketAddr,
+}
+
+impl Dialer for Caller {
+    fn dial(&self, peer: PeerId, link: u16, conn: Conn) {
+        let (router, at) = (self.router.clone(), self.at);
+        std::thread::spawn(move || {
+            let made = TcpStream::connect(at);
+            if let Some(router) = router.upgrade() {
+                router.host().dialed(peer, link, conn, made);
+            }
+        });
+    }
+}
