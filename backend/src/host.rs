@@ -238,7 +238,7 @@ pub struct QpStatus {
     pub remote_gid: Option<String>,
     /// Where it sends to, if it is connected: QP number.
     pub remote_qpn: Option<u32>,
-    /// Path in use: `local`, `verbs`, or nothing while the peer has not been looked for.
+    /// Path in use: `local`, `verbs`, `tcp`, or nothing while the peer has not been looked for.
     pub path: Option<String>,
     /// Why that one.
     pub why: Option<String>,
@@ -251,12 +251,18 @@ pub struct QpStatus {
 }
 
 fn path_of(send: &SendQueue) -> Option<String> {
+    if send.remote.is_some() {
+        return Some("tcp".to_owned());
+    }
     let over_nic = send.nic.as_ref().is_some_and(|queue| queue.peer.is_some());
     let path = if over_nic { "verbs" } else { "local" };
     send.binding.as_ref().map(|_| path.to_owned())
 }
 
 fn why_of(nic: &Nic, qp: &Qp, send: &SendQueue) -> Option<String> {
+    if let Some(remote) = &send.remote {
+        return Some(format!("on another host ({}), without a NIC to both", remote.peer));
+    }
     send.binding.as_ref()?;
     Some(match &send.nic {
         _ if nic.config.path == PathChoice::Auto => "on the same host".to_owned(),

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use freeflow_backend::tcp::{Conn, HostId, Ticket};
 use freeflow_backend::{Dialer, Gid, PeerId, Peering};
@@ -21,6 +23,7 @@ const LANES: u16 = 2;
 pub struct Mesh {
     routers: Vec<Arc<Router>>,
     doors: Vec<Door>,
+    cutter: Option<Cutter>,
 }
 
 /// Where a host takes connections.
@@ -29,7 +32,42 @@ struct Door {
     at: SocketAddr,
     /// The link that a ticket is for.
     tickets: Arc<Mutex<HashMap<Ticket, (PeerId, u16)>>>,
+    /// Connections, to be cut.
+    streams: Streams,
     thread: Option<JoinHandle<()>>,
+}
+
+type Streams = Arc<Mutex<Vec<TcpStream>>>;
+
+/// Breaks connections, one after the other.
+#[derive(Debug)]
+struct Cutter {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Cutter {
+    fn start(streams: Vec<Streams>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(rand::random_range(5..150)));
+                let mut streams = streams[rand::random_range(0..streams.len())].lock().unwrap();
+                if !streams.is_empty() {
+                    let index = rand::random_range(0..streams.len());
+                    // It may have ended by itself.
+                    let _ = streams.swap_remove(index).shutdown(Shutdown::Both);
+                }
+            }
+        });
+        Self { stop, thread }
+    }
+
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("connections were cut");
+    }
 }
 
 fn host_id(host: usize) -> HostId {
@@ -42,10 +80,12 @@ fn peer_id(host: usize) -> PeerId {
 }
 
 impl Mesh {
-    /// Has all routers join each other.
-    pub fn join(routers: Vec<Arc<Router>>) -> Self {
+    /// Has all routers join each other. With `cut` their connections break all the time, and are made again.
+    pub fn join(routers: Vec<Arc<Router>>, cut: bool) -> Self {
         let doors: Vec<_> = routers.iter().map(|router| Door::open(router).expect("a port on loopback")).collect();
-        let mesh = Self { routers, doors };
+        let streams = || doors.iter().map(|door| door.streams.clone()).collect();
+        let cutter = cut.then(|| Cutter::start(streams()));
+        let mesh = Self { routers, doors, cutter };
         for host in 0..mesh.routers.len() {
             mesh.tell_addresses(host);
             for other in host + 1..mesh.routers.len() {
@@ -98,6 +138,9 @@ fn patient() -> Limits {
 
 impl Drop for Mesh {
     fn drop(&mut self) {
+        if let Some(cutter) = self.cutter.take() {
+            cutter.stop();
+        }
         for (host, router) in self.routers.iter().enumerate() {
             let others = (0..self.routers.len()).filter(|other| *other != host);
             others.for_each(|other| router.host().leave(peer_id(other)));
@@ -112,17 +155,20 @@ impl Door {
         let at = listener.local_addr()?;
         let tickets = Arc::<Mutex<HashMap<_, _>>>::default();
         let (known, router) = (tickets.clone(), Arc::downgrade(router));
+        let streams = Streams::default();
+        let made = streams.clone();
         let thread = std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let Some(router) = router.upgrade() else { return };
                 let Ok((stream, first, ticket)) = stream.and_then(greeting) else { return };
                 let link = known.lock().unwrap().get(&ticket).copied();
                 if let Some((peer, link)) = link {
+                    made.lock().unwrap().extend(stream.try_clone());
                     router.host().accepted(peer, link, stream, first);
                 }
             }
         });
-        Ok(Self { at, tickets, thread: Some(thread) })
+        Ok(Self { at, tickets, streams, thread: Some(thread) })
     }
 
     /// A connection that says nothing ends its thread.

@@ -97,14 +97,14 @@ impl RouterSpec {
 }
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
-/// late and in another order each time; `=tcp` [between hosts](is_spread); `=nic` over one that this machine has, `=nic:rxe0` over this one.
+/// late and in another order each time; `=tcp` and `=cut` [between hosts](is_spread); `=nic` over one that this machine has, `=nic:rxe0` over this one.
 pub fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
         Ok("verbs") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
         Ok(other) if other.starts_with("nic") => return Some(device_of_host(other)),
-        Ok("local" | "tcp") => return None,
-        Ok(other) => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, verbs, shuffled or nic"),
+        Ok("local" | "tcp" | "cut") => return None,
+        Ok(other) => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, cut, verbs, shuffled or nic"),
         _ => return None,
     };
     Some(Arc::new(FakeNic::new(script)))
@@ -121,9 +121,13 @@ pub fn nic_is_late() -> bool {
     std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "shuffled")
 }
 
-/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`.
+/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`, and `=cut` where connections break all the time.
 pub fn is_spread() -> bool {
-    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "tcp")
+    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "tcp" || path == "cut")
+}
+
+fn is_cut() -> bool {
+    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "cut")
 }
 
 /// A router, or one for each virtual NIC. Its sockets are in a directory that goes with it.
@@ -141,10 +145,10 @@ impl TestRouter {
         let dir = tempfile::tempdir().expect("a directory");
         let id = COUNT.fetch_add(1, Relaxed);
         let config = spec.config(dir.path(), |nic| format!("r{id}n{nic}"));
-        let hosts = if is_spread() { spread(config) } else { vec![config] };
+        let hosts = if is_spread() && spec.device.is_none() { spread(config) } else { vec![config] };
         let start = |config| Router::start_on(config, spec.device.clone()).expect("the router starts");
         let routers: Vec<_> = hosts.iter().map(start).map(Arc::new).collect();
-        let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone()));
+        let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone(), is_cut()));
         Self { _mesh: mesh, routers, id, dir }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crossbeam_queue::SegQueue;
 use freeflow_tcp::frame::FlowId;
 
+use crate::overlay::Gid;
 use crate::tcp::PeerId;
 
 /// A flow to another host (`docs/tcp.md`, section 1). Dropping it says that it is not needed any more, to the worker whose link it is on.
@@ -16,6 +17,10 @@ pub struct RemoteFlow {
     pub link: u16,
     /// The flow.
     pub flow: FlowId,
+    /// The sender's GID that it was opened with.
+    pub source: Gid,
+    /// [`Nic::gid_epoch`](crate::nic::Nic::gid_epoch) when that was last looked for.
+    pub gid_epoch: u64,
     /// A message of it has arrived: the QP has no other peer in this life.
     pub used: bool,
     /// Flows that are not needed any more.
@@ -24,8 +29,8 @@ pub struct RemoteFlow {
 
 impl RemoteFlow {
     /// A flow that was opened on a link whose worker looks there for those that were closed.
-    pub fn new(peer: PeerId, link: u16, flow: FlowId, closed: Arc<SegQueue<FlowId>>) -> Self {
-        Self { peer, link, flow, used: false, closed }
+    pub fn new(peer: PeerId, link: u16, flow: FlowId, source: (Gid, u64), closed: Arc<SegQueue<FlowId>>) -> Self {
+        Self { peer, link, flow, source: source.0, gid_epoch: source.1, used: false, closed }
     }
 
     /// Whether it is this flow, of the link whose worker looks there.

@@ -26,11 +26,18 @@ pub(in super::super) fn send(ctx: &mut Context, nic: &Nic, peer: PeerId, carried
         let (link, mut device) = line.parts(ctx);
         link.send_datagram(now, carried, len, token, &mut device);
         taken = line.tables.datagrams.contains_key(&token);
+        if line.tables.datagrams.len() >= MANY {
+            // A queue pair may have posted more than may wait.
+            links.flush_to(peer, now, ctx);
+        }
     });
     if !taken {
         nic.counters.messages_dropped.add(1);
     }
 }
+
+/// Datagrams that wait before they are sent without waiting for the end of the round.
+const MANY: usize = 32;
 
 /// Queue pairs that a datagram is for.
 enum Target {

@@ -236,6 +236,7 @@ impl Device<'_> {
             return answering::refusal(rc::fail_responder(self.ctx, to, job, fault));
         }
         job.put_back_receive();
+        to.nic.counters.messages_dropped.add(1);
         answering::refusal(fault.requester)
     }
 
@@ -319,6 +320,9 @@ impl Host for Device<'_> {
                 Verdict::Yes
             }
             Ok(Admission::NotReady) => {
+                if to.qp.id.kind == QpType::Uc {
+                    to.nic.counters.messages_dropped.add(1);
+                }
                 let code = to.qp.attrs.lock().attr.min_rnr_timer;
                 Verdict::NotReady(Nanos(rc::rnr_timer(code).as_nanos() as u64))
             }
@@ -359,6 +363,7 @@ impl Host for Device<'_> {
 
     fn abandon(&mut self, qp: QpKey) {
         if let Some(answering) = self.tables.answering.get_mut(&qp) {
+            answering.to.nic.counters.messages_dropped.add(1);
             answering.rest();
             answering.job.put_back_receive();
         }

@@ -71,7 +71,7 @@ impl Arriving {
     /// Finds where the next bytes of the body go. How many.
     fn place(&mut self, device: &mut Device<'_>, most: u32) -> u32 {
         let len = self.body_left().min(most);
-        if len == 0 {
+        if len == 0 || (self.at == 0 && len < self.len && !self.is_there(device)) {
             return 0;
         }
         match device.place(&self.landing, self.at.into(), len.into()) {
@@ -81,6 +81,12 @@ impl Arriving {
                 0
             }
         }
+    }
+
+    /// Looks for all of it at once, when its first bytes come: pages that are missing are asked for together.
+    fn is_there(&mut self, device: &mut Device<'_>) -> bool {
+        let found = device.place(&self.landing, 0, self.len.into());
+        found.map_err(|landed| self.landed = landed).is_ok()
     }
 
     /// Takes bytes that are here already.

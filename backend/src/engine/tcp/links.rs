@@ -55,6 +55,13 @@ impl Links {
         self.lines.iter_mut().find(|line| line.peering.peer == peer && line.index == index)
     }
 
+    /// Sends what there is to send to a host.
+    pub(super) fn flush_to(&mut self, peer: PeerId, now: Nanos, ctx: &mut Context) {
+        if let Some(line) = self.lines.iter_mut().find(|line| line.peering.peer == peer) {
+            line.flush(now, &self.epoll, ctx);
+        }
+    }
+
     fn execute(&mut self, command: Command, now: Nanos, ctx: &mut Context) {
         match command {
             Command::Join(peering, index) => {

@@ -31,6 +31,12 @@ pub(in super::super) fn run(
     if send.remote.is_none() && !find(ctx, nic, qp, send) {
         return None;
     }
+    if let Some(remote) = &mut send.remote
+        && !may_send(nic, qp, remote)
+    {
+        // As to a peer that does not answer; what is under way goes on.
+        return (send.handed_over() > 0).then_some(Next::Idle);
+    }
     let mut budget = ctx.budget();
     let next = loop {
         if !budget.take_posted(alone) && !budget.refill(alone) {
@@ -51,6 +57,20 @@ pub(in super::super) fn run(
     };
     send.publish();
     Some(next)
+}
+
+/// Whether the QP has its GID still.
+fn may_send(nic: &Nic, qp: &Qp, remote: &mut RemoteFlow) -> bool {
+    let epoch = nic.gid_epoch();
+    if remote.gid_epoch == epoch {
+        return true;
+    }
+    let index = qp.attrs.lock().attr.av.sgid_index.get();
+    let has_it = nic.gids.load().get(index.into()) == Some(remote.source);
+    if has_it {
+        remote.gid_epoch = epoch;
+    }
+    has_it
 }
 
 /// Takes a work request as far as it goes. `None`: it is under way, or done, and the next can start.
@@ -234,6 +254,7 @@ fn find(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -
     let attr = qp.attrs.lock().attr;
     let overlay = ctx.engine.overlay().clone();
     let Some(Place::Remote(peer)) = overlay.locate(nic.id, Gid(attr.av.dgid)) else { return false };
+    let epoch = nic.gid_epoch();
     let source = nic.gids.load().get(attr.av.sgid_index.get().into());
     let (Some(tenant), Some(source)) = (overlay.tenant(nic.id), source) else { return false };
     let reliable = qp.id.kind == QpType::Rc;
@@ -258,7 +279,7 @@ fn find(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -
         let Some(line) = links.to(peer) else { return };
         let id = line.link.open(open, retries);
         line.tables.flows.insert(id, Flow::new(id, nic.clone(), qp.clone()));
-        send.remote = Some(Box::new(RemoteFlow::new(peer, line.index, id, line.closed.clone())));
+        send.remote = Some(Box::new(RemoteFlow::new(peer, line.index, id, (source, epoch), line.closed.clone())));
     });
     if send.remote.is_some() {
         send.wait = None;
