@@ -19,7 +19,7 @@ pub mod e2e;
 pub mod fuzz;
 pub mod guest;
 pub mod logs;
-mod mesh;
+pub mod mesh;
 pub mod page;
 pub mod rng;
 pub mod router;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -43,6 +43,7 @@ type Streams = Arc<Mutex<Vec<TcpStream>>>;
 #[derive(Debug)]
 struct Cutter {
     stop: Arc<AtomicBool>,
+    count: Arc<AtomicUsize>,
     thread: JoinHandle<()>,
 }
 
@@ -50,18 +51,21 @@ impl Cutter {
     fn start(streams: Vec<Streams>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
+        let count = Arc::new(AtomicUsize::new(0));
+        let cuts = count.clone();
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 std::thread::sleep(Duration::from_millis(rand::random_range(5..150)));
                 let mut streams = streams[rand::random_range(0..streams.len())].lock().unwrap();
                 if !streams.is_empty() {
                     let index = rand::random_range(0..streams.len());
-                    // It may have ended by itself.
-                    let _ = streams.swap_remove(index).shutdown(Shutdown::Both);
+                    // It may have ended before.
+                    let cut = streams.swap_remove(index).shutdown(Shutdown::Both).is_ok();
+                    cuts.fetch_add(cut.into(), Ordering::Relaxed);
                 }
             }
         });
-        Self { stop, thread }
+        Self { stop, count, thread }
     }
 
     fn stop(self) {
@@ -70,7 +74,8 @@ impl Cutter {
     }
 }
 
-fn host_id(host: usize) -> HostId {
+/// What a host is called among hosts.
+pub fn host_id(host: usize) -> HostId {
     [host as u8 + 1; 16]
 }
 
@@ -93,6 +98,29 @@ impl Mesh {
             }
         }
         mesh
+    }
+
+    /// Connections that were broken so far.
+    pub fn cuts(&self) -> usize {
+        self.cutter.as_ref().map_or(0, |cutter| cutter.count.load(Ordering::Relaxed))
+    }
+
+    /// One host loses another, which knows nothing of it.
+    pub fn leave(&self, host: usize, other: usize) {
+        self.routers[host].host().leave(peer_id(other));
+    }
+
+    /// Two hosts join each other, maybe once more: both in another life then.
+    pub fn pair_again(&self, one: usize, other: usize) {
+        self.pair(one, other);
+    }
+
+    /// Where a host takes connections, and a ticket for one from another.
+    pub fn door_of(&self, host: usize, from: usize) -> (SocketAddr, Ticket) {
+        let door = &self.doors[host];
+        let tickets = door.tickets.lock().unwrap();
+        let ticket = tickets.iter().find(|(_, link)| **link == (peer_id(from), 0)).map(|(ticket, _)| *ticket);
+        (door.at, ticket.expect("the two have joined"))
     }
 
     fn tell_addresses(&self, host: usize) {

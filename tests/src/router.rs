@@ -47,6 +47,8 @@ pub struct RouterSpec {
     pub off_nic: usize,
     /// How much of it each may have.
     pub quota: NicQuota,
+    /// Where they are. A host's NIC is for those of one host.
+    pub hosts: Hosts,
 }
 
 impl RouterSpec {
@@ -64,13 +66,14 @@ impl RouterSpec {
             device: device_of_tests(),
             off_nic: 0,
             quota: NicQuota::default(),
+            hosts: Hosts::of_tests(),
         }
     }
 
     /// The same, over this NIC of the host.
     #[must_use]
     pub fn over(self, device: Arc<dyn Device>) -> Self {
-        Self { device: Some(device), ..self }
+        Self { device: Some(device), hosts: Hosts::One, ..self }
     }
 
     /// The router's configuration, with sockets in a directory.
@@ -126,14 +129,30 @@ pub fn is_spread() -> bool {
     std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "tcp" || path == "cut")
 }
 
-fn is_cut() -> bool {
-    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "cut")
+/// Where virtual NICs are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hosts {
+    /// All on one host.
+    One,
+    /// Each on one of its own.
+    Each {
+        /// Connections between them break all the time, and are made again.
+        cut: bool,
+    },
+}
+
+impl Hosts {
+    /// What the environment says.
+    fn of_tests() -> Self {
+        let cut = std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "cut");
+        if is_spread() { Self::Each { cut } } else { Self::One }
+    }
 }
 
 /// A router, or one for each virtual NIC. Its sockets are in a directory that goes with it.
 #[derive(Debug)]
 pub struct TestRouter {
-    _mesh: Option<Mesh>,
+    mesh: Option<Mesh>,
     routers: Vec<Arc<Router>>,
     id: u32,
     dir: tempfile::TempDir,
@@ -145,11 +164,12 @@ impl TestRouter {
         let dir = tempfile::tempdir().expect("a directory");
         let id = COUNT.fetch_add(1, Relaxed);
         let config = spec.config(dir.path(), |nic| format!("r{id}n{nic}"));
-        let hosts = if is_spread() && spec.device.is_none() { spread(config) } else { vec![config] };
+        let hosts = if spec.hosts == Hosts::One { vec![config] } else { spread(config) };
         let start = |config| Router::start_on(config, spec.device.clone()).expect("the router starts");
         let routers: Vec<_> = hosts.iter().map(start).map(Arc::new).collect();
-        let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone(), is_cut()));
-        Self { _mesh: mesh, routers, id, dir }
+        let cut = spec.hosts == Hosts::Each { cut: true };
+        let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone(), cut));
+        Self { mesh, routers, id, dir }
     }
 
     /// The socket of a virtual NIC.
@@ -209,6 +229,14 @@ impl TestRouter {
     /// The router itself; of several, that of the first virtual NIC.
     pub fn router(&self) -> &Router {
         &self.routers[0]
+    }
+
+    /// What is between its hosts.
+    ///
+    /// # Panics
+    /// If there is just one.
+    pub fn mesh(&self) -> &Mesh {
+        self.mesh.as_ref().expect("several hosts")
     }
 
     /// Stops it, as SIGTERM does.

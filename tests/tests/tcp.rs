@@ -1,0 +1,151 @@
+//! Between hosts: what is different there. That everything else is not, all tests show with `FREEFLOW_TEST_PATH=tcp`, and `=cut`.
+#![allow(missing_docs, reason = "a test program")]
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use freeflow_tcp::frame::{Frame, Hello, MAX_HEADER, Packet, VERSIONS};
+use freeflow_tests::bed::{Bed, Witness, eventually};
+use freeflow_tests::guest::mem::Placement;
+use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr};
+use freeflow_tests::mesh::host_id;
+use freeflow_tests::router::{Hosts, RouterSpec};
+use virtio_rdma::ib::{QpState, WcStatus};
+
+fn bed(nics: usize, cut: bool) -> Bed {
+    let spec = RouterSpec { hosts: Hosts::Each { cut }, device: None, ..RouterSpec::of(nics) };
+    Bed::with(&spec, Placement::Contiguous)
+}
+
+fn write(a: &Rc, b: &Rc, len: usize) -> WcStatus {
+    a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, len)])).unwrap();
+    a.cq.next().status()
+}
+
+#[test]
+fn the_way_is_told() {
+    let bed = bed(2, false);
+    let (a, b) = bed.pair(4096);
+    a.mr.write(0, b"over there");
+    assert_eq!(write(&a, &b, 10), WcStatus::Success);
+    assert_eq!(b.mr.read(0, 10), b"over there");
+    let qps = bed.router.router().qps();
+    let qp = qps.iter().find(|qp| qp.qpn == a.qp.number()).unwrap();
+    assert_eq!((qp.path.as_deref(), qp.completed, qp.bytes), (Some("tcp"), 1, 10));
+}
+
+/// Every byte is compared by the witnesses, and by `FREEFLOW_TEST_PATH=cut` of all other suites.
+#[test]
+fn messages_survive_connections_that_break() {
+    let bed = bed(3, true);
+    let witnesses: Vec<_> =
+        [(0, 1), (1, 2), (2, 0)].map(|(a, b)| Witness::start(&bed.guests[a], &bed.guests[b])).into();
+    eventually("connections that break", Duration::from_secs(60), || bed.router.mesh().cuts() >= 30);
+    witnesses.into_iter().for_each(Witness::finish);
+}
+
+/// More of a long message arrives each time than was there before.
+#[test]
+fn long_messages_survive_connections_that_break() {
+    const LEN: usize = 32 << 20;
+    let spec = RouterSpec { hosts: Hosts::Each { cut: true }, device: None, ..RouterSpec::of(2) };
+    let config = freeflow_tests::guest::GuestConfig { memory_size: 128 << 20, ..Default::default() };
+    let bed = Bed::guests(&spec, &config);
+    let options = RcOptions { timeout: 18, retry_cnt: 7, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), LEN, &options).unwrap();
+    let start = Instant::now();
+    let mut round = 0u8;
+    while bed.router.mesh().cuts() < 10 {
+        assert!(start.elapsed() < Duration::from_secs(60), "connections break");
+        round = round.wrapping_add(1);
+        let bytes: Vec<u8> = (0..LEN).map(|i| (i / 4096) as u8 ^ i as u8 ^ round).collect();
+        a.mr.write(0, &bytes);
+        assert_eq!(write(&a, &b, LEN), WcStatus::Success);
+        assert!(b.mr.read(0, LEN) == bytes, "what was written, round {round}");
+        b.mr.write(0, &vec![0; LEN]);
+        b.qp.post(SendWr::new(2, Op::Read(a.mr.remote(0)), &[b.mr.sge(0, LEN)])).unwrap();
+        b.cq.next().ok();
+        assert!(b.mr.read(0, LEN) == bytes, "what was read, round {round}");
+    }
+}
+
+#[test]
+fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
+    let bed = bed(2, false);
+    let (guest_a, guest_b) = bed.two();
+    // For ever, were it not for the host that leaves.
+    let options = RcOptions { timeout: 0, rnr_retry: 7, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(guest_a, guest_b, &QpSpec::rc(), 4096, &options).unwrap();
+    assert_eq!(write(&a, &b, 8), WcStatus::Success);
+    for id in 0..3 {
+        a.qp.post(SendWr::inline(id, Op::Send, b"nobody takes it")).unwrap();
+    }
+    assert!(a.cq.poll_for(Duration::from_millis(50)).is_none());
+    bed.router.mesh().leave(0, 1);
+    let statuses: Vec<_> = a.cq.take(3).iter().map(|wc| wc.status()).collect();
+    assert_eq!(statuses, [WcStatus::RetryExcErr, WcStatus::WrFlushErr, WcStatus::WrFlushErr]);
+    assert_eq!(a.qp.state().unwrap(), QpState::Err);
+    bed.router.mesh().leave(1, 0);
+    bed.router.mesh().pair_again(0, 1);
+    let (c, d) = Rc::pair(guest_a, guest_b, 4096).unwrap();
+    assert_eq!(write(&c, &d, 8), WcStatus::Success);
+}
+
+#[test]
+fn a_host_that_is_cut_off_is_waited_for_as_long_as_the_queue_pair_says() {
+    let bed = bed(2, false);
+    let options = RcOptions { timeout: 8, retry_cnt: 2, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), 4096, &options).unwrap();
+    assert_eq!(write(&a, &b, 8), WcStatus::Success);
+    // The other side does not take connections any more.
+    bed.router.mesh().leave(1, 0);
+    assert_eq!(write(&a, &b, 8), WcStatus::RetryExcErr);
+}
+
+/// What a peer says that has a ticket, and nothing good in mind.
+#[test]
+fn a_peer_that_talks_nonsense_disturbs_nobody() {
+    let bed = bed(3, false);
+    let witness = Witness::start(&bed.guests[1], &bed.guests[2]);
+    // Host 2 takes connections of host 0.
+    let (at, ticket) = bed.router.mesh().door_of(2, 0);
+    let hello = Hello {
+        versions: VERSIONS,
+        host: host_id(0),
+        peer: host_id(2),
+        epoch: 1,
+        generation: 1000,
+        lane: 0,
+        lanes: 2,
+        ticket,
+    };
+    let connect = |generation: u64| {
+        let mut stream = TcpStream::connect(at).unwrap();
+        let hello = Packet::bare(Frame::Hello(Hello { generation, ..hello }));
+        stream.write_all(hello.encode().as_bytes()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut answer = [0; MAX_HEADER];
+        stream.read_exact(&mut answer).unwrap();
+        stream
+    };
+    // Garbage ends the connection.
+    let mut stream = connect(1000);
+    stream.write_all(&[0xff; 4096]).unwrap();
+    let mut rest = Vec::new();
+    // Reset or closed: it ends.
+    let _ = stream.read_to_end(&mut rest);
+    // One that stalls half-way through a frame is replaced by the next, and the one after that is a flood of it.
+    let mut stalled = connect(1001);
+    stalled.write_all(&[2, 0, 72]).unwrap();
+    let mut flood = connect(1002);
+    let ping = Packet::bare(Frame::Ping(7)).encode();
+    let pings = ping.as_bytes().repeat(1000);
+    flood.set_nonblocking(true).unwrap();
+    let until = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < until {
+        // Nobody reads the answers: it takes what it takes.
+        let _ = flood.write(&pings);
+    }
+    witness.finish();
+}
