@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use freeflow_tcp::frame::{Frame, Hello, MAX_HEADER, Packet, VERSIONS};
 use freeflow_tests::bed::{Bed, Witness, eventually};
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr};
+use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr, Wc};
 use freeflow_tests::mesh::host_id;
 use freeflow_tests::router::{Hosts, RouterSpec};
 use virtio_rdma::ib::{QpState, WcStatus};
@@ -41,7 +41,7 @@ fn messages_survive_connections_that_break() {
     let bed = bed(3, true);
     let witnesses: Vec<_> =
         [(0, 1), (1, 2), (2, 0)].map(|(a, b)| Witness::start(&bed.guests[a], &bed.guests[b])).into();
-    eventually("connections that break", Duration::from_secs(60), || bed.router.mesh().cuts() >= 30);
+    eventually("connections that break", Duration::from_mins(1), || bed.router.mesh().cuts() >= 30);
     witnesses.into_iter().for_each(Witness::finish);
 }
 
@@ -57,7 +57,7 @@ fn long_messages_survive_connections_that_break() {
     let start = Instant::now();
     let mut round = 0u8;
     while bed.router.mesh().cuts() < 10 {
-        assert!(start.elapsed() < Duration::from_secs(60), "connections break");
+        assert!(start.elapsed() < Duration::from_mins(1), "connections break");
         round = round.wrapping_add(1);
         let bytes: Vec<u8> = (0..LEN).map(|i| (i / 4096) as u8 ^ i as u8 ^ round).collect();
         a.mr.write(0, &bytes);
@@ -83,7 +83,7 @@ fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
     }
     assert!(a.cq.poll_for(Duration::from_millis(50)).is_none());
     bed.router.mesh().leave(0, 1);
-    let statuses: Vec<_> = a.cq.take(3).iter().map(|wc| wc.status()).collect();
+    let statuses: Vec<_> = a.cq.take(3).iter().map(Wc::status).collect();
     assert_eq!(statuses, [WcStatus::RetryExcErr, WcStatus::WrFlushErr, WcStatus::WrFlushErr]);
     assert_eq!(a.qp.state().unwrap(), QpState::Err);
     bed.router.mesh().leave(1, 0);
