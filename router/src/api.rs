@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::acceptor::Acceptor;
+use crate::cluster::directory::View;
 use crate::files::{Direct, Files, make_parent};
 use crate::inventory::NewNic;
 use crate::router::{Added, RateSet, Removed, Router};
@@ -33,6 +34,8 @@ pub enum Request {
     NicDel(String),
     /// The virtual NIC of this name is to be so fast; answered with [`RateSet`].
     NicRate(String, Rates),
+    /// Who lives where on all hosts, of one tenant or of all; answered with [`View`].
+    Directory(Option<String>),
 }
 
 /// Answer to [`Request::Stats`].
@@ -114,6 +117,11 @@ fn fulfil(request: Request, router: &Router) -> Result<Value> {
         Request::Stats => serde_json::to_value(Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() }),
         Request::NicAdd(nic) => serde_json::to_value(router.add(*nic)?),
         Request::NicDel(name) => serde_json::to_value(router.remove(name)?),
+        Request::Directory(tenant) => serde_json::to_value(
+            router
+                .directory(tenant.as_deref())
+                .context("this router knows no other hosts: its configuration has no [cluster]")?,
+        ),
         Request::NicRate(name, rate) => serde_json::to_value(router.set_rate(&name, rate)?),
     }?)
 }
@@ -160,6 +168,14 @@ pub fn qps(socket: &Path) -> Result<Vec<QpStatus>> {
 /// As [`ask`].
 pub fn stats(socket: &Path) -> Result<Stats> {
     ask(socket, &Request::Stats)
+}
+
+/// Who lives where, of one tenant or of all, as the daemon behind `socket` knows it.
+///
+/// # Errors
+/// As [`ask`], and without a directory.
+pub fn directory(socket: &Path, tenant: Option<&str>) -> Result<View> {
+    ask(socket, &Request::Directory(tenant.map(str::to_owned)))
 }
 
 /// Adds a virtual NIC to the daemon behind `socket`.

@@ -156,7 +156,7 @@ pub struct NicSettings {
     pub limits: Profile,
 }
 
-fn default_tenant() -> String {
+pub(crate) fn default_tenant() -> String {
     "default".to_owned()
 }
 
@@ -223,7 +223,7 @@ fn repeated(addresses: &[IpAddr]) -> Option<&IpAddr> {
 }
 
 /// A MAC that is unlikely to meet another: 02:ff and the last four bytes of the address.
-fn default_mac(ip: Option<IpAddr>) -> Mac {
+pub(crate) fn default_mac(ip: Option<IpAddr>) -> Mac {
     let [a, b, c, d] = match ip {
         Some(IpAddr::V4(v4)) => v4.octets(),
         Some(IpAddr::V6(v6)) => *v6.octets().last_chunk().expect("16 bytes have a last 4"),

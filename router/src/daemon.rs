@@ -9,8 +9,10 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::api;
+use crate::cluster::directory;
 use crate::config::{Config, NicSettings};
 use crate::device;
+use crate::files::Files;
 use crate::inventory;
 use crate::metrics;
 use crate::router::Router;
@@ -30,12 +32,18 @@ pub fn run(config: &Config) -> Result<()> {
     device::prepare(nic.as_ref())?;
     let folders = make_folders(config)?;
     let metrics = config.metrics.map(metrics::listen).transpose()?;
-    let steward = Steward::start(&config.security, config.state())?;
+    let steward = Steward::start(
+        &config.security,
+        config.state(),
+        config.cluster.as_ref().and_then(|cluster| cluster.directory.as_deref()),
+    )?;
     sandbox.drop_privileges(&folders)?;
     // As the user to come, and with its rights: the kernel takes no commands for a NIC but from whoever opened it.
     let device = device::open(nic.as_ref())?;
     sandbox.enter()?;
-    let router = Arc::new(Router::start_with(config, device, Box::new(steward), &added)?);
+    let steward: Arc<dyn Files> = Arc::new(steward);
+    let directory = config.cluster.as_ref().map(|cluster| directory::open(cluster, steward.clone())).transpose()?;
+    let router = Arc::new(Router::start_with(config, device, steward, directory, &added)?);
     let api = api::Server::start(config.control(), router.clone())?;
     let metrics = metrics.map(|listener| metrics::serve(listener, router.clone())).transpose()?;
     sandbox.seal()?;

@@ -26,6 +26,12 @@ pub trait Files: fmt::Debug + Send + Sync {
     /// # Errors
     /// When it cannot be written.
     fn save(&self, text: &str) -> io::Result<()>;
+
+    /// Opens the directory's file, for reading.
+    ///
+    /// # Errors
+    /// When there is none, or it may not be read.
+    fn open_directory(&self) -> io::Result<File>;
 }
 
 /// This process uses the file system itself.
@@ -33,6 +39,8 @@ pub trait Files: fmt::Debug + Send + Sync {
 pub struct Direct {
     /// Where to keep what is saved; without it nothing is kept.
     pub state: Option<PathBuf>,
+    /// The directory's file, if it has one.
+    pub directory: Option<PathBuf>,
 }
 
 impl Files for Direct {
@@ -44,6 +52,10 @@ impl Files for Direct {
 
     fn save(&self, text: &str) -> io::Result<()> {
         self.state.as_deref().map_or(Ok(()), |path| replace(path, text))
+    }
+
+    fn open_directory(&self) -> io::Result<File> {
+        File::open(self.directory.as_deref().ok_or(io::ErrorKind::NotFound)?)
     }
 }
 
@@ -77,7 +89,7 @@ mod tests {
     fn what_is_saved_replaces_what_was() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep").join("nics.toml");
-        let files = Direct { state: Some(path.clone()) };
+        let files = Direct { state: Some(path.clone()), directory: None };
         for text in ["a long first text", "short"] {
             files.save(text).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);

@@ -106,12 +106,14 @@ pub struct Inventory {
     control: PathBuf,
     next: u32,
     nics: BTreeMap<NicId, (NicSettings, Origin)>,
+    /// Added once, and not here now, since the directory does not allow it.
+    aside: BTreeMap<String, NicSettings>,
 }
 
 impl Inventory {
     /// None yet, for a router with so many workers and this control socket.
     pub fn new(workers: usize, control: &Path) -> Self {
-        Self { workers, control: control.to_owned(), next: 0, nics: BTreeMap::new() }
+        Self { workers, control: control.to_owned(), next: 0, nics: BTreeMap::new(), aside: BTreeMap::new() }
     }
 
     /// Whether a virtual NIC can come: `Some` number of the one that is there already and is the same.
@@ -133,6 +135,7 @@ impl Inventory {
     pub fn insert(&mut self, nic: NicSettings, origin: Origin) -> NicId {
         let id = NicId(self.next);
         self.next += 1;
+        self.aside.remove(&nic.name);
         self.nics.insert(id, (nic, origin));
         id
     }
@@ -153,6 +156,16 @@ impl Inventory {
         self.nics.remove(&id)
     }
 
+    /// It was added, and cannot be here for now; it is kept for the next start.
+    pub fn set_aside(&mut self, nic: NicSettings) {
+        self.aside.insert(nic.name.clone(), nic);
+    }
+
+    /// It is not kept any longer; whether it was.
+    pub fn forget_aside(&mut self, name: &str) -> bool {
+        self.aside.remove(name).is_some()
+    }
+
     /// What is known of the virtual NIC of this name, to be changed.
     pub fn find_mut(&mut self, name: &str) -> Option<(NicId, Origin, &mut NicSettings)> {
         let found = self.nics.iter_mut().find(|(_, (nic, _))| nic.name == name);
@@ -165,7 +178,8 @@ impl Inventory {
     /// When a path is not text.
     pub fn to_state(&self) -> Result<String, toml::ser::Error> {
         let added = self.nics.values().filter(|(_, origin)| *origin == Origin::Added);
-        let state = State { nic: added.map(|(nic, _)| nic.clone()).collect() };
+        let kept = added.map(|(nic, _)| nic).chain(self.aside.values());
+        let state = State { nic: kept.cloned().collect() };
         Ok(STATE_HEADER.to_owned() + &toml::to_string_pretty(&state)?)
     }
 
@@ -262,6 +276,21 @@ mod tests {
             let error = inventory().check(&bad).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_set_aside_is_kept_until_it_is_removed_or_comes() {
+        let mut inventory = inventory();
+        let kept = |inventory: &Inventory| from_state(&inventory.to_state().unwrap()).unwrap();
+        inventory.set_aside(nic(3));
+        assert_eq!(kept(&inventory), [nic(2), nic(3)]);
+        assert_eq!(inventory.check(&nic(3)).unwrap(), None);
+        inventory.insert(nic(3), Origin::Added);
+        assert_eq!(kept(&inventory), [nic(2), nic(3)]);
+        assert!(!inventory.forget_aside(&nic(3).name));
+        inventory.set_aside(nic(4));
+        assert!(inventory.forget_aside(&nic(4).name));
+        assert_eq!(kept(&inventory), [nic(2), nic(3)]);
     }
 
     #[test]

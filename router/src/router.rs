@@ -1,7 +1,9 @@
 //! A running router.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use freeflow_backend::verbs::Device;
@@ -9,6 +11,7 @@ use freeflow_backend::vhost::socket::Socket;
 use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus, Rates};
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::directory::{Claim, Directory, Refused, Status, View};
 use crate::config::{Config, NicSettings};
 use crate::files::{Direct, Files};
 use crate::inventory::{Inventory, NewNic, Origin};
@@ -19,7 +22,8 @@ use crate::overlay::Addresses;
 pub struct Router {
     host: Host,
     overlay: Arc<Addresses>,
-    files: Box<dyn Files>,
+    files: Arc<dyn Files>,
+    directory: Option<Arc<dyn Directory>>,
     /// Where sockets go for which no place was named.
     folder: PathBuf,
     has_device: bool,
@@ -63,17 +67,18 @@ impl Router {
     /// # Errors
     /// When the configuration is wrong, or a socket cannot be made.
     pub fn start_on(config: &Config, device: Option<Arc<dyn Device>>) -> Result<Self> {
-        Self::start_with(config, device, Box::new(Direct::default()), &[])
+        Self::start_with(config, device, Arc::new(Direct::default()), None, &[])
     }
 
-    /// The same, with virtual NICs that were added by an earlier life of it, and somebody who makes sockets and files.
+    /// The same, with somebody who makes sockets and files, other hosts if there are any, and virtual NICs that were added by an earlier life of it.
     ///
     /// # Errors
     /// When the configuration is wrong, or a socket cannot be made.
     pub fn start_with(
         config: &Config,
         device: Option<Arc<dyn Device>>,
-        files: Box<dyn Files>,
+        files: Arc<dyn Files>,
+        directory: Option<Arc<dyn Directory>>,
         added: &[NicSettings],
     ) -> Result<Self> {
         config.check()?;
@@ -83,15 +88,37 @@ impl Router {
             Host::start(config.engine.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
         let inventory = Mutex::new(Inventory::new(config.engine.workers, config.control()));
         let folder = config.control().parent().map(Path::to_owned).unwrap_or_default();
-        let router = Self { host, overlay, files, folder, has_device, inventory };
-        for nic in &config.nic {
-            router.start_nic(nic, Origin::Configured)?;
-        }
-        for nic in added {
-            let kept = || format!("{} keeps virtual NIC {:?}, which was added", config.state().display(), nic.name);
-            router.start_nic(nic, Origin::Added).with_context(kept)?;
-        }
+        let router = Self { host, overlay, files, directory, folder, has_device, inventory };
+        let configured = config.nic.iter().map(|nic| (nic, Origin::Configured));
+        let kept = added.iter().map(|nic| (nic, Origin::Added));
+        router.start_nics(configured.chain(kept), config.state())?;
         Ok(router)
+    }
+
+    /// Those of the configuration and of earlier. One that the directory refuses is no reason to leave the others without; and those that were here
+    /// before are here again though nobody can be asked.
+    fn start_nics<'a>(&self, nics: impl Iterator<Item = (&'a NicSettings, Origin)>, state: &Path) -> Result<()> {
+        let by = Instant::now() + DIRECTORY_PATIENCE;
+        let claimed: Vec<_> = nics.map(|(nic, origin)| (nic, origin, self.claim(nic))).collect();
+        for (nic, origin, claim) in claimed {
+            if let Some(Err(refused)) = claim.and_then(|claim| claim.recv_timeout(by - Instant::now().min(by)).ok()) {
+                log::error!("virtual NIC {:?} is not started: {refused}", nic.name);
+                self.release(&nic.name);
+                if origin == Origin::Added {
+                    self.inventory().set_aside(nic.clone());
+                }
+                continue;
+            }
+            let mut inventory = self.inventory();
+            let started = self.check(&inventory, nic).and_then(|_| self.start_nic(&mut inventory, nic, origin));
+            match origin {
+                Origin::Configured => started?,
+                Origin::Added => started.with_context(|| {
+                    format!("{} keeps virtual NIC {:?}, which was added", state.display(), nic.name)
+                })?,
+            };
+        }
+        Ok(())
     }
 
     /// Adds a virtual NIC, and sees to it that it is there after a restart. One that is there already and is the same is left alone.
@@ -100,12 +127,22 @@ impl Router {
     /// When it is not possible beside the others, or the system has no room for it: nothing has changed then.
     pub fn add(&self, nic: NewNic) -> Result<Added> {
         let nic = nic.settle(&self.folder);
-        let created = self.start_nic(&nic, Origin::Added)?;
-        if let Some(id) = created {
-            let saved = self.save(&self.inventory());
-            saved.inspect_err(|_| self.stop_nic(id))?;
+        let mut inventory = self.inventory();
+        let created = self.check(&inventory, &nic)?.is_none();
+        if created {
+            self.create(&mut inventory, &nic)?;
         }
-        Ok(Added { name: nic.name, socket: nic.socket, created: created.is_some() })
+        Ok(Added { name: nic.name, socket: nic.socket, created })
+    }
+
+    fn create(&self, inventory: &mut Inventory, nic: &NicSettings) -> Result<()> {
+        let undo = |_: &anyhow::Error| self.release(&nic.name);
+        self.claim_now(nic).inspect_err(undo)?;
+        let id = self.start_nic(inventory, nic, Origin::Added).inspect_err(undo)?;
+        self.save(inventory).inspect_err(|_| {
+            inventory.remove(id);
+            self.stop_nic(id, &nic.name);
+        })
     }
 
     /// Removes a virtual NIC that was added: its VMM is disconnected, everything of its guest is freed.
@@ -113,16 +150,16 @@ impl Router {
     /// # Errors
     /// When it comes from the configuration, or what is kept for a restart cannot be written: nothing has changed then.
     pub fn remove(&self, name: String) -> Result<Removed> {
-        let id = self.change(|inventory| {
+        let (id, aside) = self.change(|inventory| {
             let id = inventory.removable(&name)?;
             id.and_then(|id| inventory.remove(id));
-            Ok(id)
+            Ok((id, inventory.forget_aside(&name)))
         })?;
         if let Some(id) = id {
-            self.stop_nic(id);
+            self.stop_nic(id, &name);
             log::info!("virtual NIC {name} is removed");
         }
-        Ok(Removed { name, removed: id.is_some() })
+        Ok(Removed { name, removed: id.is_some() || aside })
     }
 
     /// Changes how fast a virtual NIC may be, at once.
@@ -151,17 +188,17 @@ impl Router {
         &self.overlay
     }
 
-    /// Its number, unless it is there already.
-    fn start_nic(&self, settings: &NicSettings, origin: Origin) -> Result<Option<NicId>> {
+    /// Whether it can come; `Some` if it is there already.
+    fn check(&self, inventory: &Inventory, settings: &NicSettings) -> Result<Option<NicId>> {
         ensure!(
             self.has_device || settings.path != PathChoice::Nic,
             "virtual NIC {:?} is to use the host's RDMA NIC (path = \"nic\"), and there is none: start it with --rdma-device",
             settings.name
         );
-        let mut inventory = self.inventory();
-        if inventory.check(settings)?.is_some() {
-            return Ok(None);
-        }
+        Ok(inventory.check(settings)?)
+    }
+
+    fn start_nic(&self, inventory: &mut Inventory, settings: &NicSettings, origin: Origin) -> Result<NicId> {
         let path = settings.socket.clone();
         let listener = self.files.listen(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
         let nic = settings.to_nic();
@@ -175,14 +212,38 @@ impl Router {
             return Err(error).with_context(|| format!("virtual NIC {:?}", settings.name));
         }
         log::info!("virtual NIC {}: {} for tenant {}", settings.name, path.display(), settings.tenant);
-        Ok(Some(id))
+        Ok(id)
     }
 
-    fn stop_nic(&self, id: NicId) {
-        // Nobody finds it any more, and then nobody uses it any more.
+    fn stop_nic(&self, id: NicId, name: &str) {
+        // Nobody finds it any more, and then nobody uses it any more, and then somebody else may have its addresses.
         self.overlay.remove(id);
         self.host.remove_nic(id);
-        self.inventory().remove(id);
+        self.release(name);
+    }
+
+    fn claim(&self, nic: &NicSettings) -> Option<Receiver<Result<(), Refused>>> {
+        self.directory.as_ref().map(|directory| directory.claim(Claim::of(nic)))
+    }
+
+    /// Has the directory's word that its addresses are this host's.
+    fn claim_now(&self, nic: &NicSettings) -> Result<()> {
+        let Some(claim) = self.claim(nic) else { return Ok(()) };
+        let answer = claim.recv_timeout(DIRECTORY_PATIENCE);
+        answer.with_context(|| {
+            let seconds = DIRECTORY_PATIENCE.as_secs();
+            format!(
+                "the directory has not said within {seconds} s whether its addresses are free (see: freeflow directory)"
+            )
+        })??;
+        Ok(())
+    }
+
+    fn release(&self, name: &str) {
+        let Some(directory) = &self.directory else { return };
+        if directory.release(name).recv_timeout(DIRECTORY_PATIENCE).is_err() {
+            log::warn!("the directory does not answer: addresses of virtual NIC {name:?} are free when it does");
+        }
     }
 
     /// Changes what there is and what is kept of it for a restart, both or neither.
@@ -216,6 +277,16 @@ impl Router {
         self.host.qps(None)
     }
 
+    /// What the directory has of a tenant, or of all; `None` without other hosts.
+    pub fn directory(&self, tenant: Option<&str>) -> Option<View> {
+        self.directory.as_ref().map(|directory| View::of(directory.as_ref(), tenant))
+    }
+
+    /// How the directory is doing; `None` without other hosts.
+    pub fn directory_status(&self) -> Option<Status> {
+        self.directory.as_deref().map(Status::of)
+    }
+
     /// How many times each worker has slept.
     pub fn worker_sleeps(&self) -> Vec<u64> {
         self.host.worker_sleeps()
@@ -226,6 +297,9 @@ impl Router {
         self.host.stop();
     }
 }
+
+/// How long the directory may take.
+const DIRECTORY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What fails when the state cannot be saved.
 const CANNOT_KEEP: &str = "cannot keep the virtual NICs for the next start (--state FILE names another file)";

@@ -14,6 +14,7 @@ use freeflow_backend::Profile;
 use freeflow_backend::Rates;
 use freeflow_backend::verbs::DeviceChoice;
 use freeflow_router::config::NicSettings;
+use freeflow_router::files::Direct;
 use freeflow_router::sandbox::{Seccomp, Security};
 use freeflow_router::{Config, daemon, steward};
 
@@ -74,6 +75,8 @@ enum Part {
     Steward {
         #[arg(long)]
         state: PathBuf,
+        #[arg(long)]
+        directory: Option<PathBuf>,
         #[arg(long)]
         user: Option<String>,
         #[arg(long)]
@@ -188,9 +191,10 @@ fn main() -> ExitCode {
 }
 
 fn run(mut args: Args) -> Result<()> {
-    if let Some(Part::Steward { state, user, seccomp }) = args.part.take() {
+    if let Some(Part::Steward { state, directory, user, seccomp }) = args.part.take() {
         let daemon = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-        return steward::serve(&daemon, &Security { user, seccomp }, state);
+        let files = Direct { state: Some(state), directory };
+        return steward::serve(&daemon, &Security { user, seccomp }, &files);
     }
     let check = args.check;
     let config = args.config()?;

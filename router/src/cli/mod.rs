@@ -1,5 +1,6 @@
 //! The `freeflow` command: what a running router has, as tables or JSON, and changes to it.
 
+mod directory;
 mod nic;
 mod top;
 
@@ -35,6 +36,7 @@ const EXAMPLES: &str = "Examples:
   freeflow qps --nic a                queue pairs of virtual NIC a: state, peer, path, traffic
   freeflow stats --json | jq .nics    all counters
   freeflow top                        what they do now
+  freeflow directory --tenant blue    on which host each virtual NIC of a tenant is
   freeflow nic add --ip 10.32.0.5     a new virtual NIC; prints the socket for its VMM
   freeflow nic del default-10.32.0.5  and away with it";
 
@@ -56,6 +58,12 @@ enum Command {
     },
     /// What virtual NICs and queue pairs do now, again and again; with --json a line for each look.
     Top(top::Top),
+    /// Who lives where: the virtual NICs of all hosts, as this one knows them.
+    Directory {
+        /// Only those of this tenant.
+        #[arg(long, value_name = "NAME")]
+        tenant: Option<String>,
+    },
     /// Add, change, remove and show a virtual NIC.
     #[command(subcommand)]
     Nic(nic::Command),
@@ -83,6 +91,9 @@ impl Cli {
                 self.show(stats, stats_table)
             }
             Command::Top(top) => top.run(&self.control, self.json).map(|()| String::new()),
+            Command::Directory { tenant } => {
+                self.say(api::directory(&self.control, tenant.as_deref())?, directory::text)
+            }
             Command::Nic(command) => self.nic(command),
         }
     }

@@ -11,6 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::cluster::directory::Status;
 use crate::router::Router;
 
 type Labels = Vec<(&'static str, String)>;
@@ -20,10 +21,15 @@ type Labels = Vec<(&'static str, String)>;
 /// # Errors
 /// When they cannot be written, which does not happen to a string.
 pub fn of(router: &Router) -> Result<String, fmt::Error> {
-    text(&router.nics(), &router.qps(), &router.worker_sleeps())
+    text(&router.nics(), &router.qps(), &router.worker_sleeps(), router.directory_status().as_ref())
 }
 
-fn text(nics: &[NicStatus], qps: &[QpStatus], sleeps: &[u64]) -> Result<String, fmt::Error> {
+fn text(
+    nics: &[NicStatus],
+    qps: &[QpStatus],
+    sleeps: &[u64],
+    directory: Option<&Status>,
+) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("freeflow");
     let build = [("version", env!("CARGO_PKG_VERSION").to_owned())];
     gauge(&mut registry, "build_info", "The router's version", [(build.to_vec(), 1)]);
@@ -32,6 +38,9 @@ fn text(nics: &[NicStatus], qps: &[QpStatus], sleeps: &[u64]) -> Result<String, 
     add_qps(&mut registry, nics, qps);
     let sleeps = sleeps.iter().enumerate().map(|(worker, &times)| (vec![("worker", worker.to_string())], times));
     counter(&mut registry, "worker_sleeps", "Times that a data-path worker has slept", sleeps);
+    if let Some(directory) = directory {
+        add_directory(&mut registry, directory);
+    }
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
@@ -79,6 +88,19 @@ fn add_qps(registry: &mut Registry, nics: &[NicStatus], qps: &[QpStatus]) {
         Some((labels.iter().fold(of_nic(tenants.get(nic)?), |all, (name, value)| with(all, name, value)), count))
     });
     gauge(registry, "nic_qps", "Queue pairs by transport, state and path", each);
+}
+
+fn add_directory(registry: &mut Registry, directory: &Status) {
+    let mut one = |name: &str, help: &str, value: u64| gauge(registry, name, help, [(Labels::new(), value)]);
+    let health = directory.health;
+    one(
+        "directory_connected",
+        "Whether changes of the directory are heard of as they happen",
+        u64::from(health.connected),
+    );
+    one("directory_age_seconds", "Time since the directory was last known to be up to date", health.age.as_secs());
+    one("directory_hosts", "Hosts that the directory has", directory.hosts as u64);
+    one("directory_addresses", "Addresses of all tenants that the directory has", directory.addresses as u64);
 }
 
 fn gauge(registry: &mut Registry, name: &str, help: &str, values: impl IntoIterator<Item = (Labels, u64)>) {

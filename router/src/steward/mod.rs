@@ -1,11 +1,12 @@
 //! A process beside the daemon that uses the file system for it.
 //!
 //! The daemon works on what hostile guests write, and gives up opening files and making sockets before the first guest comes. What it still needs of both
-//! when virtual NICs come and go is done by the steward: a process of the same user that sees nothing of any guest, takes two
+//! when virtual NICs come and go is done by the steward: a process of the same user that sees nothing of any guest, takes three
 //! orders ([`Order`]), and hands listening sockets over. When the daemon ends, in whatever way, the steward removes what sockets are left and ends too.
 
 mod process;
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -35,6 +36,8 @@ pub enum Order {
     Listen(PathBuf),
     /// Keep this text in the file that the steward was started with.
     Save(String),
+    /// The directory's file that the steward was started with; the answer brings it along, opened for reading.
+    OpenDirectory,
 }
 
 /// What came of it; a line of JSON.
@@ -62,7 +65,7 @@ impl Steward {
     ///
     /// # Errors
     /// When the system gives no process.
-    pub fn start(security: &Security, state: &Path) -> Result<Self> {
+    pub fn start(security: &Security, state: &Path, directory: Option<&Path>) -> Result<Self> {
         let (ours, its) = UnixStream::pair().context("cannot make a pair of sockets")?;
         ours.set_read_timeout(Some(TIMEOUT))?;
         ours.set_write_timeout(Some(TIMEOUT))?;
@@ -70,6 +73,9 @@ impl Steward {
         command.arg("steward").arg("--state").arg(state).arg("--seccomp").arg(security.seccomp.to_string());
         if let Some(user) = &security.user {
             command.arg("--user").arg(user);
+        }
+        if let Some(directory) = directory {
+            command.arg("--directory").arg(directory);
         }
         let child = command
             .stdin(Stdio::from(OwnedFd::from(its)))
@@ -104,6 +110,11 @@ impl Files for Steward {
 
     fn save(&self, text: &str) -> io::Result<()> {
         self.order(&Order::Save(text.to_owned())).map(drop)
+    }
+
+    fn open_directory(&self) -> io::Result<File> {
+        let descriptor = self.order(&Order::OpenDirectory)?;
+        descriptor.map(File::from).ok_or_else(|| io::Error::other("the steward sent no file"))
     }
 }
 

@@ -20,35 +20,33 @@ use crate::sandbox::{Sandbox, Security};
 ///
 /// # Errors
 /// When privileges cannot be given up, or the connection breaks.
-pub fn serve(stream: &UnixStream, security: &Security, state: PathBuf) -> Result<()> {
+pub fn serve(stream: &UnixStream, security: &Security, files: &Direct) -> Result<()> {
     // A terminal's and a service manager's signals come to both processes, and the daemon may need sockets removed after them.
     let ignored =
         [SIGINT, SIGTERM, SIGHUP].map(|signal| signal_hook::flag::register(signal, std::sync::Arc::default()));
     ignored.into_iter().collect::<io::Result<Vec<_>>>().context("cannot ignore signals")?;
     Sandbox::new(security, false)?.enter_steward()?;
-    let files = Direct { state: Some(state) };
     let mut made = Made::default();
     for order in orders(stream) {
         match order.context("the daemon's orders cannot be read")? {
-            Order::Listen(path) => answer_listen(stream, files.listen(&path), &path, &mut made),
+            Order::Listen(path) => answer_with(stream, listen(files, &path, &mut made)),
             Order::Save(text) => answer(stream, files.save(&text), None),
+            Order::OpenDirectory => answer_with(stream, files.open_directory()),
         }
         .context("the daemon does not take answers")?;
     }
     Ok(())
 }
 
-fn answer_listen(
-    stream: &UnixStream,
-    result: io::Result<UnixListener>,
-    path: &Path,
-    made: &mut Made,
-) -> io::Result<()> {
+fn listen(files: &Direct, path: &Path, made: &mut Made) -> io::Result<UnixListener> {
+    let listener = files.listen(path)?;
+    made.note(path);
+    Ok(listener)
+}
+
+fn answer_with(stream: &UnixStream, result: io::Result<impl AsFd>) -> io::Result<()> {
     match result {
-        Ok(listener) => {
-            made.note(path);
-            answer(stream, Ok(()), Some(listener.as_fd()))
-        }
+        Ok(descriptor) => answer(stream, Ok(()), Some(descriptor.as_fd())),
         Err(error) => answer(stream, Err(error), None),
     }
 }

@@ -1,6 +1,7 @@
 //! What a directory says, as of one moment: where hosts are, and which of them each address of each tenant lives on.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -15,6 +16,15 @@ pub struct Owner {
     pub host: HostName,
     /// The virtual NIC there, for people; empty if the directory does not say.
     pub nic: Arc<str>,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.nic.as_ref() {
+            "" => write!(f, "host {}", self.host),
+            nic => write!(f, "virtual NIC {nic:?} of host {}", self.host),
+        }
+    }
 }
 
 /// A directory's content. Cheap to copy: what does not change is shared between copies.

@@ -5,20 +5,30 @@
 //! from files and servers that others write to.
 
 mod board;
+mod file;
 mod known;
+mod static_file;
+mod view;
 
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use freeflow_backend::Gid;
-use tokio::sync::{oneshot, watch};
+use anyhow::{Context, Result};
+use freeflow_backend::{Gid, Mac};
+use tokio::sync::watch;
 
+use super::ClusterSettings;
 use crate::config::NicSettings;
+use crate::files::Files;
 
 pub use self::board::Board;
+pub use self::file::{BadFile, HostsFile};
 pub use self::known::{Known, Owner};
+pub use self::static_file::StaticFile;
+pub use self::view::{HostView, NicView, View};
 
 /// Where everybody lives, and a place to say that somebody lives here.
 pub trait Directory: fmt::Debug + Send + Sync {
@@ -31,12 +41,15 @@ pub trait Directory: fmt::Debug + Send + Sync {
     /// How good the knowledge is.
     fn health(&self) -> Health;
 
-    /// The addresses of a virtual NIC are to belong to this host. Until [`release`](Self::release) is called with its name, whatever the answer
-    /// is; the answer says how it went, and comes late if the directory is away.
-    fn claim(&self, claim: Claim) -> oneshot::Receiver<Result<(), Refused>>;
+    /// The addresses of a virtual NIC are to belong to this host, until [`release`](Self::release) is called with its name: also if the answer is no,
+    /// since they may become free. No answer comes while the directory is away.
+    fn claim(&self, claim: Claim) -> Receiver<Result<(), Refused>>;
 
-    /// The addresses of the virtual NIC of this name are free again.
-    fn release(&self, nic: &str);
+    /// The addresses of the virtual NIC of this name are to be free again. Answered when they are.
+    fn release(&self, nic: &str) -> Receiver<()>;
+
+    /// What it is, for people.
+    fn source(&self) -> String;
 }
 
 /// A virtual NIC's addresses in its tenant.
@@ -46,15 +59,21 @@ pub struct Claim {
     pub nic: Arc<str>,
     /// Its tenant.
     pub tenant: Arc<str>,
-    /// Its addresses, and the link-local GID of its MAC.
-    pub gids: Vec<Gid>,
+    /// Its addresses.
+    pub ip: Vec<IpAddr>,
+    /// Its MAC, of which one more address is made.
+    pub mac: Mac,
 }
 
 impl Claim {
     /// Of a virtual NIC.
     pub fn of(nic: &NicSettings) -> Self {
-        let gids = nic.ip.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac().0)]);
-        Self { nic: nic.name.as_str().into(), tenant: nic.tenant.as_str().into(), gids: gids.collect() }
+        Self { nic: nic.name.as_str().into(), tenant: nic.tenant.as_str().into(), ip: nic.ip.clone(), mac: nic.mac() }
+    }
+
+    /// All that is claimed.
+    pub fn gids(&self) -> impl Iterator<Item = Gid> {
+        self.ip.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(self.mac.0)])
     }
 }
 
@@ -67,15 +86,30 @@ pub struct Health {
     pub age: Duration,
 }
 
+/// How a directory is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// How good its knowledge is.
+    pub health: Health,
+    /// How many hosts it has.
+    pub hosts: usize,
+    /// How many addresses, of all tenants.
+    pub addresses: usize,
+}
+
+impl Status {
+    /// Of `directory`, now.
+    pub fn of(directory: &dyn Directory) -> Self {
+        let known = directory.snapshot();
+        Self { health: directory.health(), hosts: known.hosts().count(), addresses: known.addresses().count() }
+    }
+}
+
 /// Why an address cannot be this host's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// It is another's.
-    #[error(
-        "address {address} of tenant {tenant:?} belongs to virtual NIC {:?} of host {}, and virtual NIC {:?} of host {} cannot have it, too: \
-         remove it there first (freeflow nic del)",
-        .owner.nic, .owner.host, .wanted.nic, .wanted.host
-    )]
+    #[error("address {address} of tenant {tenant:?} belongs to {owner}, and {wanted} cannot have it, too")]
     Taken {
         /// The address.
         address: IpAddr,
@@ -89,4 +123,14 @@ pub enum Refused {
     /// The directory does not allow it, and says why.
     #[error("{0}")]
     Forbidden(String),
+}
+
+/// The directory that the configuration names. `files` opens its file, if it is one.
+///
+/// # Errors
+/// When it cannot be used.
+pub fn open(settings: &ClusterSettings, files: Arc<dyn Files>) -> Result<Arc<dyn Directory>> {
+    let host = settings.name().context("[cluster] name = NAME gives this host one that can be used")?;
+    let path = settings.directory.as_deref().context("[cluster] names no directory")?;
+    Ok(Arc::new(StaticFile::start(settings, host, path, files)?))
 }
