@@ -4,6 +4,7 @@
 //! the threads behind. For simulation, fuzzing, and tests that must not depend on time.
 
 use std::io;
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use crate::engine::{Engine, EngineConfig, SteppedWorker};
 use crate::mem::Map;
 use crate::nic::{Nic, NicConfig};
 use crate::overlay::{NicId, Overlay};
+use crate::tcp::{Conn, PeerId, Peering};
 use crate::verbs::Device;
 use crate::vhost::vring::Vring;
 
@@ -49,6 +51,21 @@ impl SteppedHost {
         let mut control = Control::new(nic.clone(), self.engine.clone());
         control.set_on_demand(true);
         SteppedNic { control, nic, vrings, map: Arc::default() }
+    }
+
+    /// Another host can be reached from now on.
+    pub fn join(&self, peering: Peering) {
+        self.engine.join(peering);
+    }
+
+    /// A connection that was asked for is there.
+    pub fn dialed(&self, peer: PeerId, link: u16, conn: Conn, made: io::Result<TcpStream>) {
+        self.engine.dialed(peer, link, conn, made);
+    }
+
+    /// A peer has made a connection for this link, and these are its first bytes.
+    pub fn accepted(&self, peer: PeerId, link: u16, stream: TcpStream, first: Vec<u8>) {
+        self.engine.accepted(peer, link, stream, first);
     }
 
     /// A worker looks everywhere once, at this time. True if there was something to do; with how long that takes on a nominal

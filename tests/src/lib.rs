@@ -20,6 +20,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod logs;
 pub mod mesh;
+pub mod netns;
 pub mod page;
 pub mod rng;
 pub mod router;

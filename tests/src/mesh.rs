@@ -209,7 +209,10 @@ impl Door {
 }
 
 /// The first frame of a connection, and its ticket.
-fn greeting(mut stream: TcpStream) -> io::Result<(TcpStream, Vec<u8>, Ticket)> {
+///
+/// # Errors
+/// When that does not come.
+pub fn greeting(mut stream: TcpStream) -> io::Result<(TcpStream, Vec<u8>, Ticket)> {
     let mut first = vec![0; MAX_HEADER];
     stream.read_exact(&mut first)?;
     match Packet::parse(&first) {

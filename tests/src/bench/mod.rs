@@ -6,12 +6,14 @@
 //! * [`noise`]: what a virtual NIC gets beside a noisy one.
 //! * [`scale`]: thousands of QPs, regions and virtual NICs.
 //! * [`verbs`]: what the path over the host's NIC costs by itself.
+//! * [`hosts`]: between two hosts, beside TCP.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`peers`]: UCX and libfabric on the same cores.
 //! * [`table`]: the figures, for people and as JSON.
 
 pub mod bulk;
 pub mod guests;
+pub mod hosts;
 pub mod idle;
 pub mod noise;
 pub mod path;

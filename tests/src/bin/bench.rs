@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, idle, noise, path, peers, scale, table, verbs};
+use freeflow_tests::bench::{guests, hosts, idle, noise, path, peers, scale, table, verbs};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -38,6 +38,8 @@ enum Part {
     Scale,
     /// The path over the host's NIC.
     Verbs,
+    /// Between two hosts.
+    Hosts,
     /// UCX and libfabric.
     Peers,
     /// Perftest in real guests.
@@ -78,6 +80,10 @@ fn run(args: &Args) -> Result<()> {
     if wanted(Part::Verbs) {
         rows.extend(apart(|| verbs::rows(cores))?);
         eprintln!("the path over the host's NIC is measured");
+    }
+    if wanted(Part::Hosts) {
+        rows.extend(apart(|| hosts::rows(cores))?);
+        eprintln!("the way to another host is measured");
     }
     if wanted(Part::Peers) {
         rows.extend(apart(|| peers::rows(cores))?);
