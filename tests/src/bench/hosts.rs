@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 use freeflow_backend::stepped::{SteppedHost, SteppedNic};
 use freeflow_backend::tcp::{Conn, Limits, Ticket};
 use freeflow_backend::{Dialer, EngineConfig, Gid, NicId, PeerId, Peering};
+use freeflow_router::config::EngineSettings;
 use freeflow_router::overlay::{Addresses, Elsewhere};
 
 use super::path::Cores;
@@ -76,7 +77,8 @@ impl Dialer for Wanted {
 
 impl Two {
     fn start(spaces: &[Namespace; 2], cores: [usize; 2]) -> Result<Self> {
-        let spec = RouterSpec { vectors: 1, device: None, hosts: Hosts::One, ..RouterSpec::of(2) };
+        let engine = EngineSettings { workers: 1, ..EngineSettings::default() };
+        let spec = RouterSpec { engine, vectors: 1, device: None, hosts: Hosts::One, ..RouterSpec::of(2) };
         let config = spec.config(Path::new("/"), |nic| format!("n{nic}"));
         let (mut hosts, mut nics, mut guests) = (Vec::new(), Vec::new(), Vec::new());
         let (wanted, dials) = channel();
@@ -85,7 +87,8 @@ impl Two {
             let other = config.nic[1 - number].to_nic();
             let (peer, nic) = (PeerId(1 - number as u32), settings.to_nic());
             let overlay = Arc::new(Addresses::default());
-            let gids = other.addresses.iter().map(|&ip| (Gid::of(ip), peer)).collect();
+            let gids = other.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(other.mac.0)]);
+            let gids = gids.map(|gid| (gid, peer)).collect();
             overlay.set_elsewhere(Elsewhere::from([(other.tenant, gids)]));
             overlay.add(NicId(0), &nic);
             overlay.set_numbers_of(peer, Some(overlay.numbers()));
@@ -204,7 +207,7 @@ fn stream(two: &mut Two, a: &Rc, b: &Rc) -> Result<f64> {
             let post = || a.qp.post(SendWr::new(1, to, &from));
             let start = Instant::now();
             (0..DEPTH).try_for_each(|_| post())?;
-            let mut done = 0;
+            let mut done = 0u32;
             while start.elapsed() < RUN {
                 step();
                 while let Some(wc) = a.cq.poll() {
@@ -217,7 +220,7 @@ fn stream(two: &mut Two, a: &Rc, b: &Rc) -> Result<f64> {
             for _ in 0..DEPTH {
                 next(a, step);
             }
-            Ok((done * LARGE) as f64 / time / 1e9)
+            Ok(f64::from(done) * f64::from(LARGE as u32) / time / 1e9)
         },
         || Ok(()),
     )
@@ -348,11 +351,11 @@ fn rate(two: &mut Two) -> Result<Row> {
                 let start = Instant::now();
                 let by_number = |number| senders.iter().find(|qp: &&Qp| qp.number() == number);
                 senders.iter().try_for_each(|qp| qp.post_send(&list))?;
-                let mut done = 0;
+                let mut done = 0u32;
                 while start.elapsed() < RUN {
                     step();
                     for wc in cq_a.poll_many(QPS) {
-                        done += LIST;
+                        done += LIST as u32;
                         by_number(wc.ok().qpn()).context("a QP of ours")?.post_send(&list)?;
                     }
                 }
@@ -362,7 +365,7 @@ fn rate(two: &mut Two) -> Result<Row> {
                     step();
                     left -= cq_a.poll_many(QPS).len();
                 }
-                Ok(done as f64 / time / 1e6)
+                Ok(f64::from(done) / time / 1e6)
             },
             || {
                 let taken = cq_b.poll_many(256);
@@ -381,18 +384,21 @@ fn rate(two: &mut Two) -> Result<Row> {
 /// Round trips that the first message of a QP takes more than others.
 fn first(two: &mut Two) -> Result<Row> {
     let mut more = Vec::new();
+    let (known, there) = two.pair(&QpSpec::rc(), 4096)?;
     for _ in 0..40 {
         let (a, b) = two.pair(&QpSpec::rc(), 4096)?;
         more.push(two.run(
             |step| {
-                let mut time = || {
+                let mut time = |from: &Rc, to: &Rc| {
                     let start = Instant::now();
-                    a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, 8)]))?;
-                    next(&a, step);
+                    from.qp.post(SendWr::new(1, Op::Write(to.mr.remote(0)), &[from.mr.sge(0, 8)]))?;
+                    next(from, step);
                     anyhow::Ok(start.elapsed().as_secs_f64())
                 };
-                let first = time()?;
-                let warm = median((0..200).map(|_| time()).collect::<Result<_>>()?);
+                // The other host's thread has to be there first.
+                (0..50).try_for_each(|_| time(&known, &there).map(drop))?;
+                let first = time(&a, &b)?;
+                let warm = median((0..200).map(|_| time(&a, &b)).collect::<Result<_>>()?);
                 Ok((first - warm) / warm)
             },
             || Ok(()),
