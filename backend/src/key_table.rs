@@ -15,7 +15,7 @@ use crate::directory::Directory;
 use crate::mem::Map;
 use crate::mr::{KeyError, Layout, Mr, WindowPart};
 use crate::nic::keys::{RandomKeyMap, RandomKeySet, random_key};
-use crate::verbs::Grant;
+use crate::verbs::{Grant, Revocations};
 
 /// Kinds of memory windows (IBA 10.6.6.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +133,8 @@ struct Bound {
 pub struct KeyTable {
     /// What keys give access to now, by their upper bits: all that looking one up needs.
     live: Arc<Directory<Mr>>,
+    /// Of what they stand for on the host's NIC.
+    revocations: Arc<Revocations>,
     /// For those who change something.
     entries: Mutex<Entries>,
     /// Upper bits of all keys, for the control queue to go through without keeping workers from the table.
@@ -144,6 +146,7 @@ struct Entries {
     by_index: RandomKeyMap<Entry>,
     /// What their keys give access to.
     live: Arc<Directory<Mr>>,
+    revocations: Arc<Revocations>,
     /// Type 2 windows that are bound, by queue pair.
     by_qpn: RandomKeyMap<RandomKeySet>,
 }
@@ -157,9 +160,10 @@ impl KeyTable {
     /// For about so many keys.
     pub fn new(most: u32) -> Self {
         let live = Arc::new(Directory::new(most));
-        let entries =
-            Entries { by_index: RandomKeyMap::default(), live: live.clone(), by_qpn: RandomKeyMap::default() };
-        Self { live, entries: Mutex::new(entries), known: Mutex::default() }
+        let revocations = Arc::new(Revocations::default());
+        let (by_index, by_qpn) = Default::default();
+        let entries = Entries { by_index, live: live.clone(), revocations: revocations.clone(), by_qpn };
+        Self { live, revocations, entries: Mutex::new(entries), known: Mutex::default() }
     }
 
     /// What this key gives access to.
@@ -173,6 +177,12 @@ impl KeyTable {
     /// What this key stands for on the host's NIC.
     pub fn grant(&self, key: u32) -> Option<Arc<Grant>> {
         self.live.get(index(key)).filter(|mr| mr.key == key)?.grant().cloned()
+    }
+
+    /// How often a grant of one of these keys was revoked.
+    #[inline]
+    pub fn revocations(&self) -> u64 {
+        self.revocations.count()
     }
 
     /// A new region without memory; with `fast`, one that `REG_MR` work requests give up to so many extents.
@@ -364,7 +374,7 @@ impl KeyTable {
         let mut entries = self.entries.lock();
         let live = self.live.take_all();
         for mr in &live {
-            mr.revoke();
+            revoke(&self.revocations, mr);
         }
         let forgotten = (std::mem::take(&mut entries.by_index), std::mem::take(&mut entries.by_qpn));
         drop(entries);
@@ -373,8 +383,10 @@ impl KeyTable {
 }
 
 /// A key does not give access to this any more: who remembers what it stands for on the NIC is told.
-fn revoked(live: Option<Arc<Mr>>) -> Option<Arc<Mr>> {
-    live.inspect(|mr| mr.revoke())
+fn revoke(revocations: &Revocations, mr: &Mr) {
+    if let Some(grant) = mr.grant() {
+        revocations.revoke(grant);
+    }
 }
 
 /// What a window may allow: what rxe lets it have, and where the window is of type 2 addresses from 0 on (IBA o10-36.2.2).
@@ -394,7 +406,7 @@ fn window_access(bits: u32, kind: WindowKind) -> Option<Access> {
 impl Entries {
     /// Makes a key give access to this, or to nothing. Returns what it did before.
     fn give(&mut self, index: u32, mr: Option<&Arc<Mr>>) -> Option<Arc<Mr>> {
-        revoked(self.live.set(index, mr))
+        self.live.set(index, mr).inspect(|mr| revoke(&self.revocations, mr))
     }
 
     fn region(&mut self, key: u32) -> Option<&mut Region> {

@@ -10,7 +10,7 @@ use crate::control::parse::RawExtent;
 use crate::mem::{Extent, Map, Seg};
 use crate::on_demand::{Missing, OnDemand};
 use crate::profile::Profile;
-use crate::verbs::{Grant, MemoryRegion, Share};
+use crate::verbs::{Grant, MemoryRegion, Share, Terms};
 
 /// Why a key, address and length were refused. The guest sees a protection or access error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -234,7 +234,8 @@ impl Mr {
     /// The same, which the host's NIC has too.
     #[must_use]
     pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>, share: Share) -> Self {
-        let grant = Grant::region((self.key, self.pdn), self.access, (self.iova, self.length), &*mr);
+        let terms = Terms { pdn: self.pdn, access: self.access, iova: self.iova, length: self.length };
+        let grant = Grant::region(terms, &*mr);
         self.on_nic = Some(OnNic { grant: Arc::new(grant), _mr: mr, _share: Arc::new(share) });
         self
     }
@@ -242,13 +243,6 @@ impl Mr {
     /// What it is to the host's NIC; `None` if that does not have it.
     pub fn grant(&self) -> Option<&Arc<Grant>> {
         self.on_nic.as_ref().map(|on_nic| &on_nic.grant)
-    }
-
-    /// Its grant is good for nothing any more.
-    pub fn revoke(&self) {
-        if let Some(on_nic) = &self.on_nic {
-            on_nic.grant.revoke();
-        }
     }
 
     /// A region of all guest memory.

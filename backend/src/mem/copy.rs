@@ -109,6 +109,12 @@ pub fn prefetch(seg: Seg) {
     let _ = seg;
 }
 
+/// As [`prefetch`], of our own memory.
+#[inline]
+pub fn prefetch_own<T>(item: &T) {
+    prefetch(Seg { ptr: std::ptr::from_ref(item).cast_mut().cast(), len: size_of::<T>() });
+}
+
 /// As [`prefetch`], to be written: another core that has the line lets go of it meanwhile.
 #[inline]
 pub fn prefetch_to_write(seg: Seg) {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_rdma::ib::WcOpcode;
 
-use crate::verbs::{End, GrantBudget, GrantCache};
+use crate::verbs::{End, GrantBudget, GrantCache, KeySide};
 
 /// Work requests on the NIC, and what is needed to put more there.
 #[derive(Debug)]
@@ -55,8 +55,8 @@ impl NicQueue {
             alone: 0,
             posted: VecDeque::new(),
             seen: 0,
-            own: GrantCache::new(budget),
-            theirs: GrantCache::new(budget),
+            own: GrantCache::new(KeySide::Local, budget),
+            theirs: GrantCache::new(KeySide::Remote, budget),
         }
     }
 
@@ -80,6 +80,13 @@ impl NicQueue {
     /// Whether what was asked for last has been seen to.
     pub fn is_answered(&self) -> bool {
         self.asked.as_ref().is_none_or(|(_, done)| done.load(Ordering::Acquire))
+    }
+
+    /// Work requests with these keys follow: the peer's, and one's own.
+    #[inline]
+    pub fn prefetch(&self, (theirs, own): (u32, u32)) {
+        self.theirs.prefetch(theirs);
+        self.own.prefetch(own);
     }
 
     /// Another peer, with keys of its own.

@@ -10,7 +10,7 @@ use crate::engine::job::Job;
 use crate::mem::Map;
 use crate::nic::Nic;
 use crate::rate::Pace;
-use crate::ring::rxe::{Caps, prefetch_send};
+use crate::ring::rxe::{Caps, guess_keys, prefetch_send};
 use crate::ring::{BadIndex, Ring};
 
 /// Why a work request waits.
@@ -173,7 +173,20 @@ impl SendQueue {
     }
 
     /// Elements that are fetched before they are parsed.
-    const AHEAD: u32 = 4;
+    const AHEAD: u32 = 8;
+    /// Elements whose keys are looked at before they are parsed.
+    const KEYS_AHEAD: u32 = 4;
+
+    /// Has what the keys of work requests that follow stand for on the NIC fetched. `first`: this was not done for the present one's
+    /// predecessor.
+    #[inline]
+    pub fn prefetch_keys(&self, first: bool) {
+        let (Some(ring), Some(queue)) = (&self.ring, &self.nic) else { return };
+        let known = ring.between(self.consumer, self.posted);
+        for n in (if first { 1 } else { Self::KEYS_AHEAD })..known.min(Self::KEYS_AHEAD + 1) {
+            queue.prefetch(guess_keys(ring, ring.after(self.consumer, n)));
+        }
+    }
 
     /// Has the element that comes `n` after the next one fetched, if it was posted: of one that is being written fetching would only get in the way.
     fn prefetch(&self, ring: &Ring, n: u32) {

@@ -213,6 +213,18 @@ fn atomic(op: WrOpcode, part: &[u8]) -> Op {
     Op::Atomic { remote_addr: part.remote_addr.get(), rkey: part.rkey.get(), action }
 }
 
+/// The keys that a send element seems to name: the peer's and one's own, the first of each. Not checked, and good for nothing but to have
+/// fetched what will be looked up.
+#[inline]
+pub fn guess_keys(ring: &Ring, index: u32) -> (u32, u32) {
+    let word = |offset| {
+        let mut bytes = [0; size_of::<u32>()];
+        ring.read(index, offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    };
+    (word(offset_of!(RawSend, wr) + offset_of!(RdmaPart, rkey)), word(SEND_SIZE + offset_of!(RawSge, lkey)))
+}
+
 /// Has the lines of a send element that [`parse_send`] reads fetched.
 pub fn prefetch_send(ring: &Ring, index: u32) {
     ring.prefetch(index, 0);

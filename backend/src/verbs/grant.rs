@@ -5,18 +5,16 @@
 //! [`GrantCache`], and revoked by its owner before what it stands for goes: whoever revokes waits for the quanta under way afterwards.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use virtio_rdma::ib::Access;
 
 use super::device::MemoryRegion;
-use crate::nic::keys::RandomKeyMap;
+use crate::mem;
 
-/// What a key gives access to, and how the NIC is told.
-#[derive(Debug)]
-pub struct Grant {
-    /// The guest's key.
-    pub key: u32,
+/// Who may use a key how, and for what.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
     /// Protection domain.
     pub pdn: u32,
     /// What may be done with it.
@@ -25,10 +23,37 @@ pub struct Grant {
     pub iova: u64,
     /// Bytes.
     pub length: u64,
+}
+
+/// What a work request does with some bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Use {
+    /// Protection domain that does it.
+    pub pdn: u32,
+    /// Access that is needed.
+    pub need: Access,
+    /// First byte.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Terms {
+    #[inline]
+    fn allow(&self, Use { pdn, need, addr, len }: Use) -> bool {
+        let end = addr.checked_sub(self.iova).and_then(|offset| offset.checked_add(len));
+        self.pdn == pdn && self.access.contains(need) && end.is_some_and(|end| end <= self.length)
+    }
+}
+
+/// What a key gives access to, and how the NIC is told.
+#[derive(Debug)]
+pub struct Grant {
+    terms: Terms,
     /// The NIC's local key.
-    pub lkey: u32,
+    lkey: u32,
     /// The NIC's remote key.
-    pub rkey: u32,
+    rkey: u32,
     revoked: AtomicBool,
 }
 
@@ -37,33 +62,17 @@ pub type NicAddress = (u64, u32);
 
 impl Grant {
     /// For a region, with its own addresses, as NICs do.
-    pub fn region((key, pdn): (u32, u32), access: Access, (iova, length): (u64, u64), mr: &dyn MemoryRegion) -> Self {
-        let (lkey, rkey) = (mr.lkey(), mr.rkey());
-        Self { key, pdn, access, iova, length, lkey, rkey, revoked: AtomicBool::new(false) }
-    }
-
-    /// It gives access to nothing any more. Whoever has found it valid before may still be using it, until their quantum ends.
-    pub fn revoke(&self) {
-        self.revoked.store(true, Ordering::Release);
+    pub fn region(terms: Terms, mr: &dyn MemoryRegion) -> Self {
+        Self { terms, lkey: mr.lkey(), rkey: mr.rkey(), revoked: AtomicBool::new(false) }
     }
 
     fn is_valid(&self) -> bool {
         !self.revoked.load(Ordering::Acquire)
     }
 
-    /// How the NIC is told of bytes of this side, if a work request of protection domain `pdn` may use them so.
-    pub fn local(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<NicAddress> {
-        self.allows(pdn, need, addr, len).then_some((addr, self.lkey))
-    }
-
-    /// How the NIC is told of bytes of the peer's side, if peers of protection domain `pdn` may use them so.
-    pub fn remote(&self, pdn: u32, need: Access, addr: u64, len: u64) -> Option<NicAddress> {
-        self.allows(pdn, need, addr, len).then_some((addr, self.rkey))
-    }
-
-    fn allows(&self, pdn: u32, need: Access, addr: u64, len: u64) -> bool {
-        let end = addr.checked_sub(self.iova).and_then(|offset| offset.checked_add(len));
-        self.pdn == pdn && self.access.contains(need) && end.is_some_and(|end| end <= self.length)
+    /// How the NIC is told of bytes of this side, if they may be used so.
+    pub fn local(&self, wanted: Use) -> Option<NicAddress> {
+        self.terms.allow(wanted).then_some((wanted.addr, self.lkey))
     }
 }
 
@@ -80,66 +89,196 @@ impl GrantBudget {
     }
 }
 
+/// How often access was taken away from a virtual NIC's keys that the host's NIC has too. As long as that has not happened again, who
+/// remembers a grant need not look at it.
+#[derive(Debug, Default)]
+pub struct Revocations(AtomicU64);
+
+impl Revocations {
+    /// How many there have been. Asked for before what is remembered is used.
+    #[inline]
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// This grant gives access to nothing any more. Whoever has found it valid before may still be using it, until their quantum ends.
+    pub fn revoke(&self, grant: &Grant) {
+        grant.revoked.store(true, Ordering::Release);
+        // After that: who sees the new count sees the mark.
+        self.0.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// Which of a NIC's two keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeySide {
+    /// For a queue pair's own memory.
+    Local,
+    /// For its peer's.
+    Remote,
+}
+
+/// All of a grant that its use needs, on one cache line: with thousands of keys in use each look-up waits for memory.
+#[derive(Debug, Clone)]
+#[repr(align(64))]
+struct Known {
+    key: u32,
+    nic_key: u32,
+    terms: Terms,
+    /// It was valid after so many revocations.
+    as_of: u64,
+    grant: Arc<Grant>,
+}
+
+impl Known {
+    #[inline]
+    fn is_valid(&mut self, now: u64) -> bool {
+        self.as_of == now || self.look_again(now)
+    }
+
+    #[cold]
+    fn look_again(&mut self, now: u64) -> bool {
+        let valid = self.grant.is_valid();
+        if valid {
+            self.as_of = now;
+        }
+        valid
+    }
+
+    #[inline]
+    fn tell(&self, wanted: Use) -> Option<NicAddress> {
+        self.terms.allow(wanted).then_some((wanted.addr, self.nic_key))
+    }
+}
+
 /// Grants that a queue pair has asked for. Bounded for each and for all of a virtual NIC, so that it does not matter how many keys a guest
 /// uses.
 #[derive(Debug)]
 pub struct GrantCache {
-    by_key: RandomKeyMap<Arc<Grant>>,
+    side: KeySide,
+    /// Twice as many as there are grants, or more. A key is in the slot that it hashes to or in one of the few that follow: a guest that
+    /// picks keys for that does not make look-ups longer.
+    slots: Box<[Option<Known>]>,
+    len: usize,
     budget: Arc<GrantBudget>,
 }
 
 impl GrantCache {
     /// Keys that it holds.
     pub const CAPACITY: usize = 16_384;
+    /// Slots that a key may be in.
+    const WINDOW: usize = 8;
 
     /// An empty one.
-    pub fn new(budget: &Arc<GrantBudget>) -> Self {
-        Self { by_key: RandomKeyMap::default(), budget: budget.clone() }
+    pub fn new(side: KeySide, budget: &Arc<GrantBudget>) -> Self {
+        Self { side, slots: Box::default(), len: 0, budget: budget.clone() }
     }
 
-    /// What `tell` makes of the grant of a key; `ask` is for one that is not known, or no longer valid.
+    /// What a key stands for on the NIC, for this use. `now` is how many [`Revocations`] its owner has; `ask` is for one that is not known,
+    /// or no longer valid.
     #[inline]
     pub fn get(
         &mut self,
         key: u32,
+        now: u64,
+        wanted: Use,
         ask: impl FnOnce() -> Option<Arc<Grant>>,
-        tell: impl FnOnce(&Grant) -> Option<NicAddress>,
     ) -> Option<NicAddress> {
-        if let Some(grant) = self.by_key.get(&key)
-            && grant.is_valid()
+        if let Some(at) = self.position(key)
+            && let Some(known) = &mut self.slots[at]
+            && known.is_valid(now)
         {
-            return tell(grant);
+            return known.tell(wanted);
         }
-        self.fill(key, ask)?;
-        tell(self.by_key.get(&key)?)
+        self.fill(key, now, ask)?.tell(wanted)
+    }
+
+    /// Has what [`get`](Self::get) will need of this key fetched.
+    #[inline]
+    pub fn prefetch(&self, key: u32) {
+        if let Some(slot) = self.window(key).next().and_then(|at| self.slots.get(at)) {
+            mem::prefetch_own(slot);
+        }
+    }
+
+    #[inline]
+    fn hash(key: u32) -> usize {
+        (u64::from(key).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize
+    }
+
+    #[inline]
+    fn window(&self, key: u32) -> impl Iterator<Item = usize> + Clone + use<> {
+        let count = self.slots.len();
+        let home = Self::hash(key);
+        (home..home + Self::WINDOW.min(count)).map(move |at| at & (count - 1))
+    }
+
+    #[inline]
+    fn position(&self, key: u32) -> Option<usize> {
+        self.window(key).find(|&at| self.slots[at].as_ref().is_some_and(|known| known.key == key))
     }
 
     #[cold]
-    fn fill(&mut self, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> Option<()> {
-        let before = self.by_key.remove(&key);
-        self.budget.0.fetch_sub(before.iter().len(), Ordering::Relaxed);
-        if self.by_key.len() >= Self::CAPACITY || self.budget.is_used_up() {
+    fn fill(&mut self, key: u32, as_of: u64, ask: impl FnOnce() -> Option<Arc<Grant>>) -> Option<&Known> {
+        if let Some(at) = self.position(key) {
+            self.set(at, None);
+        }
+        let grant = ask()?;
+        if self.len >= Self::CAPACITY || self.budget.is_used_up() {
             self.forget();
         }
-        self.by_key.insert(key, ask()?);
-        self.budget.0.fetch_add(1, Ordering::Relaxed);
-        Some(())
+        if self.slots.len() < 2 * (self.len + 1) {
+            self.grow();
+        }
+        let nic_key = if self.side == KeySide::Local { grant.lkey } else { grant.rkey };
+        let at = self.put(Known { key, nic_key, terms: grant.terms, as_of, grant });
+        self.slots[at].as_ref()
+    }
+
+    /// Puts a grant into a free slot for its key, or in place of another.
+    fn put(&mut self, known: Known) -> usize {
+        let mut window = self.window(known.key);
+        let home = window.clone().next().unwrap_or(0);
+        let at = window.find(|&at| self.slots[at].is_none()).unwrap_or(home);
+        self.set(at, Some(known));
+        at
+    }
+
+    fn set(&mut self, at: usize, known: Option<Known>) {
+        let more = known.iter().len();
+        let less = std::mem::replace(&mut self.slots[at], known).iter().len();
+        self.len = self.len + more - less;
+        self.budget.0.fetch_add(more, Ordering::Relaxed);
+        self.budget.0.fetch_sub(less, Ordering::Relaxed);
+    }
+
+    fn grow(&mut self) {
+        let count = (self.slots.len() * 2).max(2);
+        let before = self.take();
+        self.slots = vec![None; count].into();
+        for known in before.into_iter().flatten() {
+            self.put(known);
+        }
     }
 
     /// Forgets all.
     pub fn forget(&mut self) {
-        let all = std::mem::take(&mut self.by_key);
-        self.budget.0.fetch_sub(all.len(), Ordering::Relaxed);
+        self.take();
+    }
+
+    fn take(&mut self) -> Box<[Option<Known>]> {
+        self.budget.0.fetch_sub(std::mem::take(&mut self.len), Ordering::Relaxed);
+        std::mem::take(&mut self.slots)
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.by_key.len()
+        self.len
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.by_key.is_empty()
+        self.len == 0
     }
 }
 
@@ -167,16 +306,22 @@ mod tests {
     }
 
     const RIGHTS: Access = Access::LOCAL_WRITE.union(Access::REMOTE_READ);
+    const ALL: Use = Use { pdn: 7, need: RIGHTS, addr: 0x1000, len: 0x100 };
 
-    fn region(key: u32) -> Grant {
-        Grant::region((key, 7), RIGHTS, (0x1000, 0x100), &Keys)
+    fn region() -> Arc<Grant> {
+        Arc::new(Grant::region(Terms { pdn: 7, access: RIGHTS, iova: 0x1000, length: 0x100 }, &Keys))
+    }
+
+    fn cache(side: KeySide) -> GrantCache {
+        GrantCache::new(side, &Arc::default())
     }
 
     #[test]
     fn bounds_rights_and_domain_are_checked() {
-        let grant = region(1);
-        assert_eq!(grant.local(7, Access::LOCAL_WRITE, 0x1010, 0xf0), Some((0x1010, 11)));
-        assert_eq!(grant.remote(7, Access::REMOTE_READ, 0x1000, 1), Some((0x1000, 12)));
+        let (mut own, mut theirs) = (cache(KeySide::Local), cache(KeySide::Remote));
+        let mut both = |wanted| [&mut own, &mut theirs].map(|cache| cache.get(1, 0, wanted, || Some(region())));
+        assert_eq!(both(Use { addr: 0x1010, len: 0xf0, ..ALL }), [Some((0x1010, 11)), Some((0x1010, 12))]);
+        assert_eq!(region().local(ALL), Some((0x1000, 11)));
         for (pdn, need, addr, len) in [
             (7, Access::LOCAL_WRITE, 0x1010, 0xf1),
             (7, Access::LOCAL_WRITE, 0xfff, 1),
@@ -185,30 +330,60 @@ mod tests {
             (8, Access::LOCAL_WRITE, 0x1000, 1),
             (7, Access::REMOTE_WRITE, 0x1000, 1),
         ] {
-            assert_eq!(grant.local(pdn, need, addr, len), None, "{need:?} {addr:#x}+{len:#x}");
+            let wanted = Use { pdn, need, addr, len };
+            assert_eq!(both(wanted), [None, None], "{wanted:?}");
+            assert_eq!(region().local(wanted), None, "{wanted:?}");
         }
     }
 
-    fn knows(cache: &mut GrantCache, key: u32, ask: impl FnOnce() -> Option<Arc<Grant>>) -> bool {
-        cache.get(key, ask, |grant| grant.local(7, RIGHTS, 0x1000, 1)).is_some()
+    fn knows(cache: &mut GrantCache, key: u32, now: u64, ask: impl FnOnce() -> Option<Arc<Grant>>) -> bool {
+        cache.get(key, now, ALL, ask).is_some()
     }
 
     #[test]
     fn what_was_revoked_is_asked_for_again() {
-        let mut cache = GrantCache::new(&Arc::default());
-        let first = Arc::new(region(1));
-        assert!(knows(&mut cache, 1, || Some(first.clone())));
-        assert!(knows(&mut cache, 1, || panic!("it is known")));
-        first.revoke();
-        assert!(!knows(&mut cache, 1, || None));
-        assert!(cache.is_empty(), "what does not exist is not remembered");
+        let (mut cache, revocations) = (cache(KeySide::Local), Revocations::default());
+        let (first, second) = (region(), region());
+        for (key, grant) in [(1, &first), (2, &second)] {
+            assert!(knows(&mut cache, key, revocations.count(), || Some(grant.clone())));
+        }
+        assert!(knows(&mut cache, 1, revocations.count(), || panic!("it is known")));
+        revocations.revoke(&first);
+        for _ in 0..2 {
+            assert!(!knows(&mut cache, 1, revocations.count(), || None));
+            assert!(knows(&mut cache, 2, revocations.count(), || panic!("it is known")));
+        }
+        assert_eq!(cache.len(), 1, "what does not exist is not remembered");
+        revocations.revoke(&second);
+        assert!(knows(&mut cache, 2, revocations.count(), || Some(region())));
+        assert!(knows(&mut cache, 2, revocations.count(), || panic!("it is known again")));
+    }
+
+    /// Whatever a cache knows is what it was told last, though keys share slots and push each other out.
+    #[test]
+    fn every_key_has_its_own_grant() {
+        let mut cache = cache(KeySide::Local);
+        let terms = |key: u32| Terms { pdn: 7, access: RIGHTS, iova: u64::from(key), length: 1 };
+        let same = |key: u32| Use { addr: key.into(), len: 1, ..ALL };
+        // Of a hundred thousand keys those with homes close to each other.
+        let close = (0..100_000).filter(|&key| GrantCache::hash(key).is_multiple_of(128));
+        let keys: Vec<_> = close.chain(200_000..201_000).collect();
+        for _ in 0..2 {
+            for &key in &keys {
+                let found = cache.get(key, 0, same(key), || Some(Arc::new(Grant::region(terms(key), &Keys))));
+                assert_eq!(found, Some((key.into(), 11)));
+                assert_eq!(cache.get(key, 0, same(key), || panic!("it is known")), Some((key.into(), 11)));
+            }
+        }
+        assert_eq!(cache.len(), cache.slots.iter().flatten().count());
+        assert!(cache.len() < keys.len(), "some were pushed out");
     }
 
     #[test]
     fn it_never_holds_more_than_its_capacity() {
-        let mut cache = GrantCache::new(&Arc::default());
+        let mut cache = cache(KeySide::Local);
         for key in 0..2 * GrantCache::CAPACITY as u32 + 5 {
-            assert!(knows(&mut cache, key, || Some(Arc::new(region(key)))));
+            assert!(knows(&mut cache, key, 0, || Some(region())));
             assert!(cache.len() <= GrantCache::CAPACITY);
         }
     }
@@ -216,10 +391,10 @@ mod tests {
     #[test]
     fn all_together_hold_no_more_than_their_budget_and_one_each() {
         let budget = Arc::new(GrantBudget::default());
-        let mut caches: Vec<_> = (0..20).map(|_| GrantCache::new(&budget)).collect();
+        let mut caches: Vec<_> = (0..20).map(|_| GrantCache::new(KeySide::Remote, &budget)).collect();
         for cache in &mut caches {
             for key in 0..GrantCache::CAPACITY as u32 {
-                assert!(knows(cache, key, || Some(Arc::new(region(key)))));
+                assert!(knows(cache, key, 0, || Some(region())));
             }
         }
         let held = caches.iter().map(GrantCache::len).sum::<usize>();

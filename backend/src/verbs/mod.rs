@@ -27,5 +27,5 @@ pub use device::{
 };
 pub use end::{End, PostedRecv, Tag};
 pub use fabric::{ConnectError, Fabric, Member, Wish};
-pub use grant::{Grant, GrantBudget, GrantCache};
+pub use grant::{Grant, GrantBudget, GrantCache, KeySide, Revocations, Terms, Use};
 pub use quota::{NicQuota, NicUsage, Share};

@@ -12,7 +12,7 @@ use super::poll;
 use crate::nic::Nic;
 use crate::profile::Profile;
 use crate::qp::{Binding, NicQueue, Posted, Qp, SendQueue, Taken};
-use crate::verbs::{End, Grant, PostedOp, SendList};
+use crate::verbs::{End, PostedOp, SendList, Use};
 use crate::wqe::{Op, Send, Sge};
 
 /// What became of it.
@@ -44,6 +44,7 @@ pub(super) fn stage(
     peer: &Binding,
     job: &mut Job,
 ) -> Staged {
+    send.prefetch_keys(ctx.verbs.list.is_empty());
     let op = posted_op(ctx, &job.wqe);
     let (Some(queue), Some(op)) = (&mut send.nic, op) else { return Staged::Alone };
     if job.is_under_way() {
@@ -119,8 +120,9 @@ fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Se
         return Some(Command { op, remote: (0, 0) });
     }
     let pdn = peer.qp.id.pdn;
-    let ask = || peer.nic.keys.grant(key);
-    let remote = queue.theirs.get(key, ask, |grant| grant.remote(pdn, need, addr, wqe.length))?;
+    let keys = &peer.nic.keys;
+    let wanted = Use { pdn, need, addr, len: wqe.length };
+    let remote = queue.theirs.get(key, keys.revocations(), wanted, || keys.grant(key))?;
     Some(Command { op, remote })
 }
 
@@ -148,9 +150,9 @@ fn translate(
     }
     let need = if op.fetches() { Access::LOCAL_WRITE } else { Access::empty() };
     wqe.sges.as_slice().iter().filter(|sge| sge.length > 0).all(|sge| {
-        let ask = || nic.keys.grant(sge.lkey);
-        let tell = |grant: &Grant| grant.local(qp.id.pdn, need, sge.addr, sge.length.into());
-        let Some((addr, lkey)) = queue.own.get(sge.lkey, ask, tell) else { return false };
+        let wanted = Use { pdn: qp.id.pdn, need, addr: sge.addr, len: sge.length.into() };
+        let found = queue.own.get(sge.lkey, nic.keys.revocations(), wanted, || nic.keys.grant(sge.lkey));
+        let Some((addr, lkey)) = found else { return false };
         list.push_sge(Sge { addr, lkey, length: sge.length });
         true
     })
@@ -223,12 +225,9 @@ fn their_sges(ctx: &mut Context, peer: &Binding, end: &End, job: &Job, out: &mut
     }
     list.iter().filter(|sge| sge.length > 0).all(|sge| {
         let mr = ctx.key(&peer.nic, sge.lkey).ok();
-        let found = mr.and_then(|mr| translated(mr.grant()?, peer.qp.id.pdn, sge));
+        let (need, addr, len) = (Access::LOCAL_WRITE, sge.addr, sge.length.into());
+        let found = mr.and_then(|mr| mr.grant()?.local(Use { pdn: peer.qp.id.pdn, need, addr, len }));
         out.extend(found.map(|(addr, lkey)| Sge { addr, lkey, length: sge.length }));
         found.is_some()
     })
-}
-
-fn translated(grant: &Grant, pdn: u32, sge: &Sge) -> Option<(u64, u32)> {
-    grant.local(pdn, Access::LOCAL_WRITE, sge.addr, sge.length.into())
 }
