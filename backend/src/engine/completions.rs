@@ -22,10 +22,18 @@ const MOST: usize = 8;
 pub(super) struct Completions {
     touched: Vec<Touched>,
     /// Those not written yet, each with the place of its CQ in `touched`.
-    waiting: [(usize, Cqe); MOST],
+    waiting: [Waiting; MOST],
     num_waiting: usize,
     /// Those written that the guest may not have been shown.
     hidden: usize,
+}
+
+/// A completion that is not written yet. It is written and read in other pieces: within one cache line that is no matter.
+#[derive(Debug, Default, Clone, Copy)]
+#[repr(align(64))]
+struct Waiting {
+    cqe: Cqe,
+    of: usize,
 }
 
 /// A CQ that got completions in this quantum.
@@ -66,7 +74,7 @@ impl Completions {
         let touched = &mut self.touched[index];
         if how.alone && touched.room > 0 && self.num_waiting < MOST {
             touched.room -= 1;
-            self.waiting[self.num_waiting] = (index, *cqe);
+            self.waiting[self.num_waiting] = Waiting { cqe: *cqe, of: index };
             self.num_waiting += 1;
         } else {
             self.push_now(engine, index, cqe, how.hold)?;
@@ -135,7 +143,7 @@ impl Completions {
             return;
         }
         for (index, touched) in self.touched.iter_mut().enumerate() {
-            let mut own = waiting.iter().filter(|(of, _)| *of == index).map(|(_, cqe)| cqe).peekable();
+            let mut own = waiting.iter().filter(|w| w.of == index).map(|w| &w.cqe).peekable();
             if own.peek().is_some() {
                 touched.append(engine, own);
             }

@@ -7,6 +7,7 @@ use crate::nic::stats::Counter;
 
 /// Work requests and bytes of one virtual NIC, in one direction.
 #[derive(Debug, Default)]
+#[repr(align(64))]
 pub struct Tally {
     nic: Option<Arc<Nic>>,
     wqes: u64,
