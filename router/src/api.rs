@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::acceptor::Acceptor;
 use crate::cluster::directory::View;
+use crate::cluster::status::HostStatus;
 use crate::files::{Direct, Files, make_parent};
 use crate::inventory::NewNic;
 use crate::router::{Added, RateSet, Removed, Router};
@@ -36,6 +37,8 @@ pub enum Request {
     NicRate(String, Rates),
     /// Who lives where on all hosts, of one tenant or of all; answered with [`View`].
     Directory(Option<String>),
+    /// Other hosts; answered with a list of [`HostStatus`].
+    Hosts,
 }
 
 /// Answer to [`Request::Stats`].
@@ -57,6 +60,8 @@ enum Reply<T> {
 
 /// Most bytes of a request.
 const MAX_REQUEST: u64 = 64 * 1024;
+/// What a router says that is asked for other hosts without any.
+const ALONE: &str = "this router knows no other hosts: its configuration has no [cluster]";
 /// How long a client may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -117,11 +122,8 @@ fn fulfil(request: Request, router: &Router) -> Result<Value> {
         Request::Stats => serde_json::to_value(Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() }),
         Request::NicAdd(nic) => serde_json::to_value(router.add(*nic)?),
         Request::NicDel(name) => serde_json::to_value(router.remove(name)?),
-        Request::Directory(tenant) => serde_json::to_value(
-            router
-                .directory(tenant.as_deref())
-                .context("this router knows no other hosts: its configuration has no [cluster]")?,
-        ),
+        Request::Directory(tenant) => serde_json::to_value(router.directory(tenant.as_deref()).context(ALONE)?),
+        Request::Hosts => serde_json::to_value(router.sessions().context(ALONE)?.hosts()),
         Request::NicRate(name, rate) => serde_json::to_value(router.set_rate(&name, rate)?),
     }?)
 }
@@ -168,6 +170,14 @@ pub fn qps(socket: &Path) -> Result<Vec<QpStatus>> {
 /// As [`ask`].
 pub fn stats(socket: &Path) -> Result<Stats> {
     ask(socket, &Request::Stats)
+}
+
+/// Other hosts as the daemon behind `socket` sees them.
+///
+/// # Errors
+/// As [`ask`], and without other hosts.
+pub fn hosts(socket: &Path) -> Result<Vec<HostStatus>> {
+    ask(socket, &Request::Hosts)
 }
 
 /// Who lives where, of one tenant or of all, as the daemon behind `socket` knows it.

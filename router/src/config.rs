@@ -10,6 +10,7 @@ use freeflow_backend::{EngineConfig, Mac, NicConfig, NicQuota, PathChoice, Profi
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::ClusterSettings;
+use crate::cluster::session::MAX_TENANT_NAME;
 use crate::sandbox::Security;
 
 /// Default of [`Config::control`].
@@ -200,6 +201,9 @@ impl NicSettings {
         if self.name.is_empty() || self.name.contains(char::is_whitespace) {
             return wrong("a name has at least one character and no white space");
         }
+        if self.tenant.len() > MAX_TENANT_NAME {
+            return wrong("a tenant's name has at most 255 bytes");
+        }
         if self.ip.is_empty() {
             return wrong("it needs at least one address (ip = [\"10.0.0.1\"])");
         }
@@ -355,6 +359,7 @@ mod tests {
             ("qp-ops = 1000", "qp-ops = 0", "nonzero"),
             ("[engine]", "rdma-device = \":1\"\n[engine]", "NAME:PORT"),
             ("[\"10.0.0.1\"]", "[]", "address"),
+            ("\"blue\"", &format!("{:?}", "x".repeat(256)), "at most 255 bytes"),
             ("fd00::1", "10.0.0.1", "twice"),
             ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),
             ("02:00:00:00:00:0b", "2:0:0:0:0:b", "not a MAC"),

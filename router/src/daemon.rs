@@ -5,18 +5,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::api;
-use crate::cluster::directory;
+use crate::cluster::{Neighbours, directory};
 use crate::config::{Config, NicSettings};
 use crate::device;
-use crate::files::Files;
+use crate::files::{Direct, Files};
 use crate::inventory;
 use crate::metrics;
 use crate::router::Router;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Uses};
 use crate::steward::Steward;
 
 /// Serves the virtual NICs of `config` until SIGINT or SIGTERM. Privileges that it does not need are given up on the way, and do not
@@ -26,24 +26,27 @@ use crate::steward::Steward;
 /// When something is wrong with the configuration, or the system does not give what it asks for.
 pub fn run(config: &Config) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot wait for signals")?;
+    if config.cluster.is_some() {
+        signals.add_signal(SIGHUP).context("cannot wait for signals")?;
+    }
     let added = load_added(config)?;
     let nic = device::wanted(config, &added);
-    let sandbox = Sandbox::new(&config.security, nic.is_some())?;
+    let sandbox = Sandbox::new(&config.security, Uses { nic: nic.is_some(), network: config.cluster.is_some() })?;
     device::prepare(nic.as_ref())?;
     let folders = make_folders(config)?;
     let metrics = config.metrics.map(metrics::listen).transpose()?;
-    let steward = Steward::start(
-        &config.security,
-        config.state(),
-        config.cluster.as_ref().and_then(|cluster| cluster.directory.as_deref()),
-    )?;
+    let files = Direct::of(config);
+    let neighbours = config.cluster.as_ref().map(|settings| Neighbours::prepare(settings, &files)).transpose()?;
+    let steward = Steward::start(&config.security, &files)?;
     sandbox.drop_privileges(&folders)?;
     // As the user to come, and with its rights: the kernel takes no commands for a NIC but from whoever opened it.
     let device = device::open(nic.as_ref())?;
     sandbox.enter()?;
     let steward: Arc<dyn Files> = Arc::new(steward);
     let directory = config.cluster.as_ref().map(|cluster| directory::open(cluster, steward.clone())).transpose()?;
-    let router = Arc::new(Router::start_with(config, device, steward, directory, &added)?);
+    let router = Arc::new(Router::start_with(config, device, steward.clone(), directory.clone(), &added)?);
+    let neighbours =
+        neighbours.zip(directory).map(|(all, directory)| all.meet(config, &router, directory)).transpose()?;
     let api = api::Server::start(config.control(), router.clone())?;
     let metrics = metrics.map(|listener| metrics::serve(listener, router.clone())).transpose()?;
     sandbox.seal()?;
@@ -56,9 +59,14 @@ pub fn run(config: &Config) -> Result<()> {
         },
         config.control().display()
     );
-    signals.forever().next();
+    for signal in signals.forever() {
+        match &neighbours {
+            Some(neighbours) if signal == SIGHUP => neighbours.reload(&*steward),
+            _ => break,
+        }
+    }
     log::info!("stopping");
-    drop((api, metrics));
+    drop((api, metrics, neighbours));
     router.stop();
     Ok(())
 }

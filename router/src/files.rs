@@ -9,6 +9,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use freeflow_backend::vhost::socket::listen;
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::settings::TlsSettings;
+use crate::config::Config;
 
 /// Owner and group may connect.
 const SOCKET_MODE: u32 = 0o660;
@@ -32,6 +36,12 @@ pub trait Files: fmt::Debug + Send + Sync {
     /// # Errors
     /// When there is none, or it may not be read.
     fn open_directory(&self) -> io::Result<File>;
+
+    /// Opens a file with certificates, for reading.
+    ///
+    /// # Errors
+    /// When there is none, or it may not be read.
+    fn open_tls(&self, which: TlsFile) -> io::Result<File>;
 }
 
 /// This process uses the file system itself.
@@ -41,6 +51,43 @@ pub struct Direct {
     pub state: Option<PathBuf>,
     /// The directory's file, if it has one.
     pub directory: Option<PathBuf>,
+    /// Files with certificates, if it has such.
+    pub tls: Option<TlsSettings>,
+}
+
+/// Which of the files with certificates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TlsFile {
+    /// Who signs.
+    Ca,
+    /// This host's.
+    Cert,
+    /// Its key.
+    Key,
+}
+
+impl TlsFile {
+    /// As the configuration calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ca => "ca",
+            Self::Cert => "cert",
+            Self::Key => "key",
+        }
+    }
+}
+
+impl Direct {
+    /// What the daemon with this configuration may use.
+    pub fn of(config: &Config) -> Self {
+        let cluster = config.cluster.as_ref();
+        Self {
+            state: Some(config.state().to_owned()),
+            directory: cluster.and_then(|cluster| cluster.directory.clone()),
+            tls: cluster.map(|cluster| cluster.tls.clone()),
+        }
+    }
 }
 
 impl Files for Direct {
@@ -56,6 +103,15 @@ impl Files for Direct {
 
     fn open_directory(&self) -> io::Result<File> {
         File::open(self.directory.as_deref().ok_or(io::ErrorKind::NotFound)?)
+    }
+
+    fn open_tls(&self, which: TlsFile) -> io::Result<File> {
+        let tls = self.tls.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        File::open(match which {
+            TlsFile::Ca => &tls.ca,
+            TlsFile::Cert => &tls.cert,
+            TlsFile::Key => &tls.key,
+        })
     }
 }
 
@@ -89,7 +145,7 @@ mod tests {
     fn what_is_saved_replaces_what_was() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep").join("nics.toml");
-        let files = Direct { state: Some(path.clone()), directory: None };
+        let files = Direct { state: Some(path.clone()), ..Direct::default() };
         for text in ["a long first text", "short"] {
             files.save(text).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);

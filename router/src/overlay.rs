@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use freeflow_backend::{Gid, NicConfig, NicId, Overlay, PeerId, Place};
+use tokio::sync::watch;
 
 /// Where the addresses of each tenant are that live on other hosts.
 pub type Elsewhere = HashMap<String, HashMap<Gid, PeerId>>;
@@ -17,6 +18,8 @@ pub type TenantNumbers = BTreeMap<u32, Arc<str>>;
 pub struct Addresses {
     /// As of now: workers look at them for every datagram, and wait for nobody.
     tables: ArcSwap<Tables>,
+    /// For peers, as tenants come and go.
+    announced: watch::Sender<Arc<TenantNumbers>>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -41,6 +44,7 @@ impl Addresses {
             let gids = nic.addresses.iter().map(|&ip| Gid::of(ip)).chain([Gid::link_local(nic.mac.0)]);
             tables.places.entry(nic.tenant.clone()).or_default().extend(gids.map(|gid| (gid, id)));
         });
+        self.announce();
     }
 
     /// It is here no longer.
@@ -50,12 +54,28 @@ impl Addresses {
             tables.places.values_mut().for_each(|places| places.retain(|_, place| *place != id));
             tables.places.retain(|_, places| !places.is_empty());
         });
+        self.announce();
     }
 
-    /// What this host calls its tenants, for its peers.
+    /// What this host calls those tenants that have a virtual NIC here, for its peers.
     pub fn numbers(&self) -> TenantNumbers {
         let tables = self.tables.load();
-        tables.numbers.iter().map(|(name, number)| (*number, name.as_str().into())).collect()
+        let here = tables.numbers.iter().filter(|(name, _)| tables.places.contains_key(*name));
+        here.map(|(name, number)| (*number, name.as_str().into())).collect()
+    }
+
+    /// The same, and each change of it.
+    pub fn announced(&self) -> watch::Receiver<Arc<TenantNumbers>> {
+        self.announced.subscribe()
+    }
+
+    fn announce(&self) {
+        self.announced.send_if_modified(|announced| {
+            let numbers = self.numbers();
+            let changed = **announced != numbers;
+            *announced = Arc::new(numbers);
+            changed
+        });
     }
 
     /// What a peer calls its tenants, all of them; `None` when there is no such peer any more.

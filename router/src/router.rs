@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -12,6 +12,7 @@ use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus, Rates};
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::directory::{Claim, Directory, Refused, Status, View};
+use crate::cluster::status::Board;
 use crate::config::{Config, NicSettings};
 use crate::files::{Direct, Files};
 use crate::inventory::{Inventory, NewNic, Origin};
@@ -24,6 +25,8 @@ pub struct Router {
     overlay: Arc<Addresses>,
     files: Arc<dyn Files>,
     directory: Option<Arc<dyn Directory>>,
+    /// State of sessions, once there are any.
+    sessions: OnceLock<Arc<Board>>,
     /// Where sockets go for which no place was named.
     folder: PathBuf,
     has_device: bool,
@@ -88,7 +91,8 @@ impl Router {
             Host::start(config.engine.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
         let inventory = Mutex::new(Inventory::new(config.engine.workers, config.control()));
         let folder = config.control().parent().map(Path::to_owned).unwrap_or_default();
-        let router = Self { host, overlay, files, directory, folder, has_device, inventory };
+        let sessions = OnceLock::new();
+        let router = Self { host, overlay, files, directory, sessions, folder, has_device, inventory };
         let configured = config.nic.iter().map(|nic| (nic, Origin::Configured));
         let kept = added.iter().map(|nic| (nic, Origin::Added));
         router.start_nics(configured.chain(kept), config.state())?;
@@ -280,6 +284,17 @@ impl Router {
     /// What the directory has of a tenant, or of all; `None` without other hosts.
     pub fn directory(&self, tenant: Option<&str>) -> Option<View> {
         self.directory.as_ref().map(|directory| View::of(directory.as_ref(), tenant))
+    }
+
+    /// Sessions with other hosts begin, and this is where their state is seen.
+    pub fn has_sessions(&self, board: Arc<Board>) {
+        // There is one set of sessions in a router's life.
+        let _ = self.sessions.set(board);
+    }
+
+    /// State of sessions; `None` without other hosts.
+    pub fn sessions(&self) -> Option<&Board> {
+        self.sessions.get().map(|board| &**board)
     }
 
     /// How the directory is doing; `None` without other hosts.

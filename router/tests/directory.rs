@@ -1,10 +1,13 @@
 //! The directory as a daemon has it: which virtual NICs it lets come, and what `freeflow directory` shows.
 #![allow(missing_docs, reason = "a test program")]
 
+#[path = "common/authority.rs"]
+mod authority;
 mod common;
 
 use std::path::PathBuf;
 
+use authority::Authority;
 use common::{Daemon, Place, SOON};
 use freeflow_tests::bed::eventually;
 use serde_json::Value;
@@ -32,8 +35,11 @@ impl Files {
         std::os::unix::fs::chown(files.folder.path(), Some(65534), None).unwrap();
         files.write(HOSTS);
         let hosts = files.folder.path().join("hosts.toml");
+        let authority = Authority::new();
+        let tls = authority::write(files.folder.path(), &authority, &authority.sign(&["host1"]));
+        let [ca, cert, key] = tls.map(|path| path.display().to_string());
         let config = format!(
-            "[cluster]\nname = 'host1'\nlisten = '127.0.0.1:0'\ndirectory = '{}'\ntls = {{ ca = 'ca', cert = 'cert', key = 'key' }}\n",
+            "[cluster]\nname = 'host1'\nlisten = '127.0.0.1:0'\ndirectory = '{}'\ntls = {{ ca = {ca:?}, cert = {cert:?}, key = {key:?} }}\n",
             hosts.display()
         );
         std::fs::write(files.config(), config).unwrap();

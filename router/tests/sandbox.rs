@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freeflow_router::api;
-use freeflow_router::sandbox::{Sandbox, Seccomp, Security};
+use freeflow_router::sandbox::{Sandbox, Seccomp, Security, Uses};
 use freeflow_tests::bed::eventually;
 use freeflow_tests::guest::Guest;
 use freeflow_tests::guest::verbs::{MrSpec, Op, QpSpec, Rc, RcOptions, SendWr};
@@ -134,7 +134,7 @@ fn lose_memory(daemon: &Daemon<'_>, guest: &Guest, a: &Rc, b: &Rc) {
 }
 
 /// What [`forbidden`] is told to do, and whether the daemon may do it at its start, and when it runs.
-const CALLS: [(&str, bool, bool); 12] = [
+const CALLS: [(&str, bool, bool); 18] = [
     ("nothing", true, true),
     // When it runs, it gets an error.
     ("open", true, true),
@@ -144,6 +144,12 @@ const CALLS: [(&str, bool, bool); 12] = [
     ("connect", true, false),
     ("write-file", false, false),
     ("internet", false, false),
+    ("tcp", false, false),
+    ("tcp-in-cluster", true, true),
+    ("tcp6-in-cluster", true, true),
+    ("internet-in-cluster", false, false),
+    ("connect-in-cluster", true, false),
+    ("listen-in-cluster", true, false),
     ("program", false, false),
     ("kill", false, false),
     ("nic", false, false),
@@ -159,7 +165,8 @@ fn forbidden() {
     };
     let [mode, stage, call] = plan.split(' ').collect::<Vec<_>>().try_into().unwrap();
     let security = Security { user: None, seccomp: mode.parse().unwrap() };
-    let sandbox = Sandbox::new(&security, call == "nic-in-use").unwrap();
+    let sandbox =
+        Sandbox::new(&security, Uses { nic: call == "nic-in-use", network: call.ends_with("-in-cluster") }).unwrap();
     let (go, wait) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || wait.recv().is_ok().then(give_memory_back));
     sandbox.drop_privileges(&[]).unwrap();
@@ -181,8 +188,11 @@ fn forbidden() {
         "write-file" => drop(std::fs::OpenOptions::new().write(true).open("/dev/null")),
         "thread" => drop(std::thread::Builder::new().spawn(|| {}).map(std::thread::JoinHandle::join)),
         "fork" => drop(Command::new("/nowhere").spawn()),
-        "connect" => drop(std::os::unix::net::UnixStream::connect("/nowhere")),
-        "internet" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
+        "tcp" | "tcp-in-cluster" => drop(std::net::TcpStream::connect("127.0.0.1:1")),
+        "tcp6-in-cluster" => drop(std::net::TcpStream::connect("[::1]:1")),
+        "listen-in-cluster" => drop(std::net::TcpListener::bind("127.0.0.1:0")),
+        "connect" | "connect-in-cluster" => drop(std::os::unix::net::UnixStream::connect("/nowhere")),
+        "internet" | "internet-in-cluster" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
         "program" => drop(Command::new("/nowhere").exec()),
         "kill" => drop(kill(Pid::from_raw(std::process::id().cast_signed()), None)),
         "nic" | "nic-in-use" => command_a_nic(),

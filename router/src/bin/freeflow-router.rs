@@ -13,6 +13,7 @@ use freeflow_backend::PathChoice;
 use freeflow_backend::Profile;
 use freeflow_backend::Rates;
 use freeflow_backend::verbs::DeviceChoice;
+use freeflow_router::cluster::settings::TlsSettings;
 use freeflow_router::config::NicSettings;
 use freeflow_router::files::Direct;
 use freeflow_router::sandbox::{Seccomp, Security};
@@ -77,6 +78,12 @@ enum Part {
         state: PathBuf,
         #[arg(long)]
         directory: Option<PathBuf>,
+        #[arg(long, requires = "cert", requires = "key")]
+        ca: Option<PathBuf>,
+        #[arg(long)]
+        cert: Option<PathBuf>,
+        #[arg(long)]
+        key: Option<PathBuf>,
         #[arg(long)]
         user: Option<String>,
         #[arg(long)]
@@ -191,9 +198,10 @@ fn main() -> ExitCode {
 }
 
 fn run(mut args: Args) -> Result<()> {
-    if let Some(Part::Steward { state, directory, user, seccomp }) = args.part.take() {
+    if let Some(Part::Steward { state, directory, ca, cert, key, user, seccomp }) = args.part.take() {
         let daemon = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-        let files = Direct { state: Some(state), directory };
+        let tls = ca.zip(cert).zip(key).map(|((ca, cert), key)| TlsSettings { ca, cert, key });
+        let files = Direct { state: Some(state), directory, tls };
         return steward::serve(&daemon, &Security { user, seccomp }, &files);
     }
     let check = args.check;

@@ -1,6 +1,7 @@
 //! The `freeflow` command: what a running router has, as tables or JSON, and changes to it.
 
 mod directory;
+mod hosts;
 mod nic;
 mod top;
 
@@ -36,6 +37,7 @@ const EXAMPLES: &str = "Examples:
   freeflow qps --nic a                queue pairs of virtual NIC a: state, peer, path, traffic
   freeflow stats --json | jq .nics    all counters
   freeflow top                        what they do now
+  freeflow hosts                      other hosts, and whether there is a session with each
   freeflow directory --tenant blue    on which host each virtual NIC of a tenant is
   freeflow nic add --ip 10.32.0.5     a new virtual NIC; prints the socket for its VMM
   freeflow nic del default-10.32.0.5  and away with it";
@@ -58,6 +60,8 @@ enum Command {
     },
     /// What virtual NICs and queue pairs do now, again and again; with --json a line for each look.
     Top(top::Top),
+    /// Other hosts: where they are, whether there is a session with each, and why not.
+    Hosts,
     /// Who lives where: the virtual NICs of all hosts, as this one knows them.
     Directory {
         /// Only those of this tenant.
@@ -91,6 +95,7 @@ impl Cli {
                 self.show(stats, stats_table)
             }
             Command::Top(top) => top.run(&self.control, self.json).map(|()| String::new()),
+            Command::Hosts => self.show(api::hosts(&self.control)?, |hosts| hosts::table(hosts)),
             Command::Directory { tenant } => {
                 self.say(api::directory(&self.control, tenant.as_deref())?, directory::text)
             }

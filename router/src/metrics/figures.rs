@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::cluster::directory::Status;
+use crate::cluster::status::{Board, HostState, HostStatus};
 use crate::router::Router;
 
 type Labels = Vec<(&'static str, String)>;
@@ -21,7 +22,8 @@ type Labels = Vec<(&'static str, String)>;
 /// # Errors
 /// When they cannot be written, which does not happen to a string.
 pub fn of(router: &Router) -> Result<String, fmt::Error> {
-    text(&router.nics(), &router.qps(), &router.worker_sleeps(), router.directory_status().as_ref())
+    let directory = router.directory_status();
+    text(&router.nics(), &router.qps(), &router.worker_sleeps(), directory.as_ref(), router.sessions())
 }
 
 fn text(
@@ -29,6 +31,7 @@ fn text(
     qps: &[QpStatus],
     sleeps: &[u64],
     directory: Option<&Status>,
+    sessions: Option<&Board>,
 ) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("freeflow");
     let build = [("version", env!("CARGO_PKG_VERSION").to_owned())];
@@ -41,9 +44,32 @@ fn text(
     if let Some(directory) = directory {
         add_directory(&mut registry, directory);
     }
+    if let Some(sessions) = sessions {
+        add_hosts(&mut registry, &sessions.hosts());
+        add_connections(&mut registry, sessions);
+    }
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
+}
+
+/// Other hosts, and sessions with them.
+fn add_hosts(registry: &mut Registry, hosts: &[HostStatus]) {
+    let of = |host: &HostStatus| vec![("host", host.name.clone())];
+    let up = hosts.iter().map(|host| (of(host), u64::from(host.state == HostState::Up)));
+    gauge(registry, "host_session", "Whether there is a session with another host", up);
+    let links = hosts.iter().map(|host| (of(host), host.links as u64));
+    gauge(registry, "host_links", "Links for data to another host; none when it is gone", links);
+    let sessions = hosts.iter().map(|host| (of(host), host.sessions));
+    counter(registry, "host_sessions", "Sessions that there were with another host", sessions);
+}
+
+/// Connections of and to other hosts.
+fn add_connections(registry: &mut Registry, sessions: &Board) {
+    for (name, help, value) in sessions.counts.named() {
+        let name = format!("connections_{name}");
+        counter(registry, &name, help.trim().trim_end_matches('.'), [(Labels::new(), value)]);
+    }
 }
 
 fn of_nic(nic: &NicStatus) -> Labels {

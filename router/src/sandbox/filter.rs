@@ -9,7 +9,7 @@ use seccompiler::{
     TargetArch, apply_filter_all_threads,
 };
 
-use super::Seccomp;
+use super::{Seccomp, Uses};
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
@@ -154,8 +154,8 @@ const STEWARD_OLD: &[libc::c_long] = &[libc::SYS_renameat];
 /// to memory, or to a descriptor.
 const VERBS: u64 = 0xc018_1b01;
 
-/// Installs the filter of a stage in all threads. Filters add up: the kernel takes the strictest answer. `nic`: the host's RDMA NIC is used.
-pub fn install(mode: Seccomp, stage: Stage, nic: bool) -> Result<(), FilterError> {
+/// Installs the filter of a stage in all threads. Filters add up: the kernel takes the strictest answer.
+pub fn install(mode: Seccomp, stage: Stage, uses: Uses) -> Result<(), FilterError> {
     let refused = match mode {
         Seccomp::Enforce => SeccompAction::KillProcess,
         Seccomp::Log => SeccompAction::Log,
@@ -167,7 +167,7 @@ pub fn install(mode: Seccomp, stage: Stage, nic: bool) -> Result<(), FilterError
             apply_filter_all_threads(&denial(denied)?)?;
         }
     }
-    Ok(apply_filter_all_threads(&program(stage, refused, nic)?)?)
+    Ok(apply_filter_all_threads(&program(stage, refused, uses)?)?)
 }
 
 /// Calls that get an error and not the death penalty, since libraries make them of their own accord and can do without:
@@ -185,15 +185,15 @@ fn arch() -> Result<TargetArch, seccompiler::BackendError> {
     TargetArch::try_from(std::env::consts::ARCH)
 }
 
-fn program(stage: Stage, refused: SeccompAction, nic: bool) -> Result<BpfProgram, seccompiler::BackendError> {
-    SeccompFilter::new(rules(stage, nic)?, refused, SeccompAction::Allow, arch()?)?.try_into()
+fn program(stage: Stage, refused: SeccompAction, uses: Uses) -> Result<BpfProgram, seccompiler::BackendError> {
+    SeccompFilter::new(rules(stage, uses)?, refused, SeccompAction::Allow, arch()?)?.try_into()
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-fn rules(stage: Stage, nic: bool) -> Result<Rules, seccompiler::BackendError> {
+fn rules(stage: Stage, uses: Uses) -> Result<Rules, seccompiler::BackendError> {
     let mut rules: Rules = [RUNNING, RUNNING_OLD].concat().into_iter().map(|call| (call, Vec::new())).collect();
-    limited(&mut rules, nic)?;
+    limited(&mut rules, uses.nic)?;
     let any = |calls: Vec<libc::c_long>| calls.into_iter().map(|call| (call, Vec::new()));
     let unix = || argument(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64);
     match stage {
@@ -202,12 +202,20 @@ fn rules(stage: Stage, nic: bool) -> Result<Rules, seccompiler::BackendError> {
             let changes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
             rules.insert(libc::SYS_openat, vec![argument(2, SeccompCmpOp::MaskedEq(changes), 0)?]);
             rules.insert(libc::SYS_socket, vec![unix()?]);
+            if uses.network {
+                rules.entry(libc::SYS_socket).or_default().extend(streams()?);
+            }
         }
         Stage::Running => {
             // This filter passes what the others answer.
             rules.extend(any(DENIED.iter().map(|(call, _)| *call).collect()));
             let thread = libc::CLONE_THREAD as u64;
             rules.insert(libc::SYS_clone, vec![argument(0, SeccompCmpOp::MaskedEq(thread), thread)?]);
+            if uses.network {
+                // Only sockets that can be made: no Unix sockets, so nothing of this host is reached that is not on its network.
+                rules.insert(libc::SYS_socket, streams()?);
+                rules.extend(any(vec![libc::SYS_connect]));
+            }
         }
         Stage::Steward => {
             rules.extend(any([STEWARD, STEWARD_OLD].concat()));
@@ -215,6 +223,19 @@ fn rules(stage: Stage, nic: bool) -> Result<Rules, seccompiler::BackendError> {
         }
     }
     Ok(rules)
+}
+
+/// TCP sockets, to other hosts.
+fn streams() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let families = [libc::AF_INET, libc::AF_INET6].into_iter();
+    let is = |index, op, value| SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value);
+    // With or without flags.
+    let kind = 0xf;
+    let rule = |family| {
+        let stream = is(1, SeccompCmpOp::MaskedEq(kind), libc::SOCK_STREAM as u64)?;
+        SeccompRule::new(vec![is(0, SeccompCmpOp::Eq, i64::from(family).cast_unsigned())?, stream])
+    };
+    families.map(rule).collect()
 }
 
 /// Calls that are made with certain arguments only.
@@ -245,7 +266,8 @@ mod tests {
 
     #[test]
     fn running_allows_nothing_that_the_start_does_not() {
-        let (start, running) = (rules(Stage::Start, true).unwrap(), rules(Stage::Running, true).unwrap());
+        let uses = Uses { nic: true, network: false };
+        let (start, running) = (rules(Stage::Start, uses).unwrap(), rules(Stage::Running, uses).unwrap());
         assert!(running.keys().all(|call| start.contains_key(call)));
         for call in [libc::SYS_socket, libc::SYS_connect, libc::SYS_bind] {
             assert!(start.contains_key(&call) && !running.contains_key(&call), "{call}");
@@ -256,7 +278,9 @@ mod tests {
 
     #[test]
     fn nothing_starts_programs_or_reaches_other_processes() {
-        for rules in [Stage::Start, Stage::Steward].map(|stage| rules(stage, true).unwrap()) {
+        for rules in
+            [Stage::Start, Stage::Steward].map(|stage| rules(stage, Uses { nic: true, network: true }).unwrap())
+        {
             for call in
                 [libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_kill]
             {

@@ -79,22 +79,31 @@ pub enum SandboxError {
     Filter(#[from] FilterError),
 }
 
+/// What the daemon does beyond serving guests of one host, and needs system calls for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// It uses the host's RDMA NIC.
+    pub nic: bool,
+    /// It connects to other hosts.
+    pub network: bool,
+}
+
 /// What is given up, checked.
 #[derive(Debug)]
 pub struct Sandbox {
     user: Option<Target>,
     seccomp: Seccomp,
-    nic: bool,
+    uses: Uses,
 }
 
 impl Sandbox {
-    /// Changes nothing yet. `nic`: whether the host's RDMA NIC is used.
+    /// Changes nothing yet.
     ///
     /// # Errors
     /// When the user does not exist.
-    pub fn new(security: &Security, nic: bool) -> Result<Self, SandboxError> {
+    pub fn new(security: &Security, uses: Uses) -> Result<Self, SandboxError> {
         let user = security.user.as_deref().map(Target::find).transpose()?;
-        Ok(Self { user, seccomp: security.seccomp, nic })
+        Ok(Self { user, seccomp: security.seccomp, uses })
     }
 
     /// Gives up the user and the capabilities. `folders` were made for the user to come, and become its own.
@@ -116,7 +125,7 @@ impl Sandbox {
     /// # Errors
     /// When the kernel has no filters.
     pub fn enter(&self) -> Result<(), SandboxError> {
-        Ok(filter::install(self.seccomp, Stage::Start, self.nic)?)
+        Ok(filter::install(self.seccomp, Stage::Start, self.uses)?)
     }
 
     /// Gives up what the steward does not need.
@@ -125,7 +134,7 @@ impl Sandbox {
     /// As [`enter`](Self::enter).
     pub fn enter_steward(&self) -> Result<(), SandboxError> {
         user::drop_privileges(self.user.as_ref())?;
-        Ok(filter::install(self.seccomp, Stage::Steward, false)?)
+        Ok(filter::install(self.seccomp, Stage::Steward, Uses::default())?)
     }
 
     fn stays_root(&self) -> bool {
@@ -137,6 +146,6 @@ impl Sandbox {
     /// # Errors
     /// When the kernel refuses the filter.
     pub fn seal(&self) -> Result<(), SandboxError> {
-        Ok(filter::install(self.seccomp, Stage::Running, self.nic)?)
+        Ok(filter::install(self.seccomp, Stage::Running, self.uses)?)
     }
 }

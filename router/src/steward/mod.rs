@@ -1,11 +1,12 @@
 //! A process beside the daemon that uses the file system for it.
 //!
 //! The daemon works on what hostile guests write, and gives up opening files and making sockets before the first guest comes. What it still needs of both
-//! when virtual NICs come and go is done by the steward: a process of the same user that sees nothing of any guest, takes three
+//! when virtual NICs come and go is done by the steward: a process of the same user that sees nothing of any guest, takes a few
 //! orders ([`Order`]), and hands listening sockets over. When the daemon ends, in whatever way, the steward removes what sockets are left and ends too.
 
 mod process;
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, IoSliceMut, Write};
 use std::mem::MaybeUninit;
@@ -20,7 +21,7 @@ use anyhow::{Context, Result};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::{Deserialize, Serialize};
 
-use crate::files::Files;
+use crate::files::{Direct, Files, TlsFile};
 use crate::sandbox::Security;
 
 pub use self::process::serve;
@@ -38,6 +39,8 @@ pub enum Order {
     Save(String),
     /// The directory's file that the steward was started with; the answer brings it along, opened for reading.
     OpenDirectory,
+    /// One of the files with certificates that it was started with, likewise.
+    OpenTls(TlsFile),
 }
 
 /// What came of it; a line of JSON.
@@ -65,17 +68,24 @@ impl Steward {
     ///
     /// # Errors
     /// When the system gives no process.
-    pub fn start(security: &Security, state: &Path, directory: Option<&Path>) -> Result<Self> {
+    pub fn start(security: &Security, files: &Direct) -> Result<Self> {
         let (ours, its) = UnixStream::pair().context("cannot make a pair of sockets")?;
         ours.set_read_timeout(Some(TIMEOUT))?;
         ours.set_write_timeout(Some(TIMEOUT))?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg("steward").arg("--state").arg(state).arg("--seccomp").arg(security.seccomp.to_string());
+        command.arg("steward").arg("--seccomp").arg(security.seccomp.to_string());
         if let Some(user) = &security.user {
             command.arg("--user").arg(user);
         }
-        if let Some(directory) = directory {
-            command.arg("--directory").arg(directory);
+        let tls = files.tls.as_ref();
+        for (option, path) in [
+            ("--state", files.state.as_ref()),
+            ("--directory", files.directory.as_ref()),
+            ("--ca", tls.map(|tls| &tls.ca)),
+            ("--cert", tls.map(|tls| &tls.cert)),
+            ("--key", tls.map(|tls| &tls.key)),
+        ] {
+            command.args(path.map(|path| [OsStr::new(option), path.as_os_str()]).into_iter().flatten());
         }
         let child = command
             .stdin(Stdio::from(OwnedFd::from(its)))
@@ -102,6 +112,12 @@ impl Steward {
     }
 }
 
+impl Steward {
+    fn open(&self, order: &Order) -> io::Result<File> {
+        self.order(order)?.map(File::from).ok_or_else(|| io::Error::other("the steward sent no file"))
+    }
+}
+
 impl Files for Steward {
     fn listen(&self, path: &Path) -> io::Result<UnixListener> {
         let descriptor = self.order(&Order::Listen(path.to_owned()))?;
@@ -113,8 +129,11 @@ impl Files for Steward {
     }
 
     fn open_directory(&self) -> io::Result<File> {
-        let descriptor = self.order(&Order::OpenDirectory)?;
-        descriptor.map(File::from).ok_or_else(|| io::Error::other("the steward sent no file"))
+        self.open(&Order::OpenDirectory)
+    }
+
+    fn open_tls(&self, which: TlsFile) -> io::Result<File> {
+        self.open(&Order::OpenTls(which))
     }
 }
 

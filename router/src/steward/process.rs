@@ -14,7 +14,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::{Answer, Order, orders};
 use crate::files::{Direct, Files};
-use crate::sandbox::{Sandbox, Security};
+use crate::sandbox::{Sandbox, Security, Uses};
 
 /// Takes orders from `stream` until the daemon at its other end is gone.
 ///
@@ -25,13 +25,14 @@ pub fn serve(stream: &UnixStream, security: &Security, files: &Direct) -> Result
     let ignored =
         [SIGINT, SIGTERM, SIGHUP].map(|signal| signal_hook::flag::register(signal, std::sync::Arc::default()));
     ignored.into_iter().collect::<io::Result<Vec<_>>>().context("cannot ignore signals")?;
-    Sandbox::new(security, false)?.enter_steward()?;
+    Sandbox::new(security, Uses::default())?.enter_steward()?;
     let mut made = Made::default();
     for order in orders(stream) {
         match order.context("the daemon's orders cannot be read")? {
             Order::Listen(path) => answer_with(stream, listen(files, &path, &mut made)),
             Order::Save(text) => answer(stream, files.save(&text), None),
             Order::OpenDirectory => answer_with(stream, files.open_directory()),
+            Order::OpenTls(which) => answer_with(stream, files.open_tls(which)),
         }
         .context("the daemon does not take answers")?;
     }

@@ -310,7 +310,7 @@ mod tests {
             let path = self.path();
             let text =
                 format!("directory = '{}'\n{more}\ntls = {{ ca = 'ca', cert = 'cert', key = 'key' }}", path.display());
-            let files = Direct { state: None, directory: Some(path.clone()) };
+            let files = Direct { directory: Some(path.clone()), ..Direct::default() };
             StaticFile::start(&toml::from_str(&text).unwrap(), host.parse().unwrap(), &path, Arc::new(files))
         }
     }
@@ -416,8 +416,11 @@ mod tests {
     fn half_of_a_file_is_not_read() {
         let bed = Bed::new(ONE);
         let path = bed.path();
-        let mut source =
-            Source { files: Arc::new(Direct { state: None, directory: Some(path.clone()) }), seen: None, read: None };
+        let mut source = Source {
+            files: Arc::new(Direct { directory: Some(path.clone()), ..Direct::default() }),
+            seen: None,
+            read: None,
+        };
         source.read_now().unwrap();
         assert!(source.look().is_none());
         std::fs::write(&path, &ONE[..ONE.len() / 2]).unwrap();
