@@ -25,8 +25,13 @@ images: build ## Build and cache what test guests need (VMM, kernels, root file 
 	$(FREEFLOW_GUEST_BIN) prepare --all
 
 .PHONY: demo
-demo: build ## Two QEMU guests run perftest against each other over their virtual RDMA NICs
+demo: build ## Two QEMU guests run perftest against each other, on one host, then on two (HOSTS=n: on n alone)
+ifdef HOSTS
+	$(E2E) demo --hosts $(HOSTS)
+else
 	$(E2E) demo
+	$(E2E) demo --hosts 2
+endif
 
 .PHONY: test
 test: lint unit images guests ## Every test: lints, units, the in-process guest, real guests
@@ -37,13 +42,29 @@ lint: setup ## Formatting and lints
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 
 .PHONY: unit
-unit: setup ## Unit tests and the in-process guest against the real device (seconds to minutes)
+unit: setup ## Unit tests and the in-process guest against the real device, on one host and between several (minutes)
 	$(CARGO) test --workspace --quiet
+	FREEFLOW_TEST_PATH=tcp $(CARGO) test -p freeflow-tests --quiet --test rc --test uc --test ud --test atomics --test srq --test windows --test mcast --test gsi --test odp --test model
+	FREEFLOW_TEST_PATH=cut $(CARGO) test -p freeflow-tests --quiet --test rc --test atomics --test srq --test model
 
 .PHONY: unit-nic
 unit-nic: setup ## The in-process tests over a fake RDMA NIC, one that works at once and one that works late (minutes)
 	FREEFLOW_TEST_PATH=verbs $(CARGO) test -p freeflow-tests --quiet
 	FREEFLOW_TEST_PATH=shuffled $(CARGO) test -p freeflow-tests --quiet
+
+.PHONY: unit-tcp
+unit-tcp: setup ## The in-process tests with a host for each virtual NIC, and with connections that break (minutes)
+	FREEFLOW_TEST_PATH=tcp $(CARGO) test -p freeflow-tests --quiet
+	for suite in $(RELIABLE); do FREEFLOW_TEST_PATH=cut $(CARGO) test -p freeflow-tests --quiet --test $$suite || exit 1; done
+
+.PHONY: faults
+faults: setup ## Connections between hosts that break under load for minutes, every byte compared (FAULT_OPS=n)
+	FREEFLOW_TEST_PATH=cut FREEFLOW_OPS=$(FAULT_OPS) $(CARGO) test -p freeflow-tests --test model -- --nocapture
+	$(CARGO) test -p freeflow-tests --test tcp
+	FREEFLOW_SCHEDULES=100000 $(CARGO) test -p freeflow-tcp
+FAULT_OPS := 300000
+# Suites of reliable connections.
+RELIABLE := rc atomics srq windows words fast_reg model
 
 .PHONY: guests
 guests: images ## Unmodified software in real guests
@@ -51,7 +72,7 @@ guests: images ## Unmodified software in real guests
 
 .PHONY: apps
 apps: images ## UCX, libfabric and other users of RDMA between guests, their data checked
-	$(E2E) apps
+	$(E2E) apps $(if $(HOSTS),--hosts $(HOSTS))
 
 .PHONY: nic
 nic: images ## The path over a host's RDMA NIC, in a guest that plays the host, with rxe for the NIC

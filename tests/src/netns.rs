@@ -1,6 +1,7 @@
 //! Network namespaces, joined by a veth pair: two hosts on one machine.
 
 use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -22,7 +23,10 @@ impl Namespace {
     pub fn new(role: &str) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("freeflow-{}-{number}-{role}", std::process::id());
+        if number == 0 {
+            remove_stale();
+        }
+        let name = format!("{PREFIX}{}-{number}-{role}", std::process::id());
         ip(&["netns", "add", &name])?;
         let namespace = Self { name };
         namespace.ip(&["link", "set", "lo", "up"])?;
@@ -70,6 +74,21 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         if let Err(error) = ip(&["netns", "del", &self.name]) {
             log::warn!("{error:#}");
+        }
+    }
+}
+
+/// Not that of networks of guests, whose launcher removes what it does not know.
+const PREFIX: &str = "ffhost-";
+
+/// Removes namespaces of processes that were killed before they could.
+fn remove_stale() {
+    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another one may be at it, too.
+            let _ = ip(&["netns", "del", &name]);
         }
     }
 }

@@ -29,6 +29,9 @@ const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_l
 /// # Errors
 /// `WouldBlock` when it takes nothing; what the socket has failed with; `EFAULT` when memory of a guest's is gone.
 pub fn send(socket: &TcpStream, pieces: &[Piece<'_>]) -> io::Result<usize> {
+    if let [Piece::Own(bytes)] = pieces {
+        return send_own(socket, bytes);
+    }
     let mut vectors = [NOTHING; MOST_PIECES];
     for (vector, piece) in vectors.iter_mut().zip(pieces) {
         *vector = match piece {
@@ -49,6 +52,9 @@ pub fn send(socket: &TcpStream, pieces: &[Piece<'_>]) -> io::Result<usize> {
 /// # Errors
 /// As [`send`].
 pub fn receive(socket: &TcpStream, guest: &[Seg], own: &mut [u8]) -> io::Result<usize> {
+    if guest.is_empty() {
+        return receive_own(socket, own);
+    }
     let mut vectors = [NOTHING; MOST_PIECES];
     let count = guest.len().min(MOST_PIECES - 1);
     for (vector, seg) in vectors.iter_mut().zip(&guest[..count]) {
@@ -63,6 +69,20 @@ pub fn receive(socket: &TcpStream, guest: &[Seg], own: &mut [u8]) -> io::Result<
     let mut message = message(&mut vectors, used);
     // SAFETY: as above; segments are memory that others change at any time anyway, and `own` is borrowed for the call.
     let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+/// Where there is one piece only: lists cost the system some time.
+fn send_own(socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the bytes are borrowed for the call and read from only; the descriptor is open.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+fn receive_own(socket: &TcpStream, bytes: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: the bytes are borrowed for the call, to be written; the descriptor is open.
+    let got = unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 

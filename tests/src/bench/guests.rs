@@ -24,7 +24,7 @@ DEV=rxe0; rescan";
 /// # Errors
 /// When the guest or a program in it fails.
 pub fn rows(vmm: Vmm) -> Result<Vec<Row>> {
-    let bed = Bed::start(&[Kind::base(vmm, Distro::Trixie)], 1)?;
+    let bed = Bed::start(&[Kind::base(vmm, Distro::Trixie)], 1, 1)?;
     let guest = bed.guest(0)?;
     guest.must(RXE).context("rxe does not work in the guest")?;
     let (least, bandwidth_count, most, latency_count) = match vmm {

@@ -39,7 +39,7 @@ const DEPTH: usize = 8;
 /// QPs that small messages go over.
 const QPS: usize = 16;
 /// Small messages of each that are under way at once.
-const WINDOW: usize = 2 * LIST;
+const WINDOW: usize = 4 * LIST;
 /// How long a run lasts.
 const RUN: Duration = Duration::from_millis(700);
 
@@ -330,13 +330,13 @@ fn spin_read(stream: &mut TcpStream, bytes: &mut [u8]) -> Result<bool> {
 
 /// Million small SENDs a second.
 fn rate(two: &mut Two) -> Result<Row> {
-    let spec = QpSpec::rc().depth(2 * WINDOW as u32 - 1);
+    let spec = QpSpec::rc().depth(4 * WINDOW as u32 - 1);
     let (a, b) = two.pair(&spec, 4096)?;
     let (cq_a, cq_b) = (two.guests[0].create_cq(4096)?, two.guests[1].create_cq(4096)?);
     let (senders, takers) = (a.pd.create_qps(&spec, &cq_a, QPS)?, b.pd.create_qps(&spec, &cq_b, QPS)?);
     for (one, other) in senders.iter().zip(&takers) {
         connect(one, other, &options())?;
-        other.post_recvs(0, &[b.mr.sge(0, SMALL)], WINDOW)?;
+        other.post_recvs(0, &[b.mr.sge(0, SMALL)], 2 * WINDOW)?;
     }
     let sge = [a.mr.sge(0, SMALL)];
     let list: Vec<_> = (0..LIST)
@@ -350,7 +350,9 @@ fn rate(two: &mut Two) -> Result<Row> {
             |step| {
                 let start = Instant::now();
                 let by_number = |number| senders.iter().find(|qp: &&Qp| qp.number() == number);
-                senders.iter().try_for_each(|qp| qp.post_send(&list))?;
+                for _ in 0..WINDOW / LIST {
+                    senders.iter().try_for_each(|qp| qp.post_send(&list))?;
+                }
                 let mut done = 0u32;
                 while start.elapsed() < RUN {
                     step();
@@ -360,7 +362,7 @@ fn rate(two: &mut Two) -> Result<Row> {
                     }
                 }
                 let time = start.elapsed().as_secs_f64();
-                let mut left = QPS;
+                let mut left = QPS * WINDOW / LIST;
                 while left > 0 {
                     step();
                     left -= cq_a.poll_many(QPS).len();

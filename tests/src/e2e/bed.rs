@@ -29,12 +29,12 @@ pub struct Bed {
 
 impl Bed {
     /// Starts a router and one guest of each kind given, and waits until they are ready. Each virtual NIC has `spread`
-    /// workers and completion vectors.
-    pub fn start(kinds: &[Kind], spread: u16) -> Result<Self> {
+    /// workers and completion vectors. With several hosts each has a router, and virtual NICs in turn.
+    pub fn start(kinds: &[Kind], spread: u16, hosts: usize) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("freeflow-e2e-").tempdir().context("cannot make a folder")?;
         fs::create_dir(dir.path().join("share"))?;
         fs::write(dir.path().join("share/agent"), AGENT).context("cannot write the agent")?;
-        let router = RouterProcess::start(dir.path(), kinds.len(), spread)?;
+        let router = RouterProcess::start(dir.path(), kinds.len(), spread, hosts)?;
         let net = format!("e2e-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
         let idle = vec![Objects::default(); kinds.len()];
         let mut bed = Self { guests: Vec::new(), router, kinds: kinds.to_vec(), idle, net, dir };

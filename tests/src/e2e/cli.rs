@@ -17,6 +17,7 @@ use super::suite::{Part, Scene};
 const EXAMPLES: &str = "Examples:
   freeflow-e2e demo                       the main job: perftest between two QEMU guests, and a table
   freeflow-e2e demo --vmm uml --json      the same in User-mode Linux, as JSON
+  freeflow-e2e demo --hosts 2             the same on two hosts, each with a router, over TCP between them
   freeflow-e2e test                       what `make test` runs in real guests
   freeflow-e2e test --filter kill         only the checks that have `kill` in their line
   freeflow-e2e matrix --part 2/40         the second fortieth of the full product
@@ -73,9 +74,18 @@ struct DemoArgs {
     /// The guests' user space, and with QEMU their kernel.
     #[arg(long, value_enum, default_value = "trixie")]
     distro: Distro,
+    #[command(flatten)]
+    hosts: HostsArgs,
     /// Print JSON instead of the table.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct HostsArgs {
+    /// Spread the guests over so many hosts: network namespaces, each with a router of its own, joined by a bridge.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=4))]
+    hosts: u8,
 }
 
 #[derive(Debug, Args)]
@@ -83,6 +93,8 @@ struct AppsArgs {
     /// Only guests of this distribution.
     #[arg(long, value_enum)]
     distro: Option<Distro>,
+    #[command(flatten)]
+    hosts: HostsArgs,
     #[command(flatten)]
     filter: FilterArgs,
 }
@@ -105,6 +117,8 @@ struct TestArgs {
     /// Each program once, between User-mode Linux guests, and ends at bad moments (2 minutes).
     #[arg(long)]
     quick: bool,
+    #[command(flatten)]
+    hosts: HostsArgs,
     #[command(flatten)]
     filter: FilterArgs,
 }
@@ -141,10 +155,16 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Demo(args) => {
             let mut reporter = Reporter::default();
             let kind = Kind::base(args.vmm, args.distro);
-            println!("{}", demo::run(kind, args.json, &mut reporter)?);
+            println!("{}", demo::run(kind, args.hosts.hosts.into(), args.json, &mut reporter)?);
             Ok(reporter.is_success())
         }
-        Command::Test(args) => run_scenes(&if args.quick { lists::quick() } else { lists::full() }, &args.filter),
+        Command::Test(args) => {
+            let mut scenes = if args.quick { lists::quick() } else { lists::full() };
+            for scene in &mut scenes {
+                scene.hosts = scene.hosts.max(args.hosts.hosts.into());
+            }
+            run_scenes(&scenes, &args.filter)
+        }
         Command::Nic(args) => run_scenes(&lists::nic(), args),
         Command::Apps(args) => run_apps(args),
         Command::Conformance(args) => run_conformance(args),
@@ -161,7 +181,7 @@ fn run(cli: &Cli) -> Result<bool> {
 fn run_apps(args: &AppsArgs) -> Result<bool> {
     let mut reporter = Reporter::new(args.filter.filter.clone());
     for distro in Distro::value_variants().iter().filter(|distro| args.distro.is_none_or(|wanted| wanted == **distro)) {
-        apps::scene(*distro).run(&mut reporter)?;
+        Scene { hosts: args.hosts.hosts.into(), ..apps::scene(*distro) }.run(&mut reporter)?;
     }
     if args.filter.json {
         println!("{}", serde_json::to_string_pretty(reporter.outcomes())?);

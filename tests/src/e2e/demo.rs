@@ -5,10 +5,12 @@ use std::time::Instant;
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::apps;
 use super::bed::Bed;
 use super::guest::Kind;
 use super::pair;
 use super::perf::{Perf, Pingpong, PingpongKind, Program, Row, TOOLS};
+use super::rdma_cm::RPING;
 use super::report::{Figure, Outcome, Reporter};
 
 /// What it runs: small numbers, so that emulation shows it too.
@@ -25,15 +27,25 @@ fn programs() -> Vec<Program> {
 }
 
 /// Runs the demonstration; what to print on standard output.
-pub fn run(kind: Kind, json: bool, reporter: &mut Reporter) -> Result<String> {
+pub fn run(kind: Kind, hosts: usize, json: bool, reporter: &mut Reporter) -> Result<String> {
     kind.prepare()?;
-    eprintln!("starting a router and two guests ({kind})");
+    let guests = hosts.max(2);
+    match hosts {
+        1 => eprintln!("starting a router and two guests ({kind})"),
+        _ => eprintln!("starting {hosts} hosts, each with a router and a guest ({kind})"),
+    }
     let start = Instant::now();
-    let bed = Bed::start(&[kind, kind], 1)?;
+    let bed = Bed::start(&vec![kind; guests], 1, hosts)?;
     eprintln!("the guests are up after {:.0} s", start.elapsed().as_secs_f64());
-    let place = format!("{kind}, two guests");
-    for program in programs() {
-        reporter.check(&place, &program.label(), || Ok(Some(Figure::of(&program, measure(&bed, &program)?))))?;
+    let place = if hosts == 1 { format!("{kind}, two guests") } else { format!("{kind}, on {hosts} hosts") };
+    for (turn, program) in programs().into_iter().enumerate() {
+        // Each program to the next guest.
+        let client = 1 + turn % (guests - 1);
+        reporter
+            .check(&place, &program.label(), || Ok(Some(Figure::of(&program, measure(&bed, client, &program)?))))?;
+    }
+    for client in if hosts == 1 { 0..0 } else { 1..guests } {
+        reporter.check(&place, RPING.name, || apps::run(&bed, (0, client), &RPING))?;
     }
     drop(bed);
     eprintln!("done after {:.0} s", start.elapsed().as_secs_f64());
@@ -41,13 +53,13 @@ pub fn run(kind: Kind, json: bool, reporter: &mut Reporter) -> Result<String> {
 }
 
 /// Runs a program, again when it says that it could not measure.
-fn measure(bed: &Bed, program: &Program) -> Result<Row> {
-    let mut row = pair::run(bed.guest(0)?, bed.guest(1)?, program)?;
+fn measure(bed: &Bed, client: usize, program: &Program) -> Result<Row> {
+    let mut row = pair::run(bed.guest(0)?, bed.guest(client)?, program)?;
     for _ in 0..3 {
         if row.is_measured() {
             break;
         }
-        row = pair::run(bed.guest(0)?, bed.guest(1)?, program)?;
+        row = pair::run(bed.guest(0)?, bed.guest(client)?, program)?;
     }
     Ok(row)
 }

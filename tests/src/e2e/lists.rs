@@ -42,6 +42,7 @@ pub fn full() -> Vec<Scene> {
         Scene::new(vec![UML_TRIXIE, QEMU_TRIXIE], both_ways()),
         Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(managed()).chain(Check::life())),
         Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
+        Scene { hosts: 2, ..Scene::new(vec![UML_TRIXIE; 2], each_program(0, 1).chain(managed()).chain(crowds())) },
         Scene::new(vec![UML_TRIXIE], nic::FEW.into_iter().map(|name| Check::OverNic(0, name))),
     ]
 }

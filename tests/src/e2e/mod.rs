@@ -15,6 +15,7 @@ pub mod cli;
 pub mod conformance;
 pub mod demo;
 pub mod guest;
+pub mod hosts;
 pub mod interrupt;
 pub mod kernel_users;
 pub mod life;

@@ -42,7 +42,7 @@ const fn carried(name: &'static str, carries: u64) -> Suite {
 pub const FEW: [&str; 2] = ["srq", "real_nic"];
 
 /// All, in the order in which they run. Left out are those in which nothing is connected or registered that a NIC would see (`fuzz_corpus`,
-/// `hostile_descriptors`, `odp_commands`), that look at a clock (`fairness`, `rates`), or for whose 10,000 queue pairs the guest is too small (`scale`).
+/// `hostile_descriptors`, `odp_commands`), that look at a clock (`fairness`, `rates`), that need several hosts (`tcp`), or for whose 10,000 queue pairs the guest is too small (`scale`).
 pub const SUITES: [Suite; 25] = [
     carried("rc", 1 << 20),
     carried("uc", 1 << 14),
@@ -203,7 +203,7 @@ mod tests {
     fn what_is_run_is_there() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
         let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
-        let left_out = ["fuzz_corpus", "hostile_descriptors", "odp_commands", "fairness", "rates", "scale"];
+        let left_out = ["fuzz_corpus", "hostile_descriptors", "odp_commands", "fairness", "rates", "scale", "tcp"];
         for file in files.filter(|file| file.extension().is_some_and(|ending| ending == "rs")) {
             let name = file.file_stem().unwrap().to_str().unwrap();
             assert!(Suite::named(name).is_some() != left_out.contains(&name), "{name}");

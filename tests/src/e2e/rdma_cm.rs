@@ -29,7 +29,8 @@ pub static RDMA_CM: &[App] = &[
     App::steps("librspreload under netcat", preloaded),
 ];
 
-const RPING: App = ends(
+/// Connects, sends and compares.
+pub const RPING: App = ends(
     "rping -v -V",
     "rping -s -a $ADDRESS -p $PORT",
     "rping -c -a $ADDRESS -p $PORT",

@@ -59,6 +59,8 @@ pub struct Scene {
     pub kinds: Vec<Kind>,
     /// Workers and completion vectors of each virtual NIC.
     pub spread: u16,
+    /// Hosts that the guests are on, in turn.
+    pub hosts: usize,
     /// In this order.
     pub checks: Vec<Check>,
 }
@@ -188,14 +190,16 @@ impl Part {
 impl Scene {
     /// With one worker.
     pub fn new(kinds: Vec<Kind>, checks: impl Iterator<Item = Check>) -> Self {
-        Self { kinds, spread: 1, checks: checks.collect() }
+        Self { kinds, spread: 1, hosts: 1, checks: checks.collect() }
     }
 
     /// For people.
     pub fn place(&self) -> String {
         let names: Vec<String> = self.kinds.iter().map(ToString::to_string).collect();
         let guests = if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("+") };
-        if self.spread == 1 { guests } else { format!("{guests}/{} workers", self.spread) }
+        let workers = if self.spread == 1 { String::new() } else { format!("/{} workers", self.spread) };
+        let hosts = if self.hosts == 1 { String::new() } else { format!("/{} hosts", self.hosts) };
+        guests + &workers + &hosts
     }
 
     /// Makes the checks that are wanted; boots guests again when a failed check has left them unusable.
@@ -221,7 +225,7 @@ impl Scene {
         let mut bed = None;
         reporter.check(place, "boot", || {
             self.kinds.iter().try_for_each(|kind| kind.prepare())?;
-            bed = Some(Bed::start(&self.kinds, self.spread).context("no bed")?);
+            bed = Some(Bed::start(&self.kinds, self.spread, self.hosts).context("no bed")?);
             Ok(None)
         })?;
         Ok(bed)

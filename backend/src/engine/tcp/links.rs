@@ -16,7 +16,7 @@ use crate::qp::Qp;
 use crate::tcp::PeerId;
 
 /// Rounds between two questions to the system which connections can be read, while some are looked at in every round.
-const ROUNDS_PER_QUESTION: u32 = 16;
+const ROUNDS_PER_QUESTION: u32 = 64;
 
 /// Is told of a queue pair that is to be visited, and what was done for it so far.
 pub type Tell<'a> = dyn FnMut(&Arc<Nic>, &Arc<Qp>, u64) + 'a;
