@@ -145,7 +145,11 @@ impl World {
         for pipe in &mut self.pipes {
             if let Some(end) = pipe.ends.iter().position(|(at, _)| *at == host) {
                 pipe.ways[end].clear();
-                pipe.ways[1 - end].push_back((self.now, None));
+                // The next life counts its sessions anew.
+                pipe.ends[end].0 = usize::MAX;
+                if noticed {
+                    pipe.ways[1 - end].push_back((self.now, None));
+                }
                 pipe.dead |= !noticed;
             }
         }
