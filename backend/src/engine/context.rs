@@ -30,6 +30,9 @@ pub const QUANTUM_BYTES: u64 = 64 * 1024;
 /// Work requests that one visit to a QP may start.
 pub const QUANTUM_WQES: u32 = 32;
 
+/// Jobs that are kept for reuse: as many as may be on their way to another host in a round.
+const SPARE_JOBS: usize = 128;
+
 /// Bytes that could be moved in the time that one more look-up takes.
 const BYTES_PER_LOOKUP: u64 = 1024;
 
@@ -219,7 +222,7 @@ impl Context {
 
     /// Takes a job back for reuse.
     pub fn recycle(&mut self, mut job: Box<Job>) {
-        if self.spare.len() < 4 {
+        if self.spare.len() < SPARE_JOBS {
             job.clear();
             self.spare.push(job);
         }

@@ -23,6 +23,8 @@ pub struct RemoteFlow {
     pub gid_epoch: u64,
     /// A message of it has arrived: the QP has no other peer in this life.
     pub used: bool,
+    /// Bytes of messages that are on their way.
+    pub bytes: u64,
     /// Flows that are not needed any more.
     closed: Arc<SegQueue<FlowId>>,
 }
@@ -30,8 +32,15 @@ pub struct RemoteFlow {
 impl RemoteFlow {
     /// A flow that was opened on a link whose worker looks there for those that were closed.
     pub fn new(peer: PeerId, link: u16, flow: FlowId, source: (Gid, u64), closed: Arc<SegQueue<FlowId>>) -> Self {
-        Self { peer, link, flow, source: source.0, gid_epoch: source.1, used: false, closed }
+        Self { peer, link, flow, source: source.0, gid_epoch: source.1, used: false, bytes: 0, closed }
     }
+
+    /// Whether another message may be on its way besides the `posted` that are: more would only wait, out of reach of the virtual NIC's rate.
+    pub fn has_room(&self, posted: u32) -> bool {
+        posted < 2 || self.bytes < Self::MOST_BYTES
+    }
+
+    const MOST_BYTES: u64 = 1 << 20;
 
     /// Whether it is this flow, of the link whose worker looks there.
     pub fn is(&self, flow: FlowId, closed: &Arc<SegQueue<FlowId>>) -> bool {

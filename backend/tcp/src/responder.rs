@@ -138,6 +138,9 @@ impl Responder {
             return Err(Violation::OpenedTwice);
         }
         self.due.opened = true;
+        if !self.is_reliable() {
+            self.takers = 0;
+        }
         Ok(())
     }
 
@@ -280,7 +283,7 @@ impl Responder {
         self.current = None;
         self.unacked = 0;
         self.ack_at_once = false;
-        self.due.ack = self.is_reliable();
+        self.due.ack = true;
     }
 
     fn turn_away(&mut self, verdict: Verdict) {
@@ -385,10 +388,13 @@ impl Responder {
         }
         self.abandon(env);
         self.next = request.seq;
-        match env.host.admit(self.qp, request) {
-            Verdict::Yes => Ok(self.accept(request, payload, env)),
-            _ => Ok(Landing::Discard),
+        if env.host.admit(self.qp, request) == Verdict::Yes {
+            return Ok(self.accept(request, payload, env));
         }
+        // It counts among those that the requester has sent.
+        self.takers += u64::from(request.op.takes_receive());
+        self.due.ack = true;
+        Ok(Landing::Discard)
     }
 
     fn abandon<H: Host>(&mut self, env: &mut Env<'_, H>) {

@@ -332,11 +332,11 @@ fn spin_read(stream: &mut TcpStream, bytes: &mut [u8]) -> Result<bool> {
 fn rate(two: &mut Two) -> Result<Row> {
     let spec = QpSpec::rc().depth(4 * WINDOW as u32 - 1);
     let (a, b) = two.pair(&spec, 4096)?;
-    let (cq_a, cq_b) = (two.guests[0].create_cq(4096)?, two.guests[1].create_cq(4096)?);
+    let (cq_a, cq_b) = (two.guests[0].create_cq(8192)?, two.guests[1].create_cq(8192)?);
     let (senders, takers) = (a.pd.create_qps(&spec, &cq_a, QPS)?, b.pd.create_qps(&spec, &cq_b, QPS)?);
-    for (one, other) in senders.iter().zip(&takers) {
+    for ((one, other), number) in senders.iter().zip(&takers).zip(0..) {
         connect(one, other, &options())?;
-        other.post_recvs(0, &[b.mr.sge(0, SMALL)], 2 * WINDOW)?;
+        other.post_recvs(number, &[b.mr.sge(0, SMALL)], 3 * WINDOW)?;
     }
     let sge = [a.mr.sge(0, SMALL)];
     let list: Vec<_> = (0..LIST)
@@ -370,10 +370,12 @@ fn rate(two: &mut Two) -> Result<Row> {
                 Ok(f64::from(done) / time / 1e6)
             },
             || {
-                let taken = cq_b.poll_many(256);
-                for qp in &takers {
-                    let count = taken.iter().filter(|wc| wc.ok().qpn() == qp.number()).count();
-                    qp.post_recvs(0, &[b.mr.sge(0, SMALL)], count)?;
+                let mut counts = [0; QPS];
+                for wc in cq_b.poll_many(QPS * WINDOW) {
+                    counts[wc.ok().wr_id() as usize] += 1;
+                }
+                for (qp, (number, count)) in takers.iter().zip((0..).zip(counts)).filter(|(_, (_, count))| *count > 0) {
+                    qp.post_recvs(number, &[b.mr.sge(0, SMALL)], count)?;
                 }
                 Ok(())
             },

@@ -1,10 +1,9 @@
 //! This host's queue pairs and memory, as the protocol asks for them.
 
-use std::collections::HashMap;
-
 use freeflow_tcp::Nanos;
 use freeflow_tcp::frame::{Datagram, FlowId, Open, Request};
 use freeflow_tcp::host::{Availability, Bound, Host, Landed, Landing, Origin, QpKey, Refusal, Source, Token, Verdict};
+use rustc_hash::FxHashMap;
 use virtio_rdma::ib::{Access, QpType, WcStatus};
 
 use super::answering::{self, Answering, key_of};
@@ -23,14 +22,15 @@ const PAGE_LOOK: Nanos = Nanos::from_micros(100);
 /// How soon a message is tried again whose receive was flushed: its queue pair has failed, and the peer will see that.
 const FLUSHED_LOOK: Nanos = Nanos::from_millis(1);
 
-/// What a link is for: the two ends of its flows that are on this host.
+/// What a link is for: the two ends of its flows that are on this host. What they are found by is this host's choice, so that nobody can pick what falls into one
+/// place of a table.
 #[derive(Debug)]
 pub(super) struct Tables {
     pub peer: PeerId,
-    pub flows: HashMap<FlowId, Flow>,
-    pub answering: HashMap<QpKey, Answering>,
+    pub flows: FxHashMap<FlowId, Flow>,
+    pub answering: FxHashMap<QpKey, Answering>,
     /// Payloads of datagrams that wait to be sent.
-    pub datagrams: HashMap<Token, Vec<u8>>,
+    pub datagrams: FxHashMap<Token, Vec<u8>>,
     pub next_datagram: u64,
     /// The payload of a datagram that has come.
     pub arrived: Vec<u8>,
@@ -46,9 +46,9 @@ impl Tables {
     pub fn new(peer: PeerId) -> Self {
         Self {
             peer,
-            flows: HashMap::new(),
-            answering: HashMap::new(),
-            datagrams: HashMap::new(),
+            flows: FxHashMap::default(),
+            answering: FxHashMap::default(),
+            datagrams: FxHashMap::default(),
             next_datagram: 0,
             arrived: Vec::new(),
             finished: Vec::new(),

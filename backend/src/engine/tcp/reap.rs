@@ -112,10 +112,9 @@ fn finish(
     if moved {
         nic.warn(format_args!("QP {:#x}: work request failed at another host: {status:?}", qp.id.qpn));
     }
-    if status == WcStatus::Success
-        && let Some(remote) = &mut send.remote
-    {
-        remote.used = true;
+    if let Some(remote) = &mut send.remote {
+        remote.bytes = remote.bytes.saturating_sub(job.wqe.length);
+        remote.used |= status == WcStatus::Success;
     }
     let posted = Posted {
         wr_id: job.wqe.wr_id,

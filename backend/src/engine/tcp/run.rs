@@ -162,12 +162,19 @@ fn post(
     let length = if let Op::Flush(flush) = job.wqe.op { flush.length } else { bytes as u32 };
     let mut left = Some(job);
     let mut posted = Err(PostError::Dead);
+    if !send.remote.as_ref().is_some_and(|remote| remote.has_room(send.handed_over())) {
+        send.job = left;
+        return Some(Next::Idle);
+    }
     with_links(ctx, |links, now, ctx| {
         let Some(line) = links.line(peer, index) else { return };
         posted = give(line, id, now, ctx, &mut left, (op, length));
     });
     match posted {
         Ok(()) => {
+            if let Some(remote) = &mut send.remote {
+                remote.bytes += bytes;
+            }
             ctx.count_bytes(bytes);
             ctx.charge_posted(bytes);
             budget.bytes = budget.bytes.saturating_sub(bytes);

@@ -47,12 +47,27 @@ impl Requester {
 
     /// The responder is further.
     pub(crate) fn on_ack<H: Host>(&mut self, ack: &Ack, env: &mut Env<'_, H>) -> Result<(), Violation> {
+        if !self.is_reliable() {
+            return self.on_hint(ack, env);
+        }
         if !self.hears("ACK")? {
             return Ok(());
         }
         self.advance(&ack.at, env)?;
         self.credit = ack.credit;
         self.retire(env);
+        Ok(())
+    }
+
+    /// UC: how many receives the responder has. Nothing else is learnt of its messages.
+    fn on_hint<H: Host>(&mut self, ack: &Ack, env: &mut Env<'_, H>) -> Result<(), Violation> {
+        if ack.at.next > self.end() {
+            return Err(Violation::Answer("position"));
+        }
+        if self.phase == Phase::Bound {
+            self.credit = ack.credit;
+            self.note_starving(env);
+        }
         Ok(())
     }
 

@@ -181,6 +181,8 @@ pub(crate) struct Requester {
     back_off: Nanos,
     /// UC: when messages are dropped that wait for a responder.
     give_up: Option<Nanos>,
+    /// UC: when the next message goes although no receive is known of.
+    go_anyway: Option<Nanos>,
     /// In which queues of its connection it is.
     pub(crate) queued: crate::lane::Queued,
 }
@@ -207,6 +209,7 @@ impl Requester {
             hold: None,
             back_off: BACK_OFF,
             give_up: None,
+            go_anyway: None,
             queued: crate::lane::Queued::default(),
         }
     }
@@ -241,6 +244,7 @@ impl Requester {
             self.give_up = Some(env.now + env.limits.open_patience);
         }
         self.messages.push_back(Message::new(work));
+        self.note_starving(env);
         if self.phase == Phase::Gone {
             self.die(WcStatus::RetryExcErr, env);
         }
@@ -253,7 +257,7 @@ impl Requester {
         if !self.is_reliable() {
             self.drop_all(env);
             self.phase = Phase::Unbound;
-            self.hold = None;
+            (self.hold, self.go_anyway, self.credit, self.takers) = (None, None, None, 0);
             return;
         }
         match self.phase {
@@ -286,7 +290,7 @@ impl Requester {
             return None;
         }
         let patience = if self.is_reliable() { self.patience.ends() } else { self.give_up() };
-        [self.hold, patience].into_iter().flatten().min()
+        [self.hold, patience, self.go_anyway].into_iter().flatten().min()
     }
 
     fn give_up(&self) -> Option<Nanos> {
@@ -306,6 +310,10 @@ impl Requester {
         if self.messages.is_empty() {
             return;
         }
+        if self.go_anyway.is_some_and(|at| at <= env.now) {
+            self.credit = Some(self.takers + 1);
+            self.note_starving(env);
+        }
         if !self.is_reliable() {
             if self.give_up().is_some_and(|at| at <= env.now) {
                 self.drop_all(env);
@@ -315,6 +323,17 @@ impl Requester {
         {
             self.die(status, env);
         }
+    }
+
+    /// UC: whether the next message waits for its responder to have a receive. Nothing is sure about that: it does so for a while.
+    fn is_starving(&self) -> bool {
+        let next = self.message(self.cursor).filter(|message| !message.started && message.work.op.takes_receive());
+        !self.is_reliable() && next.is_some() && self.credit.is_some_and(|credit| self.takers >= credit)
+    }
+
+    fn note_starving<H: Host>(&mut self, env: &Env<'_, H>) {
+        let until = env.now + env.limits.datagram_patience;
+        self.go_anyway = self.is_starving().then(|| self.go_anyway.filter(|at| *at > env.now).unwrap_or(until));
     }
 
     /// One past the last message that was begun.

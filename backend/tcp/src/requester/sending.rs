@@ -48,7 +48,8 @@ impl Requester {
             return Some(Choice::Again(self.oldest + index as u64));
         }
         let message = self.message(self.cursor)?;
-        if self.probing.is_some() || self.doomed.is_some_and(|doomed| self.cursor >= doomed) {
+        if self.go_anyway.is_some() || self.probing.is_some() || self.doomed.is_some_and(|doomed| self.cursor >= doomed)
+        {
             return None;
         }
         let full = self.in_flight >= u64::from(limits.window) && message.carried() > 0;
@@ -160,6 +161,7 @@ impl Requester {
             // Nobody will say what becomes of it.
             self.executed = self.cursor;
             self.retire(env);
+            self.note_starving(env);
         }
     }
 
