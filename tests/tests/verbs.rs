@@ -233,6 +233,36 @@ fn a_queue_pair_that_breaks_on_the_nic_breaks_for_its_guest() {
     }
 }
 
+/// The NIC is pulled out under load: nothing that was on it completes there, and nothing of it stays here.
+#[test]
+fn a_nic_that_is_taken_away_fails_its_queue_pairs() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(4096);
+        a.qp.post(write(1, &a, &b)).unwrap();
+        a.cq.next().ok();
+        b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
+        nic.hold(true);
+        a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+        wait_posted(&nic, 2);
+        nic.remove();
+        for (end, guest, id) in [(&a, &bed.guests[0], 2), (&b, &bed.guests[1], 3)] {
+            guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
+            assert_eq!(statuses(end, 1), [(id, WcStatus::WrFlushErr)]);
+            assert_eq!(end.qp.state().unwrap(), QpState::Err);
+        }
+        let (x, y) = bed.two();
+        assert!(x.alloc_pd().is_err(), "a protection domain that would not be there");
+        assert!(Rc::pair(x, y, 64).is_err());
+        let mr = a.pd.reg_new(4096).unwrap();
+        assert_eq!(nic.counts().mrs, 2, "a region goes without it");
+        drop((a, b, mr));
+        drop(bed);
+        let Counts { pds, mrs, cqs, qps, .. } = nic.counts();
+        assert_eq!((pds, mrs, cqs, qps), (0, 0, 0, 0));
+    }
+}
+
 /// What does not fit on the NIC goes without it; what needs it is refused.
 #[test]
 fn a_small_nic() {
@@ -342,6 +372,25 @@ fn an_unreliable_queue_pair_goes_on_over_the_nic_when_its_peer_starts_over() {
             assert_eq!(nic.counts().qps, 2);
             reborn(&b, &a);
         }
+    }
+}
+
+/// Its peer starts over while it and its worker have nothing to do. With the queue pair on the NIC that it gets then comes a completion queue
+/// of which that worker does not know yet.
+#[test]
+fn a_worker_that_sleeps_hears_of_a_queue_pair_that_was_replaced() {
+    let limits = Limits { cqes: 256, ..Script::default().limits };
+    let (nic, bed) = bed(Script { limits, ..Script::default() });
+    let (x, y) = bed.two();
+    let (a, b) = Rc::pair_with(x, y, &QpSpec::uc(), 4096, &RcOptions::default()).unwrap();
+    for life in 0..4 {
+        b.qp.post_recv(life, &[b.mr.sge(8, 8)]).unwrap();
+        a.qp.post(SendWr::new(life, Op::Send, &[a.mr.sge(0, 7)])).unwrap();
+        a.cq.next().ok();
+        assert_eq!(b.cq.next().ok().wr_id(), life);
+        assert_eq!(nic.counts().sent, life + 1);
+        reborn(&a, &b);
+        wait_asleep(&bed);
     }
 }
 

@@ -27,6 +27,9 @@ pub enum DeviceError {
     /// Objects of different devices, or attributes that make no sense.
     #[error("the NIC does not know {0}")]
     Invalid(&'static str),
+    /// It was taken away.
+    #[error("the NIC is gone")]
+    Gone,
     /// One virtual NIC may not have more of them.
     #[error("the virtual NIC's quota of {0} on the host's NIC is used up")]
     Quota(&'static str),

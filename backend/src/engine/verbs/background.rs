@@ -57,7 +57,8 @@ fn wait(fabric: &Fabric) {
 fn fulfil(engine: &Engine, fabric: &Fabric, wish: Wish) {
     let Wish { from, to, done } = &wish;
     match fabric.connect(from, to) {
-        Ok(()) => {}
+        // An end that was replaced may complete into another queue, which its worker is to wait for from now on.
+        Ok(()) => engine.wake(to.end.worker()),
         Err(ConnectError::Busy) => return fabric.wish_later(wish),
         Err(error) => {
             from.nic.warn(format_args!("QP {:#x} does without the host's NIC: {error}", from.qp.id.qpn));

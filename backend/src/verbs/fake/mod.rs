@@ -72,6 +72,11 @@ impl FakeNic {
         self.world.lock().fail(number, true);
     }
 
+    /// It is pulled out: nothing that it has completes any more, and nothing can be made.
+    pub fn remove(&self) {
+        self.world.lock().remove();
+    }
+
     /// Numbers of its queue pairs.
     pub fn qps(&self) -> Vec<u32> {
         self.world.lock().qp_numbers()
@@ -114,7 +119,7 @@ impl Device for FakeNic {
     }
 
     fn alloc_pd(&self) -> Result<Arc<dyn ProtectionDomain>, DeviceError> {
-        let number = self.world.lock().add_pd();
+        let number = self.world.lock().add_pd()?;
         Ok(Arc::new(FakePd { gate: self.connecting.clone(), number, script: self.script, world: self.world.clone() }))
     }
 

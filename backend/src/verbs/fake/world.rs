@@ -26,10 +26,9 @@ pub(super) struct World {
     pinned: u64,
     /// For late execution.
     dice: Option<StdRng>,
-    held: bool,
-    /// What is held is executed when a queue is armed.
-    until_armed: bool,
+    hold: Hold,
     stopped: bool,
+    removed: bool,
     numbers: u32,
     mrs: HashMap<u32, Region>,
     cqs: HashMap<u32, Queue>,
@@ -45,6 +44,15 @@ pub(super) struct World {
     trouble_event: Arc<OwnedFd>,
     sending: Vec<Sending>,
     counts: Counts,
+}
+
+/// What is not executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    Nothing,
+    All,
+    /// All, until a completion queue is armed.
+    UntilArmed,
 }
 
 #[derive(Debug)]
@@ -149,9 +157,9 @@ impl World {
             memlock: script.memlock,
             pinned: 0,
             dice,
-            held: false,
-            until_armed: false,
+            hold: Hold::Nothing,
             stopped: false,
+            removed: false,
             // Numbers and keys are unlike those that the engine gives to guests, should one appear where it must not.
             numbers: 0x00f0_0000,
             mrs: HashMap::new(),
@@ -172,9 +180,25 @@ impl World {
         self.numbers
     }
 
-    pub fn add_pd(&mut self) -> u32 {
+    fn must_be_there(&self) -> Result<(), DeviceError> {
+        if self.removed { Err(DeviceError::Gone) } else { Ok(()) }
+    }
+
+    /// It is gone, with all that it was at.
+    pub fn remove(&mut self) {
+        self.removed = true;
+        for pair in self.qps.values_mut() {
+            pair.state = State::Err;
+            pair.sends.clear();
+            pair.recvs.clear();
+        }
+        self.tell(Trouble::Removed);
+    }
+
+    pub fn add_pd(&mut self) -> Result<u32, DeviceError> {
+        self.must_be_there()?;
         self.counts.pds += 1;
-        self.number()
+        Ok(self.number())
     }
 
     pub fn remove_pd(&mut self) {
@@ -182,6 +206,7 @@ impl World {
     }
 
     pub fn add_mr(&mut self, pd: u32, memory: Arc<Layout>, iova: u64, access: Access) -> Result<u32, DeviceError> {
+        self.must_be_there()?;
         if self.mrs.len() >= self.limits.mrs as usize {
             return Err(DeviceError::Limit("memory regions"));
         }
@@ -203,6 +228,7 @@ impl World {
     }
 
     pub fn add_cq(&mut self, entries: u32, event: Arc<OwnedFd>) -> Result<u32, DeviceError> {
+        self.must_be_there()?;
         if self.cqs.len() >= self.limits.cqs as usize || entries > self.limits.cqes {
             return Err(DeviceError::Limit("completion queues"));
         }
@@ -219,6 +245,7 @@ impl World {
 
     pub fn add_qp(&mut self, pd: u32, cq: u32, spec: &QueuePairSpec<'_>) -> Result<u32, DeviceError> {
         let Capacity { sends, recvs, sges, inline } = spec.capacity;
+        self.must_be_there()?;
         if self.qps.len() >= self.limits.qps as usize {
             return Err(DeviceError::Limit("queue pairs"));
         }
@@ -254,6 +281,7 @@ impl World {
     }
 
     pub fn connect(&mut self, number: u32, connection: &Connection) -> Result<(), DeviceError> {
+        self.must_be_there()?;
         if self.refused.take_if(|after| *after == 0).is_some() {
             return Err(DeviceError::Limit("connections"));
         }
@@ -290,17 +318,17 @@ impl World {
     }
 
     pub fn hold(&mut self, hold: bool) {
-        self.held = hold;
+        self.hold = if hold { Hold::All } else { Hold::Nothing };
         self.work();
     }
 
     pub fn hold_until_armed(&mut self) {
-        (self.held, self.until_armed) = (true, true);
+        self.hold = Hold::UntilArmed;
         self.cqs.values_mut().for_each(Queue::fire);
     }
 
     pub fn arm(&mut self, number: u32) {
-        if std::mem::take(&mut self.until_armed) {
+        if self.hold == Hold::UntilArmed {
             self.hold(false);
         }
         if let Some(queue) = self.cqs.get_mut(&number) {
@@ -325,7 +353,7 @@ impl World {
     pub fn is_waited_for(&self) -> bool {
         let some_late = self.cqs.values().any(|queue| queue.late > 0);
         let armed = self.cqs.values().any(|queue| queue.armed);
-        !self.held && armed && (some_late || !self.busy.is_empty())
+        self.hold == Hold::Nothing && armed && (some_late || !self.busy.is_empty())
     }
 
     pub fn counts(&self) -> Counts {
@@ -343,6 +371,9 @@ impl World {
     }
 
     pub fn post_send(&mut self, number: u32, list: &SendList) -> Result<(), PostError> {
+        if self.removed {
+            return Err(PostError { posted: 0 });
+        }
         for (posted, request) in list.requests().iter().enumerate() {
             let send = Send {
                 id: request.id,
@@ -383,7 +414,7 @@ impl World {
     pub fn post_recv(&mut self, number: u32, request: &RecvRequest<'_>) -> Result<(), PostError> {
         let pair = self.qps.get_mut(&number).ok_or(PostError { posted: 0 })?;
         let Capacity { recvs, sges, .. } = pair.capacity;
-        if request.sges.len() > sges as usize || pair.recvs.len() >= recvs as usize {
+        if self.removed || request.sges.len() > sges as usize || pair.recvs.len() >= recvs as usize {
             return Err(PostError { posted: 0 });
         }
         if pair.state == State::Err {
@@ -426,7 +457,7 @@ impl World {
 
     /// Executes what can be executed, or some of it.
     pub fn work(&mut self) {
-        if self.held {
+        if self.hold != Hold::Nothing {
             return;
         }
         let Some(mut dice) = self.dice.take() else {

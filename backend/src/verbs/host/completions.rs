@@ -1,7 +1,6 @@
 #![expect(unsafe_code, reason = "calls libibverbs")]
 //! A completion queue.
 
-use std::collections::VecDeque;
 use std::ffi::c_int;
 use std::io;
 use std::mem::MaybeUninit;
@@ -9,7 +8,6 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rdma_sys::{
     ibv_ack_cq_events, ibv_comp_channel, ibv_cq, ibv_create_comp_channel, ibv_create_cq, ibv_destroy_comp_channel,
     ibv_destroy_cq, ibv_get_cq_event, ibv_poll_cq, ibv_req_notify_cq, ibv_wc, ibv_wc_flags,
@@ -18,70 +16,90 @@ use virtio_rdma::ib::{WcOpcode, WcStatus};
 
 use super::super::device::{CompletionQueue, DeviceError, Wc};
 use super::Shared;
+use super::ahead::{Ahead, BATCH, Source};
 use super::context::{do_not_wait, errno, last_error};
-
-/// Completions that are asked for at a time.
-const BATCH: usize = 32;
 
 /// A completion queue of the device, with a channel of its own for events.
 #[derive(Debug)]
 pub struct Completions {
-    cq: NonNull<ibv_cq>,
+    queue: Ahead<Queue>,
     /// After the queue.
     channel: Channel,
-    /// Taken from the queue ahead of time, see [`forget`](Self::forget). Held while the queue is polled, so that order is kept.
-    ahead: Mutex<VecDeque<Wc>>,
     _shared: Arc<Shared>,
 }
-
-// SAFETY: libibverbs may be called for one completion queue from many threads at a time.
-unsafe impl Send for Completions {}
-// SAFETY: as above.
-unsafe impl Sync for Completions {}
 
 impl Completions {
     /// Makes one.
     pub fn create(shared: &Arc<Shared>, entries: u32) -> io::Result<Self> {
-        let entries = c_int::try_from(entries).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
         let channel = Channel::create(shared)?;
-        // SAFETY: the context is open, and kept as long as the queue, as is the channel.
-        let cq = unsafe { ibv_create_cq(shared.context.as_ptr(), entries, null_mut(), channel.0.as_ptr(), 0) };
-        let cq = NonNull::new(cq).ok_or_else(last_error)?;
-        Ok(Self { cq, channel, ahead: Mutex::default(), _shared: shared.clone() })
+        let queue = Queue::create(shared, &channel, entries)?;
+        Ok(Self { queue: Ahead::of(queue), channel, _shared: shared.clone() })
     }
 
     /// For calls of the library.
     pub fn as_ptr(&self) -> *mut ibv_cq {
-        self.cq.as_ptr()
+        self.queue.source.0.as_ptr()
     }
 
-    /// Throws away what a queue pair that was destroyed has completed: not every driver does that, and numbers are used again.
-    pub fn forget(&self, qpn: u32) {
-        let mut ahead = self.ahead.lock();
-        loop {
-            let batch = self.next_batch(BATCH);
-            ahead.extend(batch.iter().filter(|wc| wc.qp_num != qpn).map(completion));
-            if batch.len() < BATCH {
-                return;
-            }
-        }
+    /// Makes a queue pair that completes here.
+    pub fn make<T>(&self, make: impl FnOnce() -> T) -> T {
+        self.queue.make(make)
     }
 
-    /// With the lock of `ahead` held.
-    fn next_batch(&self, most: usize) -> Batch {
+    /// Destroys the queue pair of this number. Nothing that it completed is seen after this.
+    pub fn destroy(&self, number: u32, destroy: impl FnOnce()) {
+        self.queue.destroy(number, destroy);
+    }
+}
+
+/// The queue itself.
+#[derive(Debug)]
+struct Queue(NonNull<ibv_cq>);
+
+// SAFETY: libibverbs may be called for one completion queue from many threads at a time.
+unsafe impl Send for Queue {}
+// SAFETY: as above.
+unsafe impl Sync for Queue {}
+
+impl Queue {
+    fn create(shared: &Shared, channel: &Channel, entries: u32) -> io::Result<Self> {
+        let entries = c_int::try_from(entries).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: the context is open, and kept as long as the queue, as is the channel.
+        let cq = unsafe { ibv_create_cq(shared.context.as_ptr(), entries, null_mut(), channel.0.as_ptr(), 0) };
+        NonNull::new(cq).map(Self).ok_or_else(last_error)
+    }
+}
+
+impl Source for Queue {
+    fn take(&self, most: usize, mut each: impl FnMut(u32, Wc)) -> usize {
         let mut batch = Batch { wcs: [const { MaybeUninit::uninit() }; BATCH], len: 0 };
         let most = most.min(BATCH) as c_int;
         // SAFETY: the queue is there, and so many completions may be written.
-        let count = unsafe { ibv_poll_cq(self.as_ptr(), most, batch.wcs.as_mut_ptr().cast()) };
+        let count = unsafe { ibv_poll_cq(self.0.as_ptr(), most, batch.wcs.as_mut_ptr().cast()) };
         // A negative number is an error of the device, of which we hear otherwise.
         batch.len = usize::try_from(count).unwrap_or(0).min(BATCH);
-        batch
+        batch.iter().for_each(|wc| each(wc.qp_num, completion(wc)));
+        batch.len
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // SAFETY: queue pairs keep their completion queue, so it has none left, and nobody uses it after this.
+        if let Err(error) = errno(unsafe { ibv_destroy_cq(self.0.as_ptr()) }) {
+            log::error!("the host's NIC keeps a completion queue: {error}");
+        }
     }
 }
 
 /// Where events of a queue come from.
 #[derive(Debug)]
 struct Channel(NonNull<ibv_comp_channel>);
+
+// SAFETY: libibverbs may be called for one channel from many threads at a time.
+unsafe impl Send for Channel {}
+// SAFETY: as above.
+unsafe impl Sync for Channel {}
 
 impl Channel {
     fn create(shared: &Shared) -> io::Result<Self> {
@@ -125,18 +143,7 @@ impl std::ops::Deref for Batch {
 
 impl CompletionQueue for Completions {
     fn poll(&self, most: usize, out: &mut Vec<Wc>) {
-        let mut ahead = self.ahead.lock();
-        let before = ahead.len().min(most);
-        out.extend(ahead.drain(..before));
-        let mut left = most - before;
-        while left > 0 {
-            let batch = self.next_batch(left);
-            out.extend(batch.iter().map(completion));
-            if batch.len() < left.min(BATCH) {
-                return;
-            }
-            left -= batch.len();
-        }
+        self.queue.poll(most, out);
     }
 
     fn arm(&self) -> Result<(), DeviceError> {
@@ -156,15 +163,6 @@ impl CompletionQueue for Completions {
 
     fn events_fd(&self) -> BorrowedFd<'_> {
         self.channel.fd()
-    }
-}
-
-impl Drop for Completions {
-    fn drop(&mut self) {
-        // SAFETY: queue pairs keep their completion queue, so it has none left, and nobody uses it after this.
-        if let Err(error) = errno(unsafe { ibv_destroy_cq(self.as_ptr()) }) {
-            log::error!("the host's NIC keeps a completion queue: {error}");
-        }
     }
 }
 

@@ -3,14 +3,17 @@
 //!
 //! All `unsafe` of that is here, in modules of one object of the library each: [`context`], [`region`], [`completions`], [`pair`]. What
 //! leaves them keeps alive what it needs, so that objects may be dropped in any order. [`choose`] says which device, port and GID are
-//! used; [`events`] hears of what goes wrong.
+//! used; [`events`] hears of what goes wrong; [`ahead`] keeps completions apart;
+//! [`mappings`] counts what regions map.
 //!
 //! Only RoCE v2: on InfiniBand peers are reached by LIDs, which nothing here knows.
 
+mod ahead;
 mod choose;
 mod completions;
 mod context;
 mod events;
+mod mappings;
 mod pair;
 mod region;
 
@@ -18,7 +21,6 @@ use std::any::Any;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 
 use parking_lot::Mutex;
 use virtio_rdma::ib::QpType;
@@ -37,6 +39,7 @@ use self::choose::Chosen;
 use self::completions::Completions;
 use self::context::Context;
 use self::events::Events;
+use self::mappings::Mappings;
 use self::pair::Pair;
 use self::region::{Domain, Region};
 
@@ -61,9 +64,7 @@ struct Shared {
     port: u8,
     /// Index and value of the GID that the port has now.
     gid: Mutex<(u8, Gid)>,
-    /// Mappings of this process that regions use.
-    mappings: AtomicUsize,
-    most_mappings: usize,
+    mappings: Arc<Mappings>,
 }
 
 impl HostNic {
@@ -73,8 +74,7 @@ impl HostNic {
     /// When there is none, and what there is instead.
     pub fn open(wanted: &DeviceChoice) -> Result<Self, NoNic> {
         let Chosen { name, context, port, gid } = choose::find(wanted)?;
-        let most_mappings = region::most_mappings();
-        let shared = Shared { context, port, gid: Mutex::new(gid), mappings: AtomicUsize::new(0), most_mappings };
+        let shared = Shared { context, port, gid: Mutex::new(gid), mappings: Mappings::of_process() };
         Self::start(name.clone(), Arc::new(shared)).map_err(|source| NoNic::Open { name, source })
     }
 

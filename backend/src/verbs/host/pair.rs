@@ -73,8 +73,11 @@ impl Pair {
             qp_type,
             sq_sig_all: 0,
         };
-        // SAFETY: domain and completion queue are there, and kept as long as the queue pair.
-        let qp = NonNull::new(unsafe { ibv_create_qp(domain.as_ptr(), &raw mut init) }).ok_or_else(last_error)?;
+        let made = cq.make(|| {
+            // SAFETY: domain and completion queue are there, and kept as long as the queue pair.
+            unsafe { ibv_create_qp(domain.as_ptr(), &raw mut init) }
+        });
+        let qp = NonNull::new(made).ok_or_else(last_error)?;
         let pair = Self { qp, kind, domain: domain.clone(), cq: cq.clone() };
         let mut attr = attributes(ibv_qp_state::IBV_QPS_INIT);
         attr.port_num = domain.shared.port;
@@ -182,11 +185,12 @@ impl QueuePair for Pair {
 impl Drop for Pair {
     fn drop(&mut self) {
         let number = self.number();
-        // SAFETY: nobody uses the queue pair after this.
-        if let Err(error) = errno(unsafe { ibv_destroy_qp(self.qp.as_ptr()) }) {
-            log::error!("the host's NIC keeps queue pair {number:#x}: {error}");
-        }
-        self.cq.forget(number);
+        self.cq.destroy(number, || {
+            // SAFETY: nobody uses the queue pair after this.
+            if let Err(error) = errno(unsafe { ibv_destroy_qp(self.qp.as_ptr()) }) {
+                log::error!("the host's NIC keeps queue pair {number:#x}: {error}");
+            }
+        });
     }
 }
 

@@ -9,7 +9,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use rdma_sys::{ibv_alloc_pd, ibv_dealloc_pd, ibv_dereg_mr, ibv_mr, ibv_pd, ibv_reg_mr_iova2};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -18,19 +17,11 @@ use virtio_rdma::PAGE_SIZE;
 use super::super::device::{Access, DeviceError, MemoryRegion};
 use super::Shared;
 use super::context::{errno, last_error};
+use super::mappings::{Mappings, Taken};
 use crate::mem::Extent;
 use crate::mr::Layout;
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// The kernel's own default for how many mappings a process may have.
-const USUAL_MAPPINGS: usize = 65_530;
-
-/// How many mappings of this process regions may use: half of what the kernel allows, since whatever else needs memory needs some, too.
-pub fn most_mappings() -> usize {
-    let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
-    text.trim().parse().unwrap_or(USUAL_MAPPINGS) / 2
-}
-
 /// A protection domain of the device.
 #[derive(Debug)]
 pub struct Domain {
@@ -93,7 +84,7 @@ impl Region {
             [] => return Err(DeviceError::Invalid("a region without memory")),
             [extent] => (None, extent.address()),
             extents => {
-                let window = Window::over(&domain.shared, extents)?;
+                let window = Window::over(&domain.shared.mappings, extents)?;
                 let addr = window.addr.wrapping_byte_add((extents[0].file_offset() % PAGE) as usize);
                 (Some(window), addr)
             }
@@ -144,20 +135,18 @@ impl Drop for Region {
 struct Window {
     addr: *mut c_void,
     len: usize,
-    mappings: usize,
-    shared: Arc<Shared>,
+    /// Given back after they are gone.
+    _mappings: Taken,
 }
 
 impl Window {
-    fn over(shared: &Arc<Shared>, extents: &[Extent]) -> Result<Self, DeviceError> {
+    fn over(all: &Arc<Mappings>, extents: &[Extent]) -> Result<Self, DeviceError> {
         let pieces = pieces(extents).ok_or(DeviceError::Invalid("pages in the middle that are not whole"))?;
         let len = pieces.iter().map(|(_, len)| *len as usize).sum();
         // One more for what the reservation leaves beside them.
-        let mappings = pieces.len() + 1;
-        if !shared.take_mappings(mappings) {
-            return Err(DeviceError::Limit("a region in so many pieces (vm.max_map_count)"));
-        }
-        let mut window = Self { addr: null_mut(), len, mappings, shared: shared.clone() };
+        let mappings = all.take(pieces.len() + 1);
+        let mappings = mappings.ok_or(DeviceError::Limit("a region in so many pieces (vm.max_map_count)"))?;
+        let mut window = Self { addr: null_mut(), len, _mappings: mappings };
         let failed =
             |error: rustix::io::Errno| DeviceError::System { what: "memory cannot be mapped", source: error.into() };
         // SAFETY: a mapping of nothing at an address that the kernel chooses.
@@ -185,14 +174,6 @@ impl Drop for Window {
                 log::error!("a window over guest memory cannot be unmapped: {error}");
             }
         }
-        self.shared.mappings.fetch_sub(self.mappings, Ordering::Relaxed);
-    }
-}
-
-impl Shared {
-    fn take_mappings(&self, count: usize) -> bool {
-        let add = |used: usize| used.checked_add(count).filter(|sum| *sum <= self.most_mappings);
-        self.mappings.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).is_ok()
     }
 }
 
