@@ -62,6 +62,9 @@ pub struct NewNic {
     pub path: PathChoice,
     /// How fast it and its QPs may be.
     pub rate: Rates,
+    /// How much of the host's RDMA NIC it may have.
+    #[serde(default)]
+    pub quota: NicQuota,
     /// Limits.
     pub limits: Profile,
 }
@@ -81,7 +84,7 @@ impl NewNic {
             mac: self.mac,
             vectors: self.vectors,
             workers: self.workers,
-            quota: NicQuota::default(),
+            quota: self.quota,
             path: self.path,
             rate: self.rate,
             limits: self.limits,
@@ -223,6 +226,7 @@ mod tests {
             workers: 1,
             path: PathChoice::Auto,
             rate: Rates::default(),
+            quota: NicQuota::default(),
             limits: Profile::default(),
         }
     }
@@ -258,9 +262,11 @@ mod tests {
 
     #[test]
     fn adding_another_of_that_name_says_what_differs() {
-        let other = NicSettings { vectors: 2, limits: Profile { max_qp: 8, ..Profile::default() }, ..nic(2) };
+        let limits = Profile { max_qp: 8, ..Profile::default() };
+        let quota = NicQuota { max_qp: 8, ..NicQuota::default() };
+        let other = NewNic { quota, limits, vectors: 2, ..new(2) }.settle(Path::new("/run/freeflow"));
         let error = inventory().check(&other).unwrap_err().to_string();
-        assert!(error.contains("limits, vectors") && error.contains("nic del blue-10.32.0.2"), "{error}");
+        assert!(error.contains("limits, quota, vectors") && error.contains("nic del blue-10.32.0.2"), "{error}");
     }
 
     #[test]

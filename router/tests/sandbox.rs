@@ -109,6 +109,24 @@ fn sleep_for_a_completion(a: &Rc, b: &Rc) {
     a.cq.next().ok();
 }
 
+/// Who may lock next to nothing, and cannot change that, is told before it opens a NIC.
+#[test]
+fn a_nic_is_not_used_with_a_small_limit_of_locked_memory() {
+    let place = Place::new();
+    let mut command = Command::new("prlimit");
+    command.arg("--memlock=1048576:1048576");
+    if Uid::effective().is_root() {
+        command.args(["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]);
+    }
+    command.args([env!("CARGO_BIN_EXE_freeflow-router"), "--rdma-device", "auto", "--control"]);
+    let output = command.arg(place.run().join("control.sock")).arg("--state").arg(place.state()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for part in ["--rdma-device auto", "no more than 1024 KiB", "RLIMIT_MEMLOCK", "LimitMEMLOCK=infinity"] {
+        assert!(said.contains(part), "{part} is not in: {said}");
+    }
+}
+
 /// A refusal, with a warning in the log.
 fn refuse(first: &Guest, second: &Guest) {
     let (a, b) = Rc::pair(first, second, 4096).unwrap();

@@ -1,18 +1,17 @@
 //! `freeflow-router`: the daemon.
 
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use freeflow_backend::Mac;
-use freeflow_backend::PathChoice;
-use freeflow_backend::Profile;
-use freeflow_backend::Rates;
 use freeflow_backend::verbs::DeviceChoice;
+use freeflow_backend::{Mac, NicQuota, PathChoice, Profile, Rates};
 use freeflow_router::cluster::settings::TlsSettings;
 use freeflow_router::config::NicSettings;
 use freeflow_router::files::Direct;
@@ -29,7 +28,8 @@ struct Args {
     /// Configuration file (TOML).
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A virtual NIC: name=NAME,ip=ADDRESS[,ip=ADDRESS...],socket=PATH[,tenant=NAME][,mac=MAC][,path=auto|nic].
+    /// A virtual NIC: name=NAME,ip=ADDRESS[,ip=ADDRESS...],socket=PATH[,tenant=NAME][,mac=MAC][,path=auto|nic], and how much of the host's RDMA
+    /// NIC it may have: [,max-bytes=N][,max-qp=N][,max-cqe=N].
     #[arg(long, value_name = "NIC", value_parser = parse_nic)]
     nic: Vec<NicSettings>,
     /// Unix socket for the freeflow command [default: /run/freeflow/control.sock].
@@ -110,9 +110,16 @@ Two virtual NICs that reach each other through the host's RDMA NIC (docs/nic.md)
 
 The log goes to standard error; RUST_LOG=debug shows more.";
 
+const NIC_KEYS: &str = "name, ip, socket, tenant, mac, path, and for the host's NIC max-bytes, max-qp, max-cqe";
+
+fn number<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T, String> {
+    value.parse().map_err(|error| format!("{key}={value}: {error}"))
+}
+
 fn parse_nic(text: &str) -> Result<NicSettings, String> {
     let (mut name, mut socket, mut tenant, mut mac, mut ip) = (None, None, None, None, Vec::new());
     let mut path = PathChoice::Auto;
+    let mut quota = NicQuota::default();
     for part in text.split(',') {
         let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
         match key {
@@ -121,9 +128,12 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
             "tenant" => tenant = Some(value.to_owned()),
             "mac" => mac = Some(value.parse::<Mac>()?),
             "path" => path = value.parse()?,
+            "max-bytes" => quota.max_bytes = number(key, value)?,
+            "max-qp" => quota.max_qp = number(key, value)?,
+            "max-cqe" => quota.max_cqe = number(key, value)?,
             "ip" => ip.push(value.parse::<IpAddr>().map_err(|e| format!("{value:?}: {e}"))?),
             _ => {
-                return Err(format!("unknown key {key:?}: use name, ip, socket, tenant, mac, path"));
+                return Err(format!("unknown key {key:?}: use {NIC_KEYS}"));
             }
         }
     }
@@ -136,7 +146,7 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
         vectors: 1,
         workers: 1,
         path,
-        quota: freeflow_backend::NicQuota::default(),
+        quota,
         rate: Rates::default(),
         limits: Profile::default(),
     })
@@ -215,7 +225,18 @@ fn run(mut args: Args) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use freeflow_backend::NicQuota;
     use log::{Level, Log, Metadata};
+
+    #[test]
+    fn a_virtual_nic_on_the_command_line_takes_quotas() {
+        let parse = |more: &str| super::parse_nic(&format!("name=a,ip=10.0.0.1,socket=/s{more}"));
+        assert_eq!(parse("").unwrap().quota, NicQuota::default());
+        let quota = NicQuota { max_bytes: 4096, max_qp: 5, max_cqe: 6 };
+        assert_eq!(parse(",max-bytes=4096,max-qp=5,max-cqe=6").unwrap().quota, quota);
+        assert!(parse(",max-qp=-1").unwrap_err().contains("max-qp=-1"));
+        assert!(parse(",max-mr=1").unwrap_err().contains("max-cqe"));
+    }
 
     #[test]
     fn libraries_do_not_log() {

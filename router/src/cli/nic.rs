@@ -8,7 +8,9 @@ use std::str::FromStr;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use comfy_table::Table;
-use freeflow_backend::{BitRate, Mac, NicStatus, PathChoice, Profile, Rates};
+use freeflow_backend::{BitRate, Mac, NicQuota, NicStatus, PathChoice, Profile, Rates};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::{addresses_of, guest_of};
 use crate::inventory::NewNic;
@@ -20,7 +22,7 @@ pub enum Command {
     ///
     /// The router keeps it over restarts.
     #[command(after_help = ADD_EXAMPLES)]
-    Add(Add),
+    Add(Box<Add>),
     /// Change how fast a virtual NIC and its queue pairs may be, at once; what is not named stays.
     #[command(after_help = SET_EXAMPLES)]
     Set {
@@ -128,13 +130,16 @@ pub struct Add {
     /// A limit of the device by its name in the configuration (docs/operations.md); may be given more than once.
     #[arg(long = "limit", value_name = "NAME=N")]
     limits: Vec<String>,
+    /// How much of the host's RDMA NIC it may have: max-bytes, max-qp or max-cqe (docs/nic.md); may be given more than once.
+    #[arg(long = "quota", value_name = "NAME=N")]
+    quotas: Vec<String>,
 }
 
 impl Add {
     /// For the router.
     ///
     /// # Errors
-    /// When there is no such limit.
+    /// When there is no such limit or quota.
     pub fn to_nic(&self) -> Result<NewNic> {
         Ok(NewNic {
             name: self.name.clone(),
@@ -146,6 +151,7 @@ impl Add {
             workers: self.workers,
             path: self.path,
             rate: self.rate.over(&Rates::default()),
+            quota: self.quota()?,
             limits: self.profile()?,
         })
     }
@@ -153,8 +159,17 @@ impl Add {
     fn profile(&self) -> Result<Profile> {
         let qps = self.qps.map(|n| format!("max_qp={n}"));
         let lines: Vec<_> = self.limits.iter().cloned().chain(qps).collect();
-        toml::from_str(&lines.join("\n")).with_context(|| format!("not limits: {}", lines.join(" ")))
+        fields("limits", &lines)
     }
+
+    fn quota(&self) -> Result<NicQuota> {
+        fields("quotas of the host's NIC", &self.quotas)
+    }
+}
+
+/// Fields that are given as NAME=N; what is left out is as ever.
+fn fields<T: DeserializeOwned>(what: &str, lines: &[String]) -> Result<T> {
+    toml::from_str(&lines.join("\n")).with_context(|| format!("not {what}: {}", lines.join(" ")))
 }
 
 /// An address, with or without the length of its network's prefix.
@@ -216,18 +231,44 @@ pub fn table(nic: &NicStatus) -> Table {
         ("pds, mrs, cqs, qps", [objects.pds, objects.mrs, objects.cqs, objects.qps].map(|n| n.to_string()).join(", ")),
     ];
     table.add_rows(rows.map(|(name, value)| [name.to_owned(), value]));
-    table.add_rows(limits(&nic.config.profile));
+    table.add_rows(rows_of(&nic.config.profile, ""));
+    table.add_rows(rows_of(&nic.config.quota, "host's NIC: "));
     table
 }
 
-fn limits(profile: &Profile) -> Vec<[String; 2]> {
-    let fields = serde_json::to_value(profile).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
-    fields.into_iter().map(|(name, value)| [name, value.to_string()]).collect()
+/// A row for each field.
+fn rows_of(of: &impl Serialize, before: &str) -> Vec<[String; 2]> {
+    let fields = serde_json::to_value(of).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
+    fields.into_iter().map(|(name, value)| [format!("{before}{name}"), value.to_string()]).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        add: Add,
+    }
+
+    fn quota(given: &[&str]) -> Result<NicQuota> {
+        let line = ["add", "--ip", "10.0.0.1"].iter().chain(given);
+        Line::parse_from(line).add.to_nic().map(|nic| nic.quota)
+    }
+
+    #[test]
+    fn quotas_are_by_name() {
+        assert_eq!(quota(&[]).unwrap(), NicQuota::default());
+        let some = quota(&["--quota", "max-bytes=4096", "--quota", "max-qp=7"]).unwrap();
+        assert_eq!(some, NicQuota { max_bytes: 4096, max_qp: 7, ..NicQuota::default() });
+        for bad in ["max-mr=3", "max-qp", "max-qp=many", "max-qp=-1"] {
+            let error = quota(&["--quota", bad]).unwrap_err();
+            assert!(format!("{error:#}").contains(bad), "{error:#}");
+        }
+    }
 
     #[test]
     fn prefixes_are_checked_and_forgotten() {
