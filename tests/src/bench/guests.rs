@@ -11,10 +11,10 @@ use crate::e2e::perf::{Perf, Program, READ_LAT, WRITE_BW};
 use crate::e2e::router::address_of;
 
 /// An RDMA device of the guest, with its address.
-type Device = (&'static str, String);
+pub(super) type Device = (&'static str, String);
 
 /// Makes rxe usable beside our device, on an interface of its own.
-const RXE: &str = "modprobe -a rdma_rxe dummy 2>/dev/null
+pub(super) const RXE: &str = "modprobe -a rdma_rxe dummy 2>/dev/null
 ip link add rxenet type dummy && ip address add 10.43.0.1/24 dev rxenet && ip link set rxenet up
 rdma link add rxe0 type rxe netdev rxenet
 DEV=rxe0; rescan";
@@ -50,7 +50,7 @@ fn compare(guest: &Guest, name: &str, perf: Perf, bar: Bar) -> Result<Row> {
 }
 
 /// Both ends in one guest.
-fn loopback(guest: &Guest, program: &Program, (device, address): &Device) -> Result<f64> {
+pub(super) fn loopback(guest: &Guest, program: &Program, (device, address): &Device) -> Result<f64> {
     let pair = Pair::start_on(guest, device, address, |port| program.command(port))?;
     Ok(judge(&pair.wait(PATIENCE)?, program)?.value)
 }

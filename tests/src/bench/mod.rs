@@ -6,6 +6,7 @@
 //! * [`noise`]: what a virtual NIC gets beside a noisy one.
 //! * [`scale`]: thousands of QPs, regions and virtual NICs.
 //! * [`verbs`]: what the path over the host's NIC costs by itself.
+//! * [`rxe`]: the same path over the kernel's rxe, beside perftest on that.
 //! * [`hosts`]: between two hosts, beside TCP.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`peers`]: UCX and libfabric on the same cores.
@@ -18,6 +19,7 @@ pub mod idle;
 pub mod noise;
 pub mod path;
 pub mod peers;
+pub mod rxe;
 pub mod scale;
 pub mod table;
 pub mod traffic;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, hosts, idle, noise, path, peers, scale, table, verbs};
+use freeflow_tests::bench::{guests, hosts, idle, noise, path, peers, rxe, scale, table, verbs};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -23,6 +23,9 @@ struct Args {
     /// Where the JSON goes.
     #[arg(long, value_name = "FILE", default_value = "target/bench.json")]
     json: PathBuf,
+    /// Measure only this, on the NIC of this machine, and print the figure: what the part `rxe` runs in its guest.
+    #[arg(long, value_enum, hide = true)]
+    here: Option<rxe::Measure>,
 }
 
 /// What can be measured by itself.
@@ -38,6 +41,8 @@ enum Part {
     Scale,
     /// The path over the host's NIC.
     Verbs,
+    /// The same over rxe, beside perftest, in a guest that plays the host.
+    Rxe,
     /// Between two hosts.
     Hosts,
     /// UCX and libfabric.
@@ -57,6 +62,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    if let Some(measure) = args.here {
+        println!("figure {}", measure.here()?);
+        return Ok(());
+    }
     interrupt::install()?;
     let cores = path::Cores::find();
     let wanted = |part| args.only.is_empty() || args.only.contains(&part);
@@ -89,6 +98,10 @@ fn run(args: &Args) -> Result<()> {
         rows.extend(apart(|| peers::rows(cores))?);
         eprintln!("others' software is measured");
     }
+    if wanted(Part::Rxe) && !args.no_guests {
+        rows.extend(rxe_rows()?);
+        eprintln!("the path over rxe is measured");
+    }
     if wanted(Part::Guests) && !args.no_guests {
         for vmm in [Vmm::Uml, Vmm::Qemu] {
             rows.extend(guest_rows(vmm)?);
@@ -104,9 +117,16 @@ fn apart(measure: impl FnOnce() -> Result<Vec<table::Row>> + Send) -> Result<Vec
     std::thread::scope(|scope| scope.spawn(measure).join().expect("the measuring thread ends"))
 }
 
-/// Without guests of this kind the other figures still count; an interrupt ends it all.
 fn guest_rows(vmm: Vmm) -> Result<Vec<table::Row>> {
-    let measured = guests::rows(vmm);
+    if_it_goes(vmm.name(), guests::rows(vmm))
+}
+
+fn rxe_rows() -> Result<Vec<table::Row>> {
+    if_it_goes("verbs path over rxe", rxe::rows())
+}
+
+/// Without such guests the other figures still count; an interrupt ends it all.
+fn if_it_goes(what: &str, measured: Result<Vec<table::Row>>) -> Result<Vec<table::Row>> {
     interrupt::check()?;
-    Ok(measured.unwrap_or_else(|error| vec![table::Row::not_measurable(vmm.name(), &format!("{error:#}"))]))
+    Ok(measured.unwrap_or_else(|error| vec![table::Row::not_measurable(what, &format!("{error:#}"))]))
 }
