@@ -40,7 +40,7 @@ impl RemoteFlow {
         posted < 2 || self.bytes < Self::MOST_BYTES
     }
 
-    const MOST_BYTES: u64 = 1 << 20;
+    const MOST_BYTES: u64 = 512 << 10;
 
     /// Whether it is this flow, of the link whose worker looks there.
     pub fn is(&self, flow: FlowId, closed: &Arc<SegQueue<FlowId>>) -> bool {
