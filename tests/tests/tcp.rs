@@ -70,6 +70,37 @@ fn long_messages_survive_connections_that_break() {
     }
 }
 
+/// An unreliable message is complete when it is sent, and its memory is written to again at once: what arrives is what was sent.
+#[test]
+fn unreliable_messages_are_what_was_sent() {
+    const LEN: usize = 64 << 10;
+    const COUNT: usize = 200;
+    let spec = RouterSpec { hosts: Hosts::Each { cut: false }, device: None, ..RouterSpec::of(2) };
+    let config = freeflow_tests::guest::GuestConfig { memory_size: 64 << 20, ..Default::default() };
+    let bed = Bed::guests(&spec, &config);
+    let (a, b) =
+        Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::uc(), COUNT * LEN, &RcOptions::default()).unwrap();
+    let depth = b.qp.spec().recv_depth as usize;
+    let (mut posted, mut arrived) = (0, 0);
+    for round in 0..COUNT {
+        while posted < arrived + depth && posted < COUNT {
+            b.qp.post_recv(posted as u64, &[b.mr.sge(posted * LEN, LEN)]).unwrap();
+            posted += 1;
+        }
+        a.mr.write(0, &vec![round as u8; LEN]);
+        a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, LEN)])).unwrap();
+        a.cq.next().ok();
+        arrived += b.cq.poll_many(COUNT).len();
+    }
+    eventually("all messages", Duration::from_secs(10), || {
+        arrived += b.cq.poll_many(COUNT).len();
+        arrived == COUNT
+    });
+    for round in 0..COUNT {
+        assert!(b.mr.read(round * LEN, LEN) == vec![round as u8; LEN], "message {round}");
+    }
+}
+
 #[test]
 fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
     let bed = bed(2, false);

@@ -99,7 +99,7 @@ impl Device<'_> {
             own.extend_from_slice(inline.get(from as usize..(from + len) as usize)?);
             return Some(Bytes::Own);
         }
-        let lasting = len > SMALL && !self.is_paged(source.origin);
+        let lasting = len > SMALL && !self.is_complete_when_sent(source.origin) && !self.is_paged(source.origin);
         self.find(source.origin, from, len).ok()?;
         if lasting {
             return Some(Bytes::Guest);
@@ -121,6 +121,12 @@ impl Device<'_> {
     pub fn find_rest(&mut self, source: &Source, skip: u32) -> bool {
         self.ctx.src.clear();
         self.find(source.origin, (source.offset + skip).into(), (source.len - skip).into()).is_ok()
+    }
+
+    /// Whether its work request is complete as soon as its last frame is made: its memory is the application's again before all is sent.
+    fn is_complete_when_sent(&self, origin: Origin) -> bool {
+        let Origin::Message(token) = origin else { return false };
+        self.tables.flows.get(&flow_of(token)).is_some_and(|flow| flow.qp.id.kind == QpType::Uc)
     }
 
     /// Whether some of it is in a region whose pages come and go.
