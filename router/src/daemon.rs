@@ -37,13 +37,15 @@ pub fn run(config: &Config) -> Result<()> {
     let metrics = config.metrics.map(metrics::listen).transpose()?;
     let files = Direct::of(config);
     let neighbours = config.cluster.as_ref().map(|settings| Neighbours::prepare(settings, &files)).transpose()?;
+    let etcd = config.cluster.as_ref().map(directory::prepare).transpose()?.flatten();
     let steward = Steward::start(&config.security, &files)?;
     sandbox.drop_privileges(&folders)?;
     // As the user to come, and with its rights: the kernel takes no commands for a NIC but from whoever opened it.
     let device = device::open(nic.as_ref())?;
     sandbox.enter()?;
     let steward: Arc<dyn Files> = Arc::new(steward);
-    let directory = config.cluster.as_ref().map(|cluster| directory::open(cluster, steward.clone())).transpose()?;
+    let directory =
+        config.cluster.as_ref().map(|cluster| directory::open(cluster, etcd, steward.clone())).transpose()?;
     let router = Arc::new(Router::start_with(config, device, steward.clone(), directory.clone(), &added)?);
     let neighbours =
         neighbours.zip(directory).map(|(all, directory)| all.meet(config, &router, directory)).transpose()?;

@@ -125,6 +125,11 @@ fn add_directory(registry: &mut Registry, directory: &Status) {
         u64::from(health.connected),
     );
     one("directory_age_seconds", "Time since the directory was last known to be up to date", health.age.as_secs());
+    one(
+        "directory_refused",
+        "Virtual NICs of this host whose addresses the directory gives to others",
+        health.refused as u64,
+    );
     one("directory_hosts", "Hosts that the directory has", directory.hosts as u64);
     one("directory_addresses", "Addresses of all tenants that the directory has", directory.addresses as u64);
 }

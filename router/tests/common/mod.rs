@@ -1,6 +1,8 @@
 //! The daemon as a process, for tests; not every test program uses all of it.
 #![allow(dead_code, reason = "shared by test programs")]
 
+pub mod etcd;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};

@@ -1,5 +1,6 @@
 //! Where a source of a directory puts what it knows, for all to see.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ pub struct Board {
     changes: watch::Sender<u64>,
     /// `None` while it is up to date, else since when it may not be.
     cut_off: Mutex<Option<Instant>>,
+    refused: AtomicUsize,
 }
 
 impl Board {
@@ -24,6 +26,7 @@ impl Board {
             known: ArcSwap::from_pointee(known),
             changes: watch::Sender::new(0),
             cut_off: Mutex::new(Some(Instant::now())),
+            refused: AtomicUsize::new(0),
         }
     }
 
@@ -40,7 +43,11 @@ impl Board {
     /// How good the knowledge is.
     pub fn health(&self) -> Health {
         let cut_off = *self.cut_off();
-        Health { connected: cut_off.is_none(), age: cut_off.map_or(Duration::ZERO, |since| since.elapsed()) }
+        Health {
+            connected: cut_off.is_none(),
+            age: cut_off.map_or(Duration::ZERO, |since| since.elapsed()),
+            refused: self.refused.load(Ordering::Relaxed),
+        }
     }
 
     /// New knowledge; nobody is woken by what is no news.
@@ -57,6 +64,11 @@ impl Board {
         if connected != cut_off.is_none() {
             *cut_off = (!connected).then(Instant::now);
         }
+    }
+
+    /// So many virtual NICs are here whose addresses are others'.
+    pub fn set_refused(&self, count: usize) {
+        self.refused.store(count, Ordering::Relaxed);
     }
 
     fn cut_off(&self) -> MutexGuard<'_, Option<Instant>> {
@@ -92,7 +104,7 @@ mod tests {
         let board = Board::new(Known::default());
         assert!(!board.health().connected);
         board.set_connected(true);
-        assert_eq!(board.health(), Health { connected: true, age: Duration::ZERO });
+        assert_eq!(board.health(), Health { connected: true, age: Duration::ZERO, refused: 0 });
         board.set_connected(false);
         std::thread::sleep(Duration::from_millis(2));
         board.set_connected(false);

@@ -62,9 +62,9 @@ impl Known {
         Arc::make_mut(&mut self.hosts).insert(name, address);
     }
 
-    /// Nobody knows where a host is.
-    pub fn forget_host(&mut self, name: &str) {
-        Arc::make_mut(&mut self.hosts).remove(name);
+    /// Nobody knows where a host is; whether somebody did.
+    pub fn forget_host(&mut self, name: &str) -> bool {
+        self.hosts.contains_key(name) && Arc::make_mut(&mut self.hosts).remove(name).is_some()
     }
 
     /// An address belongs to this one from now on; who had it before is returned.
@@ -76,14 +76,25 @@ impl Known {
         None
     }
 
-    /// An address belongs to nobody.
-    pub fn forget_owner(&mut self, tenant: &str, gid: Gid) {
-        if let Some(gids) = self.tenants.get_mut(tenant) {
-            Arc::make_mut(gids).remove(&gid);
-            if gids.is_empty() {
-                self.tenants.remove(tenant);
-            }
+    /// An address belongs to nobody; whether it did to somebody.
+    pub fn forget_owner(&mut self, tenant: &str, gid: Gid) -> bool {
+        let Some(gids) = self.tenants.get_mut(tenant).filter(|gids| gids.contains_key(&gid)) else { return false };
+        Arc::make_mut(gids).remove(&gid);
+        if gids.is_empty() {
+            self.tenants.remove(tenant);
         }
+        true
+    }
+
+    /// This, and what `other` knows of besides.
+    #[must_use]
+    pub fn over(&self, other: &Self) -> Self {
+        let mut both = other.clone();
+        self.hosts().for_each(|(name, address)| both.set_host(name.clone(), address));
+        for (tenant, gid, owner) in self.addresses() {
+            both.set_owner(tenant, gid, owner.clone());
+        }
+        both
     }
 }
 
@@ -108,8 +119,8 @@ mod tests {
         assert_eq!(known.set_owner("blue", gid("10.0.0.1"), owner("host2", "c")), Some(owner("host1", "a")));
         assert_eq!(before.owner("blue", gid("10.0.0.1")), Some(&owner("host1", "a")), "a copy stays as it is");
         assert_eq!(known.owner("red", gid("10.0.0.1")), Some(&owner("host2", "b")));
-        known.forget_owner("blue", gid("10.0.0.1"));
-        known.forget_owner("green", gid("10.0.0.1"));
+        assert!(known.forget_owner("blue", gid("10.0.0.1")));
+        assert!(!known.forget_owner("blue", gid("10.0.0.1")));
         assert_eq!(known.addresses().collect::<Vec<_>>(), [("red", gid("10.0.0.1"), &owner("host2", "b"))]);
     }
 
@@ -121,7 +132,8 @@ mod tests {
             assert_eq!(known.host("host1"), Some(address.parse().unwrap()));
         }
         assert_eq!(known.hosts().count(), 1);
-        known.forget_host("host1");
+        assert!(known.forget_host("host1"));
+        assert!(!known.forget_host("host1"));
         assert_eq!((known.host("host1"), known.hosts().count()), (None, 0));
     }
 }

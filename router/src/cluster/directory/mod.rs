@@ -5,6 +5,7 @@
 //! from files and servers that others write to.
 
 mod board;
+mod etcd;
 mod file;
 mod known;
 mod static_file;
@@ -25,6 +26,7 @@ use crate::config::NicSettings;
 use crate::files::Files;
 
 pub use self::board::Board;
+pub use self::etcd::{Connector, Etcd};
 pub use self::file::{BadFile, HostsFile};
 pub use self::known::{Known, Owner};
 pub use self::static_file::StaticFile;
@@ -84,6 +86,8 @@ pub struct Health {
     pub connected: bool,
     /// How long ago the knowledge was last known to be up to date.
     pub age: Duration,
+    /// How many virtual NICs are here whose addresses it gives to others.
+    pub refused: usize,
 }
 
 /// How a directory is doing.
@@ -125,12 +129,24 @@ pub enum Refused {
     Forbidden(String),
 }
 
-/// The directory that the configuration names. `files` opens its file, if it is one.
+/// What must be read and looked up while the daemon may, if the configuration names etcd.
+///
+/// # Errors
+/// When a file cannot be read or a name is not known.
+pub fn prepare(settings: &ClusterSettings) -> Result<Option<Connector>> {
+    settings.etcd.as_ref().map(Connector::new).transpose()
+}
+
+/// The directory that the configuration names: etcd if that was [prepared](prepare), else a file, which `files` opens.
 ///
 /// # Errors
 /// When it cannot be used.
-pub fn open(settings: &ClusterSettings, files: Arc<dyn Files>) -> Result<Arc<dyn Directory>> {
+pub fn open(settings: &ClusterSettings, etcd: Option<Connector>, files: Arc<dyn Files>) -> Result<Arc<dyn Directory>> {
     let host = settings.name().context("[cluster] name = NAME gives this host one that can be used")?;
+    if let Some((etcd, connector)) = settings.etcd.as_ref().zip(etcd) {
+        let address = settings.advertise.context("[cluster] advertise is missing")?;
+        return Ok(Arc::new(Etcd::start(etcd, &connector, host, address)?));
+    }
     let path = settings.directory.as_deref().context("[cluster] names no directory")?;
     Ok(Arc::new(StaticFile::start(settings, host, path, files)?))
 }

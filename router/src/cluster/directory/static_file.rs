@@ -188,11 +188,16 @@ impl Shared {
 
     /// Addresses that the file gives away while a virtual NIC has them: others go to the new place, and this one does not know.
     fn check_claims(&self) {
-        for claim in self.claims().values() {
-            if let Err(refused) = self.check(claim) {
-                log::error!("virtual NIC {:?} is here, but no more in the directory: {refused}", claim.nic);
-            }
+        for (claim, refused) in self.refused(&self.claims()) {
+            log::error!("virtual NIC {:?} is here, but others do not find it: {refused}", claim.nic);
         }
+    }
+
+    fn refused<'a>(&self, claims: &'a BTreeMap<Arc<str>, Claim>) -> Vec<(&'a Claim, Refused)> {
+        let refused = |claim: &'a Claim| Some((claim, self.check(claim).err()?));
+        let all: Vec<_> = claims.values().filter_map(refused).collect();
+        self.board.set_refused(all.len());
+        all
     }
 
     fn check(&self, claim: &Claim) -> Result<(), Refused> {
@@ -247,12 +252,16 @@ impl Directory for StaticFile {
 
     fn claim(&self, claim: Claim) -> Receiver<Result<(), Refused>> {
         let result = self.shared.check(&claim);
-        self.shared.claims().insert(claim.nic.clone(), claim);
+        let mut claims = self.shared.claims();
+        claims.insert(claim.nic.clone(), claim);
+        self.shared.refused(&claims);
         answered(result)
     }
 
     fn release(&self, nic: &str) -> Receiver<()> {
-        self.shared.claims().remove(nic);
+        let mut claims = self.shared.claims();
+        claims.remove(nic);
+        self.shared.refused(&claims);
         answered(())
     }
 
@@ -352,7 +361,7 @@ mod tests {
         bed.write(&ONE.replace("10.0.0.2", "10.0.0.3"));
         eventually("the new file", || changed.has_changed().unwrap());
         assert!(claim(&directory, &["10.0.0.3"]).unwrap_err().contains("host2"));
-        assert_eq!(directory.health(), Health { connected: true, age: Duration::ZERO });
+        assert_eq!(directory.health(), Health { connected: true, age: Duration::ZERO, refused: 1 });
     }
 
     #[test]
