@@ -81,8 +81,13 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     }
     let header = route.header(job.wqe.length as u16, imm);
     if qpn == MULTICAST_QPN && route.destination.is_multicast() {
-        for peer in ctx.engine.overlay().hosts(nic.id) {
-            send_to_host(ctx, nic, qp, peer, &route, datagram, job);
+        let hosts = ctx.engine.overlay().hosts(nic.id);
+        if !hosts.is_empty() {
+            send_to_hosts(ctx, nic, qp, &hosts, &route, datagram, job);
+            // Sending has used the context's source.
+            if let Err(reason) = gather_source(ctx, nic, qp, job) {
+                return unsent(reason);
+            }
         }
         return match nic.groups.members(route.destination) {
             Some(members) => mcast::step(ctx, nic, qp, job, Box::new(Cast::new(members, header)), datagram, budget),
@@ -92,7 +97,7 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     let Some((peer_nic, peer)) = find(ctx, nic, route.destination, datagram) else {
         return match ctx.engine.find_host(nic.id, route.destination) {
             Some(peer) => {
-                send_to_host(ctx, nic, qp, peer, &route, datagram, job);
+                send_to_hosts(ctx, nic, qp, &[peer], &route, datagram, job);
                 Step::Done
             }
             None => drop_it(nic),
@@ -110,8 +115,16 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     }
 }
 
-/// Sends the datagram whose payload is gathered to another host.
-fn send_to_host(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: PeerId, route: &Route, datagram: Datagram, job: &Job) {
+/// Sends the datagram whose payload is gathered to other hosts.
+fn send_to_hosts(
+    ctx: &mut Context,
+    nic: &Nic,
+    qp: &Qp,
+    peers: &[PeerId],
+    route: &Route,
+    datagram: Datagram,
+    job: &Job,
+) {
     let Some(tenant) = ctx.engine.overlay().tenant(nic.id) else { return };
     let carried = Carried {
         tenant,
@@ -133,7 +146,9 @@ fn send_to_host(ctx: &mut Context, nic: &Nic, qp: &Qp, peer: PeerId, route: &Rou
     }
     ctx.charge(cost::bytes(job.wqe.length));
     ctx.count_bytes(job.wqe.length);
-    tcp::send_datagram(ctx, nic, peer, carried, payload);
+    for &peer in peers {
+        tcp::send_datagram(ctx, nic, peer, carried, payload.clone());
+    }
 }
 
 /// What became of a datagram at its destination.

@@ -274,13 +274,16 @@ impl Worker {
     /// Sees to links, and has queue pairs visited that these say are to be.
     fn with_links(&mut self, see_to: impl FnOnce(&mut Context, &mut Tell<'_>) -> bool) -> bool {
         let ports = &mut self.ports;
-        see_to(&mut self.ctx, &mut |nic, qp, spent| {
+        let worked = see_to(&mut self.ctx, &mut |nic, qp, spent| {
             let queue = qp.id.doorbell_queue;
             if let Some(port) = ports.iter_mut().find(|p| p.nic.id == nic.id && p.queue == queue) {
                 port.charge(spent);
                 port.schedule(qp.clone());
             }
-        })
+        });
+        // What peers have done here is no virtual NIC's to pay for.
+        self.spent += self.ctx.take_spent();
+        worked
     }
 
     fn take_posts(&mut self) -> bool {

@@ -177,10 +177,7 @@ impl Line {
     /// Does what time and the peer ask for. `tell` is told of queue pairs that are to be visited. True if there was something.
     pub fn poll(&mut self, now: Nanos, epoll: &Epoll, ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
         let mut any = false;
-        while let Some(flow) = self.closed.pop() {
-            self.link.close(flow);
-            self.tables.flows.remove(&flow);
-        }
+        self.forget_closed();
         if self.link.timer().is_some_and(|at| at <= now) {
             let (link, mut device) = self.parts(ctx);
             link.on_timer(now, &mut device);
@@ -194,6 +191,14 @@ impl Line {
             self.sweep(now);
         }
         any | self.reap(ctx, tell)
+    }
+
+    /// Lets go of flows that are not needed any more.
+    pub fn forget_closed(&mut self) {
+        while let Some(flow) = self.closed.pop() {
+            self.link.close(flow);
+            self.tables.flows.remove(&flow);
+        }
     }
 
     fn receive(&mut self, index: usize, now: Nanos, epoll: &Epoll, ctx: &mut Context) -> bool {

@@ -126,6 +126,7 @@ pub(in super::super) fn poll(ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
             any |= line.poll(now, &links.epoll, ctx, tell);
         }
         for line in &mut links.gone {
+            line.forget_closed();
             any |= line.reap(ctx, tell);
         }
         links.gone.retain(|line| !line.is_done());

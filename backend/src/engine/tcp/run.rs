@@ -1,6 +1,7 @@
 //! One visit to a queue pair whose peer is on another host: its work requests become messages.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use freeflow_tcp::frame::{FlowId, Op as Does, Open, Remote, Transport};
 use freeflow_tcp::{Nanos, PostError, Retries, Work};
@@ -20,6 +21,9 @@ use crate::overlay::{Gid, Place};
 use crate::qp::{Qp, RemoteFlow, SendQueue, WaitKind};
 use crate::wqe::Op;
 
+/// How soon a QP is looked at again that has lost its GID.
+const WITHOUT_GID: Duration = Duration::from_millis(1);
+
 /// Visits a QP in RTS. `None` if its peer is not known to be on another host: it is served as any other then.
 pub(in super::super) fn run(
     ctx: &mut Context,
@@ -34,8 +38,8 @@ pub(in super::super) fn run(
     if let Some(remote) = &mut send.remote
         && !may_send(nic, qp, remote)
     {
-        // As to a peer that does not answer; what is under way goes on.
-        return (send.handed_over() > 0).then_some(Next::Idle);
+        // As to a peer that does not answer; what is under way ends first.
+        return (send.handed_over() > 0).then_some(Next::At(ctx.now + WITHOUT_GID));
     }
     let mut budget = ctx.budget();
     let next = loop {
