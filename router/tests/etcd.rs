@@ -6,18 +6,22 @@ mod authority;
 mod common;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use authority::Authority;
-use common::etcd::{Server, Way, path, settings_at};
-use common::{Place, SOON};
+use common::etcd::{Server, Way, free_address, path, settings_at};
+use common::{Daemon, Place, SOON, guest_on};
 use etcd_client::{Client, PutOptions, Txn, TxnOp};
 use freeflow_backend::{Gid, Mac};
 use freeflow_router::cluster::directory::{Claim, Connector, Directory, Etcd, Refused};
 use freeflow_router::cluster::settings::EtcdSettings;
 use freeflow_tests::bed::eventually;
+use freeflow_tests::guest::Guest;
+use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr};
 use nix::sys::signal::Signal;
+use virtio_rdma::ib::WcStatus;
 
 /// How soon others hear of a change.
 const SECOND: Duration = Duration::from_secs(1);
@@ -149,7 +153,7 @@ fn changes_that_etcd_has_forgotten_are_made_up_for() {
     has(&first, "a", 1).unwrap();
     has(&first, "b", 2).unwrap();
     eventually("news", SECOND, || owner(&second, 2) == is("b", 1));
-    way.set(false);
+    way.cut();
     eventually("the loss", SOON, || !second.health().connected);
     first.release("a").recv_timeout(SOON).unwrap();
     has(&first, "c", 3).unwrap();
@@ -157,7 +161,7 @@ fn changes_that_etcd_has_forgotten_are_made_up_for() {
         let revision = client.put("elsewhere", "", None).await.unwrap().header().unwrap().revision();
         client.compact(revision, None).await.unwrap();
     });
-    way.set(true);
+    way.mend();
     eventually("the return", SOON, || second.health().connected);
     assert_eq!([1, 2, 3].map(|last| owner(&second, last)), [NOBODY.to_owned(), is("b", 1), is("c", 1)]);
 }
@@ -169,13 +173,13 @@ fn a_lease_ends_and_is_made_again() {
     let (first, second) = (host(&settings_at(&way.endpoint()), 1), host(&server.settings(), 2));
     has(&first, "a", 1).unwrap();
     has(&first, "b", 2).unwrap();
-    eventually("news", SECOND, || owner(&second, 2) == is("b", 1));
-    way.set(false);
+    eventually("news", SECOND, || owner(&second, 2) == is("b", 1) && owner(&first, 2) == is("b", 1));
+    way.cut();
     eventually("the end of the lease", LEASE_ENDS, || owner(&second, 1) == NOBODY && owner(&second, 2) == NOBODY);
     assert_eq!(second.snapshot().host("host1"), None);
     assert_eq!(owner(&first, 1), is("a", 1), "who is cut off knows what it knew");
     has(&second, "c", 2).unwrap();
-    way.set(true);
+    way.mend();
     eventually("the return", SOON, || owner(&second, 1) == is("a", 1) && owner(&first, 2) == is("c", 2));
     assert_eq!(second.snapshot().host("host1"), Some(at(1)));
     eventually("that it is noticed", SOON, || first.health().refused == 1);
@@ -272,10 +276,10 @@ fn ten_thousand_addresses() {
 }
 
 /// An authority, and certificates of its for etcd and for routers, as files.
-fn certificates(folder: &std::path::Path) {
+fn certificates(folder: &Path) {
     let authority = Authority::new();
     std::fs::write(folder.join("ca"), &authority.pem).unwrap();
-    for name in ["localhost", "router", "host1"] {
+    for name in ["localhost", "router", "host1", "host2", "host3"] {
         let certificate = authority.sign(&[name]);
         std::fs::write(folder.join(name), certificate.cert).unwrap();
         std::fs::write(folder.join(format!("{name}.key")), certificate.key).unwrap();
@@ -348,19 +352,11 @@ fn etcd_may_want_a_password() {
     eventually("news", SOON, || owner(&second, 2) == is("b", 1));
 }
 
-/// A daemon's configuration with etcd and certificates for sessions, in a folder that its user may read.
-fn configured(server: &Server) -> tempfile::TempDir {
+/// Configurations of daemons of these hosts with etcd and certificates for sessions, in a folder that their user may read.
+fn configured(server: &Server, hosts: std::ops::RangeInclusive<u8>) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     certificates(folder.path());
-    let [ca, cert, key] = ["ca", "host1", "host1.key"].map(|name| path(folder.path(), name));
-    let config = format!(
-        "metrics = '127.0.0.1:0'\n[cluster]\nname = 'host1'\nlisten = '127.0.0.1:0'\nadvertise = '{}'\n\
-         tls = {{ ca = '{ca}', cert = '{cert}', key = '{key}' }}\n\
-         [cluster.etcd]\nendpoints = ['http://localhost:{}']\nttl = '5s'\n",
-        at(1),
-        server.address().port()
-    );
-    std::fs::write(folder.path().join("router.toml"), config).unwrap();
+    hosts.for_each(|n| configure(folder.path(), server, n));
     for file in std::fs::read_dir(folder.path()).unwrap() {
         std::os::unix::fs::chown(file.unwrap().path(), Some(65534), None).unwrap();
     }
@@ -368,11 +364,23 @@ fn configured(server: &Server) -> tempfile::TempDir {
     folder
 }
 
+fn configure(folder: &Path, server: &Server, n: u8) {
+    let (name, address) = (format!("host{n}"), free_address());
+    let [ca, cert, key] = ["ca", &name, &format!("{name}.key")].map(|name| path(folder, name));
+    let config = format!(
+        "[cluster]\nname = '{name}'\nlisten = '{address}'\nadvertise = '{address}'\ndead-after = '1s'\n\
+         tls = {{ ca = '{ca}', cert = '{cert}', key = '{key}' }}\n\
+         [cluster.etcd]\nendpoints = ['http://localhost:{}']\nttl = '5s'\n",
+        server.address().port()
+    );
+    std::fs::write(folder.join(format!("{name}.toml")), config).unwrap();
+}
+
 #[test]
 fn a_daemon_has_its_virtual_nics_in_etcd() {
     let mut server = Server::start();
-    let (folder, place) = (configured(&server), Place::new());
-    let config = path(folder.path(), "router.toml");
+    let (folder, place) = (configured(&server, 1..=1), Place::new());
+    let config = path(folder.path(), "host1.toml");
     let args = ["--config", config.as_str()];
     let add = |n: u8| {
         [
@@ -410,8 +418,65 @@ fn a_daemon_has_its_virtual_nics_in_etcd() {
     let daemon = place.start_with(0, &args);
     assert!(daemon.says(&["nics"]).contains("10.0.0.1"));
     server.resume();
-    eventually("the return", SOON, || second.health().connected && owner(&second, 1) == is("a", 1));
+    eventually("the return", SOON, || second.health().connected);
+    assert_eq!(owner(&second, 1), is("a", 1));
+    // Said by this life: what was said by the one before hangs on that one's lease.
+    second.release("x").recv_timeout(SOON).unwrap();
+    daemon.says(&add(2));
     let (status, log) = daemon.stop();
     assert!(status.success(), "{status}\n{log}");
     eventually("its end", SECOND, || owner(&second, 1) == NOBODY);
+}
+
+/// The virtual NIC that guest `n` of the tests has, on this daemon, and that guest.
+fn guest(daemon: &Daemon<'_>, n: u8) -> Guest {
+    let (name, ip, ip6) = (format!("n{n}"), format!("10.0.0.{n}"), format!("fd00::{n}"));
+    let mac = format!("02:00:00:00:00:0{n}");
+    let args = ["nic", "add", "--tenant", "blue", "--name", &name, "--ip", &ip, "--ip", &ip6, "--mac", &mac];
+    guest_on(Path::new(&daemon.says(&args)), usize::from(n) - 1)
+}
+
+/// Whether both can write into each other's memory.
+fn talk(a: &Guest, b: &Guest) {
+    let patient = RcOptions { timeout: 14, retry_cnt: 7, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(a, b, &QpSpec::rc(), 4096, &patient).unwrap();
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        from.qp.post(SendWr::new(1, Op::Write(to.mr.remote(0)), &[from.mr.sge(0, 4096)])).unwrap();
+        assert_eq!(from.cq.next().status(), WcStatus::Success);
+    }
+}
+
+#[test]
+fn guests_find_each_other_by_etcd_also_where_they_have_moved_to() {
+    let mut server = Server::start();
+    let folder = configured(&server, 1..=3);
+    let places = [1, 2, 3].map(|_| Place::new());
+    let configs = [1, 2, 3].map(|n| path(folder.path(), &format!("host{n}.toml")));
+    let daemons = [0, 1, 2].map(|n| places[n].start_with(0, &["--config", &configs[n]]));
+    let up = |daemon: &Daemon<'_>| daemon.says(&["hosts"]).lines().filter(|line| line.contains(" up ")).count() == 2;
+    eventually("sessions", SOON, || daemons.iter().all(up));
+    let first = guest(&daemons[0], 1);
+    let second = guest(&daemons[1], 2);
+    let known = |by: usize, host: &str| {
+        daemons[by].says(&["directory"]).lines().any(|line| line.contains("10.0.0.2") && line.contains(host))
+    };
+    eventually("news", SECOND, || known(0, "host2"));
+    talk(&first, &second);
+    drop(second);
+    daemons[1].says(&["nic", "del", "n2"]);
+    let moved = Instant::now();
+    let second = guest(&daemons[2], 2);
+    eventually("news", SECOND, || known(0, "host3"));
+    assert!(moved.elapsed() < SECOND, "{:?}", moved.elapsed());
+    talk(&first, &second);
+    server.end(Signal::SIGKILL);
+    eventually("the loss", SOON, || daemons[0].says(&["directory"]).contains("cut off for"));
+    talk(&first, &second);
+    drop((first, second));
+    server.resume();
+    eventually("the return", SOON, || daemons[0].says(&["directory"]).contains("up to date"));
+    for daemon in daemons {
+        let (status, log) = daemon.stop();
+        assert!(status.success(), "{status}\n{log}");
+    }
 }

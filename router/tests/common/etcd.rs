@@ -108,6 +108,11 @@ impl Drop for Server {
     }
 }
 
+/// That nobody has at this moment.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
 /// Two that nobody has at this moment.
 fn free_ports() -> [u16; 2] {
     let listeners = [0; 2].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
@@ -118,8 +123,8 @@ fn free_ports() -> [u16; 2] {
 #[derive(Debug)]
 pub struct Way {
     address: SocketAddr,
-    open: Arc<AtomicBool>,
-    streams: Arc<Mutex<Vec<TcpStream>>>,
+    /// Connections that go through; `None` while nothing does.
+    streams: Arc<Mutex<Option<Vec<TcpStream>>>>,
     over: Arc<AtomicBool>,
 }
 
@@ -127,21 +132,14 @@ impl Way {
     /// To an address.
     pub fn to(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let way = Self {
-            address: listener.local_addr().unwrap(),
-            open: Arc::new(AtomicBool::new(true)),
-            streams: Arc::default(),
-            over: Arc::default(),
-        };
-        let (open, streams, over) = (way.open.clone(), way.streams.clone(), way.over.clone());
+        let address = listener.local_addr().unwrap();
+        let way = Self { address, streams: Arc::new(Mutex::new(Some(Vec::new()))), over: Arc::default() };
+        let (streams, over) = (way.streams.clone(), way.over.clone());
         std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                if over.load(Ordering::SeqCst) {
-                    return;
-                }
-                if open.load(Ordering::SeqCst) {
+            for stream in listener.incoming().take_while(|_| !over.load(Ordering::SeqCst)) {
+                if let Some(streams) = &mut *streams.lock().unwrap_or_else(PoisonError::into_inner) {
                     // What cannot be connected is closed, as it would be without us.
-                    let _ = stream.and_then(|stream| join(stream, TcpStream::connect(target)?, &streams));
+                    let _ = stream.and_then(|stream| join(stream, TcpStream::connect(target)?, streams));
                 }
             }
         });
@@ -153,38 +151,41 @@ impl Way {
         format!("http://{}", self.address)
     }
 
-    /// Whether anything gets through. What is on its way is lost.
-    pub fn set(&self, open: bool) {
-        self.open.store(open, Ordering::SeqCst);
-        if !open {
-            for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-                // It may have ended.
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-            }
+    /// Nothing gets through, and what is on its way is lost.
+    pub fn cut(&self) {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for stream in streams.into_iter().flatten() {
+            // It may have ended.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
         }
+    }
+
+    /// New connections get through again.
+    pub fn mend(&self) {
+        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
     }
 }
 
 impl Drop for Way {
     fn drop(&mut self) {
         self.over.store(true, Ordering::SeqCst);
-        self.set(false);
+        self.cut();
         let _ = TcpStream::connect_timeout(&self.address, Duration::from_secs(1));
     }
 }
 
-fn join(a: TcpStream, b: TcpStream, streams: &Mutex<Vec<TcpStream>>) -> io::Result<()> {
+fn join(a: TcpStream, b: TcpStream, streams: &mut Vec<TcpStream>) -> io::Result<()> {
     for (mut from, mut to) in [(a.try_clone()?, b.try_clone()?), (b.try_clone()?, a.try_clone()?)] {
         std::thread::spawn(move || {
             let _ = io::copy(&mut from, &mut to);
             let _ = to.shutdown(std::net::Shutdown::Both);
         });
     }
-    streams.lock().unwrap_or_else(PoisonError::into_inner).extend([a, b]);
+    streams.extend([a, b]);
     Ok(())
 }
 
-/// Whether a folder has these files, for certificates.
+/// A file in a folder, as text.
 pub fn path(folder: &Path, name: &str) -> String {
     folder.join(name).to_str().unwrap().to_owned()
 }
