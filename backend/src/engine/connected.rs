@@ -274,7 +274,7 @@ impl Fault {
         event: EventType::QpAccessError,
         own: false,
     };
-    const OPERATION: Self =
+    pub(super) const OPERATION: Self =
         Self { requester: WcStatus::RemOpErr, responder: WcStatus::LocProtErr, event: EventType::QpFatal, own: true };
     const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
 }
@@ -450,7 +450,7 @@ pub(super) fn finish_at_peer(
     let is_word = matches!(job.wqe.op, Op::AtomicWrite { .. });
     let word = std::mem::take(&mut job.wqe.inline);
     let bytes = if is_word { &word[..] } else { last_bytes };
-    job.done = job.wqe.length - bytes.len() as u64;
+    job.done = job.wqe.length.saturating_sub(bytes.len() as u64);
     let placed = place_last(ctx, peer, job, bytes, is_word);
     job.wqe.inline = word;
     placed?;

@@ -138,7 +138,9 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
 /// SQD: what has started is finished, nothing new is begun.
 fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
     let mut budget = Budget::full();
-    if let Some(job) = send.job.take() {
+    // One for another host that was not posted has not started.
+    let waits = send.remote.is_some() && send.job.as_ref().is_some_and(|job| !job.is_under_way());
+    if !waits && let Some(job) = send.job.take() {
         let next = advance(ctx, nic, qp, &mut send, job, &mut budget);
         send.publish();
         if let Some(next) = next {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use freeflow_tcp::frame::{Op as Does, Open, Request, Transport};
+use freeflow_tcp::frame::{FlowId, Op as Does, Open, Request, Transport};
 use freeflow_tcp::host::{QpKey, Refusal};
 use virtio_rdma::ib::{QpType, SendFlags, WcStatus};
 
@@ -21,6 +21,8 @@ pub(super) const HELD: usize = 64;
 /// One queue pair, and the message that it is receiving.
 #[derive(Debug)]
 pub(super) struct Answering {
+    /// The flow whose messages it takes. What is still on its way of another one is not for it.
+    pub flow: FlowId,
     /// The queue pair, as a responder.
     pub to: Binding,
     /// Its GID that the peer sends to.
@@ -42,9 +44,10 @@ pub(super) fn key_of(nic: NicId, qpn: u32) -> QpKey {
 }
 
 impl Answering {
-    pub fn new(nic: Arc<Nic>, qp: Arc<Qp>, gid: Gid) -> Self {
+    pub fn new(flow: FlowId, nic: Arc<Nic>, qp: Arc<Qp>, gid: Gid) -> Self {
         let (epoch, incarnation) = (nic.gid_epoch(), qp.incarnation());
         Self {
+            flow,
             to: Binding { nic, qp, incarnation, gid_epochs: (0, epoch) },
             gid,
             job: Box::default(),
@@ -82,6 +85,14 @@ impl Answering {
     pub fn rest(&mut self) {
         if std::mem::take(&mut self.in_hand) {
             self.job.rest_receive(&self.to.qp);
+        }
+    }
+
+    /// No more of its messages will come: a receive that one has is for others to flush; where messages get lost, for the next.
+    pub fn end(&mut self) {
+        self.rest();
+        if self.to.qp.id.kind == QpType::Uc {
+            self.job.put_back_receive();
         }
     }
 

@@ -18,7 +18,7 @@ use crate::tcp::PeerId;
 use crate::wqe::Op;
 
 /// How soon a page that is missing is looked for again.
-const PAGE_LOOK: Nanos = Nanos::from_micros(100);
+pub(super) const PAGE_LOOK: Nanos = Nanos::from_micros(100);
 /// How soon a message is tried again whose receive was flushed: its queue pair has failed, and the peer will see that.
 const FLUSHED_LOOK: Nanos = Nanos::from_millis(1);
 
@@ -38,6 +38,9 @@ pub(super) struct Tables {
     pub finished: Vec<FlowId>,
     /// Those of guests that do not run now.
     pub parked: Vec<FlowId>,
+    /// Those whose answers wait for a page, which is looked for at this time.
+    pub paging: Vec<FlowId>,
+    pub page_look: Nanos,
     /// Queue pairs whose receives are in hand.
     pub in_hand: Vec<QpKey>,
 }
@@ -53,6 +56,8 @@ impl Tables {
             arrived: Vec::new(),
             finished: Vec::new(),
             parked: Vec::new(),
+            paging: Vec::new(),
+            page_look: Nanos::ZERO,
             in_hand: Vec::new(),
         }
     }
@@ -64,10 +69,6 @@ impl Tables {
                 answering.rest();
             }
         }
-    }
-
-    fn live_flow(&mut self, token: Token) -> Option<&mut Flow> {
-        self.flows.get_mut(&flow_of(token)).filter(|flow| flow.is_live())
     }
 }
 
@@ -152,7 +153,13 @@ impl Device<'_> {
         const GONE: Unreachable = Unreachable::Refused(crate::mr::KeyError::NoSuchKey(0));
         match origin {
             Origin::Message(token) => {
-                let flow = self.tables.live_flow(token).ok_or(GONE)?;
+                let flow = self.tables.flows.get_mut(&flow_of(token)).ok_or(GONE)?;
+                if !flow.nic.is_running() {
+                    return Err(Unreachable::Paging);
+                }
+                if !flow.is_live() {
+                    return Err(GONE);
+                }
                 let (nic, pdn) = (flow.nic.clone(), flow.qp.id.pdn);
                 let job = flow.job(token).ok_or(GONE)?;
                 self.ctx.paging.fault = job.fault.take();
@@ -163,8 +170,14 @@ impl Device<'_> {
                 found
             }
             Origin::Read(key, at) => {
-                let answering = self.tables.answering.get_mut(&key).ok_or(GONE)?;
+                // One that is not ready has failed, or its guest is stopped for a while: its peer waits, and sees which.
+                let there = self.tables.answering.get_mut(&key).filter(|answering| answering.is_there());
+                let answering = there.ok_or(Unreachable::Paging)?;
                 if !answering.is_ready() {
+                    return Err(Unreachable::Paging);
+                }
+                // Asked again when it is read again, which is not a new message (IBA 9.4.4).
+                if !answering.to.qp.access().contains(Access::REMOTE_READ) {
                     return Err(GONE);
                 }
                 let at = Remote { need: Access::REMOTE_READ, addr: at.addr.wrapping_add(from), rkey: at.rkey };
@@ -182,14 +195,16 @@ impl Device<'_> {
         self.ctx.dst.clear();
         self.ctx.charge(cost::LOOKUP + cost::bytes(len));
         match *landing {
-            Landing::Message { qp, offset, .. } => self.place_message(qp, u64::from(offset) + at, len),
+            Landing::Message { qp, request, offset } => {
+                self.place_message((qp, request.flow), u64::from(offset) + at, len)
+            }
             Landing::Answer { token, offset } => self.place_answer(token, u64::from(offset) + at, len),
             Landing::Nothing | Landing::Discard | Landing::Datagram(_) => Ok(()),
         }
     }
 
-    fn place_message(&mut self, key: QpKey, from: u64, len: u64) -> Result<(), Landed> {
-        let Some(answering) = self.tables.answering.get_mut(&key) else {
+    fn place_message(&mut self, (key, flow): (QpKey, FlowId), from: u64, len: u64) -> Result<(), Landed> {
+        let Some(answering) = self.tables.answering.get_mut(&key).filter(|answering| answering.flow == flow) else {
             return Err(Landed::Later(FLUSHED_LOOK));
         };
         if !answering.is_ready() || !hold(answering, key, &mut self.tables.in_hand) {
@@ -208,7 +223,15 @@ impl Device<'_> {
     }
 
     fn place_answer(&mut self, token: Token, from: u64, len: u64) -> Result<(), Landed> {
-        let Some(flow) = self.tables.live_flow(token) else { return Err(Landed::Refused(Refusal::Access)) };
+        let Some(flow) = self.tables.flows.get_mut(&flow_of(token)) else {
+            return Err(Landed::Refused(Refusal::Access));
+        };
+        if !flow.nic.is_running() {
+            return Err(Landed::Later(FLUSHED_LOOK));
+        }
+        if !flow.is_live() {
+            return Err(Landed::Refused(Refusal::Access));
+        }
         let (nic, pdn) = (flow.nic.clone(), flow.qp.id.pdn);
         let Some(job) = flow.job(token) else { return Err(Landed::Refused(Refusal::Access)) };
         self.ctx.paging.fault = job.fault.take();
@@ -220,6 +243,12 @@ impl Device<'_> {
             Unreachable::Paging => Landed::Later(PAGE_LOOK),
             Unreachable::Refused(_) => Landed::Refused(Refusal::Access),
         })
+    }
+
+    /// The memory that a message goes to is not there any more.
+    pub fn memory_gone(&mut self, (key, flow): (QpKey, FlowId)) -> Landed {
+        let there = self.tables.answering.get(&key).is_some_and(|answering| answering.flow == flow);
+        if there { Landed::Refused(self.refuse(key, &Fault::OPERATION)) } else { Landed::Later(FLUSHED_LOOK) }
     }
 
     /// Memory that a READ names may not be reached: its responder fails.
@@ -295,17 +324,17 @@ impl Host for Device<'_> {
         }
         let key = key_of(nic.id, qp.id.qpn);
         let depth = qp.attrs.lock().attr.max_dest_rd_atomic;
-        let answering = Answering::new(nic, qp, destination);
+        let answering = Answering::new(open.flow, nic, qp, destination);
         let bound = Bound { qp: key, incarnation: answering.to.incarnation, depth };
         if let Some(mut before) = self.tables.answering.insert(key, answering) {
-            before.rest();
+            before.end();
         }
         Some(bound)
     }
 
     fn unbound(&mut self, qp: QpKey) {
         if let Some(mut answering) = self.tables.answering.remove(&qp) {
-            answering.rest();
+            answering.end();
         }
     }
 
@@ -408,7 +437,8 @@ impl Host for Device<'_> {
     }
 
     fn datagram_sent(&mut self, token: Token, sent: bool) {
-        if !sent {
+        // What has a payload is needed until that is taken.
+        if !sent || self.tables.datagrams.get(&token).is_some_and(Vec::is_empty) {
             self.tables.datagrams.remove(&token);
         }
     }

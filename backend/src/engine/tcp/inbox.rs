@@ -3,8 +3,8 @@
 use std::io;
 use std::net::TcpStream;
 
-use freeflow_tcp::frame::Trailer;
-use freeflow_tcp::host::{Landed, Landing, QpKey};
+use freeflow_tcp::frame::{FlowId, Trailer};
+use freeflow_tcp::host::{Landed, Landing, QpKey, Refusal};
 use freeflow_tcp::stream::{Inbound, Next};
 use freeflow_tcp::{Conn, Link, Nanos, Violation};
 
@@ -102,8 +102,8 @@ impl Arriving {
             return;
         }
         match self.landing {
-            Landing::Message { qp, .. } if self.landed == Landed::Good && self.held > 0 => {
-                self.hold(device, qp, bytes);
+            Landing::Message { qp, request, .. } if self.landed == Landed::Good && self.held > 0 => {
+                self.hold(device, (qp, request.flow), bytes);
             }
             Landing::Datagram(_) => self.datagram.extend_from_slice(bytes),
             _ => {}
@@ -111,9 +111,10 @@ impl Arriving {
         self.at += bytes.len() as u32;
     }
 
-    fn hold(&self, device: &mut Device<'_>, qp: QpKey, bytes: &[u8]) {
+    fn hold(&mut self, device: &mut Device<'_>, (qp, flow): (QpKey, FlowId), bytes: &[u8]) {
         let from = (self.at - (self.len - self.held)) as usize;
-        if let Some(answering) = device.tables.answering.get_mut(&qp) {
+        let there = device.tables.answering.get_mut(&qp).filter(|answering| answering.flow == flow);
+        if let Some(answering) = there {
             answering.held[from..][..bytes.len()].copy_from_slice(bytes);
             answering.num_held = self.held as usize;
         }
@@ -147,7 +148,7 @@ impl Inbox {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Some(true)),
             Err(error) if error.raw_os_error() == Some(libc::EFAULT) && direct > 0 => {
-                self.memory_gone();
+                self.memory_gone(device);
                 return Ok(Some(true));
             }
             Err(error) => return Err(Ended::Socket(error)),
@@ -184,9 +185,12 @@ impl Inbox {
     }
 
     /// The guest's memory is not there any more (its VMM has taken it away); nobody wants the rest.
-    fn memory_gone(&mut self) {
+    fn memory_gone(&mut self, device: &mut Device<'_>) {
         if let Some(arriving) = &mut self.arriving {
-            arriving.landed = Landed::Refused(freeflow_tcp::host::Refusal::Operation);
+            arriving.landed = match arriving.landing {
+                Landing::Message { qp, request, .. } => device.memory_gone((qp, request.flow)),
+                _ => Landed::Refused(Refusal::Operation),
+            };
         }
     }
 

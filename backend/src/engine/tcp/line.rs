@@ -9,7 +9,8 @@ use freeflow_tcp::frame::{Bye, FlowId, Frame, Hello, Packet};
 use freeflow_tcp::{Config, Conn, Event, Link, Nanos, Violation};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::device::{Device, Tables};
+use super::answering::Answering;
+use super::device::{Device, PAGE_LOOK, Tables};
 use super::inbox::{Ended, Inbox};
 use super::links::Tell;
 use super::outbox::Outbox;
@@ -190,7 +191,7 @@ impl Line {
         if now >= self.sweep_at {
             self.sweep(now);
         }
-        any | self.reap(ctx, tell)
+        any | self.reap(now, ctx, tell)
     }
 
     /// Lets go of flows that are not needed any more.
@@ -265,8 +266,11 @@ impl Line {
     }
 
     /// Completes work requests that are finished.
-    pub fn reap(&mut self, ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
+    pub fn reap(&mut self, now: Nanos, ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
         let mut finished = std::mem::take(&mut self.tables.finished);
+        if self.tables.page_look <= now {
+            finished.append(&mut self.tables.paging);
+        }
         let flows = &self.tables.flows;
         let runs = |id: &mut FlowId| flows.get(id).is_none_or(|flow| flow.nic.is_running());
         finished.extend(self.tables.parked.extract_if(.., runs));
@@ -276,11 +280,25 @@ impl Line {
             match reap::reap(ctx, flow, |remote| remote.is(id, &self.closed)) {
                 Reaped::Later => self.tables.finished.push(id),
                 Reaped::Parked => self.tables.parked.push(id),
+                Reaped::Paging => {
+                    self.tables.paging.push(id);
+                    self.tables.page_look = now + PAGE_LOOK;
+                }
                 Reaped::Done => {}
                 Reaped::Visit(spent) => tell(&flow.nic, &flow.qp, spent),
             }
         }
         any
+    }
+
+    /// When it is to be looked at.
+    pub fn timer(&self) -> Option<Nanos> {
+        [self.link.timer(), self.page_timer()].into_iter().flatten().min()
+    }
+
+    /// When a page is to be looked for; after [`leave`](Self::leave) nothing else is waited for.
+    pub fn page_timer(&self) -> Option<Nanos> {
+        (!self.tables.paging.is_empty()).then_some(self.tables.page_look)
     }
 
     /// Whether there is something to do now, whatever time it is.
@@ -293,6 +311,7 @@ impl Line {
     /// The other host is gone: what is under way fails. It is complete when [reaped](Self::reap).
     pub fn leave(&mut self) {
         self.lanes.clear();
+        self.tables.answering.values_mut().for_each(Answering::end);
         self.tables.rest();
         for (id, flow) in &mut self.tables.flows {
             let mut status = WcStatus::RetryExcErr;
@@ -310,7 +329,7 @@ impl Line {
 
     /// After [`leave`](Self::leave): whether nothing waits to be completed.
     pub fn is_done(&self) -> bool {
-        self.tables.finished.is_empty() && self.tables.parked.is_empty()
+        self.tables.finished.is_empty() && self.tables.parked.is_empty() && self.tables.paging.is_empty()
     }
 
     /// Lets go of queue pairs that are gone.

@@ -101,7 +101,8 @@ impl Links {
 
     /// When a link is to be looked at.
     fn timer(&self) -> Option<Nanos> {
-        self.lines.iter().filter_map(|line| line.link.timer()).min()
+        let gone = self.gone.iter().filter_map(Line::page_timer);
+        self.lines.iter().filter_map(Line::timer).chain(gone).min()
     }
 }
 
@@ -127,7 +128,7 @@ pub(in super::super) fn poll(ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
         }
         for line in &mut links.gone {
             line.forget_closed();
-            any |= line.reap(ctx, tell);
+            any |= line.reap(now, ctx, tell);
         }
         links.gone.retain(|line| !line.is_done());
     });
@@ -141,7 +142,7 @@ pub(in super::super) fn flush(ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
         with_links(ctx, |links, now, ctx| {
             for line in &mut links.lines {
                 any |= line.flush(now, &links.epoll, ctx);
-                any |= line.reap(ctx, tell);
+                any |= line.reap(now, ctx, tell);
             }
         });
     }

@@ -21,8 +21,10 @@ pub(super) enum Reaped {
     Done,
     /// Visit the queue pair; what was done so far cost this much.
     Visit(u64),
-    /// Look again: somebody else has the queue pair, or a page is missing.
+    /// Look again: somebody else has the queue pair.
     Later,
+    /// Look again in a while: the page for an answer is missing.
+    Paging,
     /// Its guest does not run now.
     Parked,
 }
@@ -62,7 +64,7 @@ pub(super) fn reap(ctx: &mut Context, flow: &mut Flow, is_it: impl Fn(&RemoteFlo
     let spent = ctx.take_spent();
     ctx.charge(before);
     match () {
-        () if later => Reaped::Later,
+        () if later => Reaped::Paging,
         () if failed || send.job.is_some() || qp.state() != QpState::Rts => Reaped::Visit(spent),
         () => Reaped::Done,
     }
@@ -150,8 +152,11 @@ pub(in super::super) fn settled(
         let Some(line) = links.line(peer, index) else { return };
         line.link.close(id);
         let Some(mut flow) = line.tables.flows.remove(&id) else { return };
-        while let Some(job) = flow.jobs.pop_front() {
-            let status = flow.finished.pop_front().unwrap_or(WcStatus::WrFlushErr);
+        let mut lost = false;
+        while let Some(mut job) = flow.jobs.pop_front() {
+            lost |= !matches!(store_answer(ctx, nic, qp, &mut job), Answer::There);
+            let ended = flow.finished.pop_front().filter(|_| !lost);
+            let status = ended.unwrap_or(WcStatus::WrFlushErr);
             finish(ctx, (nic, qp), send, &job, status, false);
             ctx.recycle(job);
         }
