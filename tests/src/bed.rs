@@ -76,8 +76,13 @@ pub struct Witness {
 impl Witness {
     /// Starts to write from one guest to the other and back, comparing every byte.
     pub fn start(a: &Guest, b: &Guest) -> Self {
+        Self::start_with(a, b, &RcOptions::default())
+    }
+
+    /// The same, with retries and the like as asked.
+    pub fn start_with(a: &Guest, b: &Guest, options: &RcOptions) -> Self {
         let spec = QpSpec { send_depth: 7, recv_depth: 7, ..QpSpec::rc() };
-        let (a, b) = Rc::pair_with(a, b, &spec, 4096, &RcOptions::default()).expect("the witness connects");
+        let (a, b) = Rc::pair_with(a, b, &spec, 4096, options).expect("the witness connects");
         let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, counter) = (Arc::clone(&stop), Arc::clone(&rounds));
         let thread = std::thread::spawn(move || {

@@ -39,8 +39,10 @@ fn the_way_is_told() {
 #[test]
 fn messages_survive_connections_that_break() {
     let bed = bed(3, true);
-    let witnesses: Vec<_> =
-        [(0, 1), (1, 2), (2, 0)].map(|(a, b)| Witness::start(&bed.guests[a], &bed.guests[b])).into();
+    // A connection that breaks several times before it has worked once is tried again later and later: for two seconds all in all.
+    let options = RcOptions { timeout: 16, retry_cnt: 7, ..RcOptions::default() };
+    let start = |(a, b): (usize, usize)| Witness::start_with(&bed.guests[a], &bed.guests[b], &options);
+    let witnesses: Vec<_> = [(0, 1), (1, 2), (2, 0)].map(start).into();
     eventually("connections that break", Duration::from_mins(1), || bed.router.mesh().cuts() >= 30);
     witnesses.into_iter().for_each(Witness::finish);
 }
