@@ -129,6 +129,11 @@ pub fn is_spread() -> bool {
     std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "tcp" || path == "cut")
 }
 
+/// Whether connections between them break all the time.
+pub fn is_cut() -> bool {
+    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "cut")
+}
+
 /// Where virtual NICs are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hosts {
@@ -144,8 +149,7 @@ pub enum Hosts {
 impl Hosts {
     /// What the environment says.
     fn of_tests() -> Self {
-        let cut = std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "cut");
-        if is_spread() { Self::Each { cut } } else { Self::One }
+        if is_spread() { Self::Each { cut: is_cut() } } else { Self::One }
     }
 }
 

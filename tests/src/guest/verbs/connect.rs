@@ -8,6 +8,7 @@ use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
 use super::{Cq, Mr, Pd, Qp, QpSpec};
 use crate::guest::ctrl::Response;
 use crate::guest::{Gid, Guest, Result};
+use crate::router::is_cut;
 
 /// The GID of an address.
 pub fn ip_gid(ip: IpAddr) -> Gid {
@@ -40,7 +41,8 @@ impl Default for RcOptions {
     fn default() -> Self {
         Self {
             gid_index: 0,
-            timeout: 14,
+            // Half a second in all; four where connections break all the time.
+            timeout: if is_cut() { 17 } else { 14 },
             retry_cnt: 7,
             rnr_retry: 7,
             min_rnr_timer: 1,
