@@ -99,8 +99,8 @@ pub trait Overlay: Send + Sync + fmt::Debug {
     }
 
     /// Other hosts with virtual NICs of this one's tenant.
-    fn hosts(&self, _nic: NicId) -> Vec<PeerId> {
-        Vec::new()
+    fn hosts(&self, _nic: NicId) -> Arc<[PeerId]> {
+        Arc::default()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who is where on the overlay network: virtual NICs of this router, and those that it knows of on other hosts.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -28,6 +28,8 @@ struct Tables {
     /// For each tenant.
     places: HashMap<String, HashMap<Gid, NicId>>,
     elsewhere: Arc<Elsewhere>,
+    /// For each tenant the hosts of `elsewhere`: asked for with every datagram to a group.
+    hosts: Arc<HashMap<String, Arc<[PeerId]>>>,
     /// Of tenants that have, or had, a virtual NIC here. A number stays its tenant's as long as the router runs.
     numbers: HashMap<String, u32>,
     /// What peers call tenants.
@@ -89,8 +91,11 @@ impl Addresses {
 
     /// Where everything is that is on other hosts that can be reached.
     pub fn set_elsewhere(&self, elsewhere: Elsewhere) {
-        let elsewhere = Arc::new(elsewhere);
-        self.change(|tables| tables.elsewhere = elsewhere.clone());
+        let of =
+            |places: &HashMap<Gid, PeerId>| places.values().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let hosts: HashMap<_, _> = elsewhere.iter().map(|(tenant, places)| (tenant.clone(), of(places))).collect();
+        let (hosts, elsewhere) = (Arc::new(hosts), Arc::new(elsewhere));
+        self.change(|tables| (tables.elsewhere, tables.hosts) = (elsewhere.clone(), hosts.clone()));
     }
 
     fn change(&self, change: impl Fn(&mut Tables)) {
@@ -127,13 +132,10 @@ impl Overlay for Addresses {
         self.tables.load().places.get(tenant)?.get(&gid).copied()
     }
 
-    fn hosts(&self, nic: NicId) -> Vec<PeerId> {
+    fn hosts(&self, nic: NicId) -> Arc<[PeerId]> {
         let tables = self.tables.load();
-        let places = tables.tenants.get(&nic).and_then(|tenant| tables.elsewhere.get(tenant));
-        let mut hosts: Vec<_> = places.into_iter().flat_map(|places| places.values().copied()).collect();
-        hosts.sort_unstable();
-        hosts.dedup();
-        hosts
+        let hosts = tables.tenants.get(&nic).and_then(|tenant| tables.hosts.get(tenant));
+        hosts.cloned().unwrap_or_default()
     }
 }
 
@@ -188,7 +190,7 @@ mod tests {
         overlay.set_elsewhere(elsewhere("red", 9, 7));
         assert_eq!(overlay.locate(NicId(1), gid(9)), Some(Place::Remote(PeerId(7))));
         assert_eq!(overlay.locate(NicId(2), gid(9)), None);
-        assert_eq!((overlay.hosts(NicId(1)), overlay.hosts(NicId(2))), (vec![PeerId(7)], vec![]));
+        assert_eq!((&*overlay.hosts(NicId(1)), &*overlay.hosts(NicId(2))), (&[PeerId(7)][..], &[][..]));
         overlay.set_elsewhere(elsewhere("red", 1, 7));
         assert_eq!(overlay.locate(NicId(1), gid(1)), Some(Place::Local(NicId(1))));
     }

@@ -146,9 +146,11 @@ fn send_to_hosts(
     }
     ctx.charge(cost::bytes(job.wqe.length));
     ctx.count_bytes(job.wqe.length);
-    for &peer in peers {
+    let Some((&last, others)) = peers.split_last() else { return };
+    for &peer in others {
         tcp::send_datagram(ctx, nic, peer, carried, payload.clone());
     }
+    tcp::send_datagram(ctx, nic, last, carried, payload);
 }
 
 /// What became of a datagram at its destination.
