@@ -23,6 +23,7 @@ pub mod host;
 #[expect(unsafe_code, reason = "loom checks accesses to cells, which have no safe form")]
 mod interleavings;
 pub mod key_table;
+pub mod log_window;
 pub mod mem;
 pub mod mr;
 pub mod nic;
