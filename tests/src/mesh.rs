@@ -110,11 +110,6 @@ impl Mesh {
         self.routers[host].host().leave(peer_id(other));
     }
 
-    /// Two hosts join each other, maybe once more: both in another life then.
-    pub fn pair_again(&self, one: usize, other: usize) {
-        self.pair(one, other);
-    }
-
     /// Where a host takes connections, and a ticket for one from another.
     pub fn door_of(&self, host: usize, from: usize) -> (SocketAddr, Ticket) {
         let door = &self.doors[host];
@@ -135,8 +130,8 @@ impl Mesh {
         self.routers[host].addresses().set_elsewhere(elsewhere);
     }
 
-    /// Has two hosts join each other; the first one makes connections.
-    fn pair(&self, one: usize, other: usize) {
+    /// Has two hosts join each other, the first time or once more; the first one makes connections.
+    pub fn pair(&self, one: usize, other: usize) {
         let links = self.routers[one].host().num_workers().max(self.routers[other].host().num_workers());
         let tickets: Vec<Ticket> = (0..links).map(|_| rand::random()).collect();
         for (host, peer) in [(one, other), (other, one)] {

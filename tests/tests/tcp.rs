@@ -120,7 +120,7 @@ fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
     assert_eq!(statuses, [WcStatus::RetryExcErr, WcStatus::WrFlushErr, WcStatus::WrFlushErr]);
     assert_eq!(a.qp.state().unwrap(), QpState::Err);
     bed.router.mesh().leave(1, 0);
-    bed.router.mesh().pair_again(0, 1);
+    bed.router.mesh().pair(0, 1);
     let (c, d) = Rc::pair(guest_a, guest_b, 4096).unwrap();
     assert_eq!(write(&c, &d, 8), WcStatus::Success);
 }

@@ -212,23 +212,35 @@ fn a_guest_that_stops_is_left_alone_by_the_nic() {
     assert_eq!(a.cq.next().status(), WcStatus::RetryExcErr);
 }
 
+/// A connected pair, with a SEND and its receive on a NIC that does nothing.
+fn with_a_send_on_the_nic(nic: &FakeNic, bed: &Bed) -> (Rc, Rc) {
+    let (a, b) = bed.pair(4096);
+    a.qp.post(write(1, &a, &b)).unwrap();
+    a.cq.next().ok();
+    b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
+    nic.hold(true);
+    a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+    wait_posted(nic, 2);
+    (a, b)
+}
+
+/// What was on the NIC is flushed, and both guests are told.
+#[track_caller]
+fn both_have_failed(bed: &Bed, a: &Rc, b: &Rc) {
+    for (end, guest, id) in [(a, &bed.guests[0], 2), (b, &bed.guests[1], 3)] {
+        guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
+        assert_eq!(statuses(end, 1), [(id, WcStatus::WrFlushErr)]);
+        assert_eq!(end.qp.state().unwrap(), QpState::Err);
+    }
+}
+
 #[test]
 fn a_queue_pair_that_breaks_on_the_nic_breaks_for_its_guest() {
     for script in scripts() {
         let (nic, bed) = bed(script);
-        let (a, b) = bed.pair(4096);
-        a.qp.post(write(1, &a, &b)).unwrap();
-        a.cq.next().ok();
-        b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
-        nic.hold(true);
-        a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
-        wait_posted(&nic, 2);
+        let (a, b) = with_a_send_on_the_nic(&nic, &bed);
         nic.qps().into_iter().for_each(|number| nic.break_qp(number));
-        for (end, guest, id) in [(&a, &bed.guests[0], 2), (&b, &bed.guests[1], 3)] {
-            guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
-            assert_eq!(statuses(end, 1), [(id, WcStatus::WrFlushErr)]);
-            assert_eq!(end.qp.state().unwrap(), QpState::Err);
-        }
+        both_have_failed(&bed, &a, &b);
         nic.hold(false);
     }
 }
@@ -238,19 +250,9 @@ fn a_queue_pair_that_breaks_on_the_nic_breaks_for_its_guest() {
 fn a_nic_that_is_taken_away_fails_its_queue_pairs() {
     for script in scripts() {
         let (nic, bed) = bed(script);
-        let (a, b) = bed.pair(4096);
-        a.qp.post(write(1, &a, &b)).unwrap();
-        a.cq.next().ok();
-        b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
-        nic.hold(true);
-        a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
-        wait_posted(&nic, 2);
+        let (a, b) = with_a_send_on_the_nic(&nic, &bed);
         nic.remove();
-        for (end, guest, id) in [(&a, &bed.guests[0], 2), (&b, &bed.guests[1], 3)] {
-            guest.events().wait(EventType::QpFatal, end.qp.number(), SOON).unwrap();
-            assert_eq!(statuses(end, 1), [(id, WcStatus::WrFlushErr)]);
-            assert_eq!(end.qp.state().unwrap(), QpState::Err);
-        }
+        both_have_failed(&bed, &a, &b);
         let (x, y) = bed.two();
         assert!(x.alloc_pd().is_err(), "a protection domain that would not be there");
         assert!(Rc::pair(x, y, 64).is_err());
