@@ -274,7 +274,7 @@ impl Fault {
         event: EventType::QpAccessError,
         own: false,
     };
-    pub(super) const OPERATION: Self =
+    const OPERATION: Self =
         Self { requester: WcStatus::RemOpErr, responder: WcStatus::LocProtErr, event: EventType::QpFatal, own: true };
     const MALFORMED: Self = Self { responder: WcStatus::LocQpOpErr, ..Self::OPERATION };
 }

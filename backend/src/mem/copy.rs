@@ -138,6 +138,19 @@ pub fn read(seg: Seg, buf: &mut [u8]) {
     unsafe { std::ptr::copy_nonoverlapping(seg.ptr, buf.as_mut_ptr(), buf.len()) };
 }
 
+/// Touches every page of some segments. The system, which was to read or write there, has found one whose memory is gone: touched by us that raises
+/// the alarm, and something is in its place after that.
+pub fn touch(segs: &[Seg]) {
+    const PAGE: usize = 4096;
+    for seg in segs {
+        for offset in (0..seg.len).step_by(PAGE).chain(seg.len.checked_sub(1)) {
+            let mut byte = [0];
+            read(seg.slice(offset, 1), &mut byte);
+            std::hint::black_box(byte);
+        }
+    }
+}
+
 /// Copies guest bytes into `buf`, as many as the shorter of the two has.
 pub fn read_all(segs: &[Seg], buf: &mut [u8]) {
     read_at(Source { own: &[], guest: segs }, 0, buf);

@@ -2,7 +2,7 @@
 //! Bytes between sockets and guest memory, without a copy of our own in between.
 //!
 //! The kernel checks the addresses that it is given: memory that is gone (a VMM may shorten the file behind it) makes a call fail with
-//! `EFAULT`, or end early.
+//! `EFAULT`, or end early. [`touch`](super::touch) makes of that what it is everywhere else.
 
 use std::io;
 use std::net::TcpStream;

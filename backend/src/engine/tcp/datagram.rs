@@ -8,7 +8,7 @@ use virtio_rdma::ib::{MULTICAST_QPN, SendFlags};
 
 use super::links::with_links;
 use crate::engine::context::Context;
-use crate::engine::ud::{self, Datagram, Route};
+use crate::engine::ud::{self, Route};
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::qp::Qp;
@@ -65,23 +65,23 @@ pub(super) fn is_wanted(ctx: &Context, from: PeerId, carried: &Carried) -> bool 
 /// Gives it to those it is for, if they can take it at once. The payload's memory comes back.
 pub(super) fn deliver(ctx: &mut Context, from: PeerId, carried: &Carried, payload: Vec<u8>) -> Vec<u8> {
     let Some(target) = target(ctx, from, carried) else { return payload };
-    let header = Route::of(carried).header(payload.len() as u16, carried.imm.is_some());
+    let imm = carried.imm.is_some();
+    let header = Route::of(carried).header(payload.len() as u16, imm);
     let mut job = ctx.new_job();
-    job.wqe.op = Op::Datagram { imm: carried.imm.is_some(), qpn: 0, qkey: carried.qkey, ah: 0 };
+    job.wqe.op = Op::Datagram { imm, qpn: 0, qkey: carried.qkey, ah: 0 };
     job.wqe.flags = if carried.solicited { SendFlags::SOLICITED } else { SendFlags::empty() };
     (job.wqe.length, job.wqe.imm) = (payload.len() as u64, carried.imm.unwrap_or(0));
     job.wqe.sges.clear();
     let kept = std::mem::replace(&mut job.wqe.inline, payload);
     ctx.src.clear();
-    let datagram = Datagram { qpn: carried.destination_qpn, qkey: carried.qkey, imm: carried.imm.is_some() };
     match target {
         Target::One(nic, qp) => {
-            ud::offer(ctx, carried.source_qpn, (&nic, &qp), &mut job, &header, datagram.imm);
+            ud::offer(ctx, carried.source_qpn, (&nic, &qp), &mut job, &header, imm);
         }
         Target::Group(members) => {
             for member in members.iter() {
-                if !member.has_left() && member.nic.is_running() && ud::accepts(&member.qp, datagram.qkey) {
-                    ud::offer(ctx, carried.source_qpn, (&member.nic, &member.qp), &mut job, &header, datagram.imm);
+                if !member.has_left() && member.nic.is_running() && ud::accepts(&member.qp, carried.qkey) {
+                    ud::offer(ctx, carried.source_qpn, (&member.nic, &member.qp), &mut job, &header, imm);
                 }
             }
         }

@@ -8,9 +8,9 @@ use virtio_rdma::ib::{Access, QpType, WcStatus};
 
 use super::answering::{self, Answering, key_of};
 use super::datagram;
-use super::flow::{Flow, flow_of};
+use super::flow::{Flow, GONE, flow_of};
 use crate::engine::connected::{self, Admission, Failure, Fault, Progress};
-use crate::engine::context::{Budget, Context, Gather, Remote, Side, Unreachable};
+use crate::engine::context::{Budget, Context, Remote, Side, Unreachable};
 use crate::engine::{cost, rc};
 use crate::mem;
 use crate::overlay::Gid;
@@ -87,11 +87,11 @@ pub(super) enum Bytes {
 }
 
 impl Device<'_> {
-    /// Finds the bytes of a source from `skip` on: large ones where they are, small ones, and those of pages that may go at any time, are appended
-    /// to `own`. `None` if they are not to be had.
-    pub fn take(&mut self, source: &Source, skip: u32, own: &mut Vec<u8>) -> Option<Bytes> {
+    /// Finds the bytes of a source: large ones where they are, small ones, and those of pages that may go at any time, are appended to `own`.
+    /// `None` if they are not to be had.
+    pub fn take(&mut self, source: &Source, own: &mut Vec<u8>) -> Option<Bytes> {
         self.ctx.src.clear();
-        let (from, len) = (u64::from(source.offset + skip), u64::from(source.len - skip));
+        let (from, len) = (u64::from(source.offset), u64::from(source.len));
         if let Origin::Datagram(token) = source.origin {
             own.extend_from_slice(&self.tables.datagrams.remove(&token)?);
             return Some(Bytes::Own);
@@ -112,9 +112,9 @@ impl Device<'_> {
         Some(Bytes::Own)
     }
 
-    fn inline(&mut self, origin: Origin) -> Option<&[u8]> {
+    fn inline(&self, origin: Origin) -> Option<&[u8]> {
         let Origin::Message(token) = origin else { return None };
-        let job = self.tables.flows.get_mut(&flow_of(token))?.job(token)?;
+        let job = self.tables.flows.get(&flow_of(token))?.job(token)?;
         job.wqe.is_inline().then_some(&job.wqe.inline)
     }
 
@@ -134,11 +134,9 @@ impl Device<'_> {
     fn is_paged(&mut self, origin: Origin) -> bool {
         match origin {
             Origin::Message(token) => {
-                let Some(flow) = self.tables.flows.get_mut(&flow_of(token)) else { return false };
-                let nic = flow.nic.clone();
-                let Some(job) = flow.job(token) else { return false };
-                let mut keys = job.wqe.sges.as_slice().iter();
-                keys.any(|sge| self.ctx.key(&nic, sge.lkey).is_ok_and(|mr| mr.is_on_demand()))
+                let Some(flow) = self.tables.flows.get(&flow_of(token)) else { return false };
+                let mut keys = flow.job(token).into_iter().flat_map(|job| job.wqe.sges.as_slice());
+                keys.any(|sge| self.ctx.key(&flow.nic, sge.lkey).is_ok_and(|mr| mr.is_on_demand()))
             }
             Origin::Read(key, at) => {
                 let Some(answering) = self.tables.answering.get(&key) else { return false };
@@ -150,24 +148,10 @@ impl Device<'_> {
 
     /// Appends where bytes are that are to be sent.
     fn find(&mut self, origin: Origin, from: u64, len: u64) -> Result<(), Unreachable> {
-        const GONE: Unreachable = Unreachable::Refused(crate::mr::KeyError::NoSuchKey(0));
         match origin {
             Origin::Message(token) => {
                 let flow = self.tables.flows.get_mut(&flow_of(token)).ok_or(GONE)?;
-                if !flow.nic.is_running() {
-                    return Err(Unreachable::Paging);
-                }
-                if !flow.is_live() {
-                    return Err(GONE);
-                }
-                let (nic, pdn) = (flow.nic.clone(), flow.qp.id.pdn);
-                let job = flow.job(token).ok_or(GONE)?;
-                self.ctx.paging.fault = job.fault.take();
-                let sges = job.wqe.sges.as_slice();
-                let list = Gather { nic: &nic, pdn, need: Access::empty(), sges, from, len };
-                let found = self.ctx.gather(Side::Source, &list);
-                job.fault = self.ctx.paging.fault.take();
-                found
+                flow.reach(self.ctx, token, Side::Source, from..from + len)
             }
             Origin::Read(key, at) => {
                 // One that is not ready has failed, or its guest is stopped for a while: its peer waits, and sees which.
@@ -229,26 +213,11 @@ impl Device<'_> {
         if !flow.nic.is_running() {
             return Err(Landed::Later(FLUSHED_LOOK));
         }
-        if !flow.is_live() {
-            return Err(Landed::Refused(Refusal::Access));
-        }
-        let (nic, pdn) = (flow.nic.clone(), flow.qp.id.pdn);
-        let Some(job) = flow.job(token) else { return Err(Landed::Refused(Refusal::Access)) };
-        self.ctx.paging.fault = job.fault.take();
-        let sges = job.wqe.sges.as_slice();
-        let list = Gather { nic: &nic, pdn, need: Access::LOCAL_WRITE, sges, from, len };
-        let found = self.ctx.gather(Side::Destination, &list);
-        job.fault = self.ctx.paging.fault.take();
+        let found = flow.reach(self.ctx, token, Side::Destination, from..from + len);
         found.map_err(|reason| match reason {
             Unreachable::Paging => Landed::Later(PAGE_LOOK),
             Unreachable::Refused(_) => Landed::Refused(Refusal::Access),
         })
-    }
-
-    /// The memory that a message goes to is not there any more.
-    pub fn memory_gone(&mut self, (key, flow): (QpKey, FlowId)) -> Landed {
-        let there = self.tables.answering.get(&key).is_some_and(|answering| answering.flow == flow);
-        if there { Landed::Refused(self.refuse(key, &Fault::OPERATION)) } else { Landed::Later(FLUSHED_LOOK) }
     }
 
     /// Memory that a READ names may not be reached: its responder fails.
@@ -274,26 +243,6 @@ impl Device<'_> {
         to.nic.counters.messages_dropped.add(1);
         answering::refusal(fault.requester)
     }
-
-    fn finish_message(&mut self, key: QpKey) -> Verdict {
-        let Some(answering) = self.tables.answering.get_mut(&key) else { return Verdict::NotThere };
-        if !answering.is_ready() || !hold(answering, key, &mut self.tables.in_hand) {
-            return Verdict::NotThere;
-        }
-        let Answering { to, job, held, num_held, .. } = answering;
-        let own = &held[..*num_held];
-        self.ctx.paging.fault = job.fault.take();
-        let done = connected::finish_at_peer(self.ctx, to, job, own);
-        job.fault = self.ctx.paging.fault.take();
-        match done {
-            Ok(Progress::Done) => {
-                (answering.in_hand, answering.num_held) = (false, 0);
-                Verdict::Yes
-            }
-            Err(Failure::Remote(fault)) => Verdict::Refused(self.refuse(key, &fault)),
-            Ok(_) | Err(_) => Verdict::Later(PAGE_LOOK),
-        }
-    }
 }
 
 /// Has the receive of a message in hand, if it has one. False if that was flushed.
@@ -307,7 +256,7 @@ fn hold(answering: &mut Answering, key: QpKey, in_hand: &mut Vec<QpKey>) -> bool
 }
 
 /// Payloads up to this length are copied, which costs less than to have the system look for them.
-pub(super) const SMALL: u64 = 4096;
+const SMALL: u64 = 4096;
 
 impl Host for Device<'_> {
     fn bind(&mut self, open: &Open) -> Option<Bound> {
@@ -367,7 +316,22 @@ impl Host for Device<'_> {
     }
 
     fn finish(&mut self, qp: QpKey, _request: &Request) -> Verdict {
-        self.finish_message(qp)
+        let Some(answering) = self.tables.answering.get_mut(&qp) else { return Verdict::NotThere };
+        if !answering.is_ready() || !hold(answering, qp, &mut self.tables.in_hand) {
+            return Verdict::NotThere;
+        }
+        let Answering { to, job, held, num_held, .. } = answering;
+        self.ctx.paging.fault = job.fault.take();
+        let done = connected::finish_at_peer(self.ctx, to, job, &held[..*num_held]);
+        job.fault = self.ctx.paging.fault.take();
+        match done {
+            Ok(Progress::Done) => {
+                (answering.in_hand, answering.num_held) = (false, 0);
+                Verdict::Yes
+            }
+            Err(Failure::Remote(fault)) => Verdict::Refused(self.refuse(qp, &fault)),
+            Ok(_) | Err(_) => Verdict::Later(PAGE_LOOK),
+        }
     }
 
     fn atomic(&mut self, qp: QpKey, request: &Request) -> Result<u64, Verdict> {
@@ -445,7 +409,7 @@ impl Host for Device<'_> {
 
     fn answered(&mut self, token: Token, value: u64) {
         // Where it goes may be a page that is missing now.
-        if let Some(job) = self.tables.flows.get_mut(&flow_of(token)).and_then(|flow| flow.job(token)) {
+        if let Some(job) = self.tables.flows.get_mut(&flow_of(token)).and_then(|flow| flow.job_mut(token)) {
             job.found = Some(value);
         }
     }

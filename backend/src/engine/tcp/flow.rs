@@ -1,13 +1,16 @@
 //! Messages of this host's queue pairs that are under way.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use freeflow_tcp::frame::FlowId;
 use freeflow_tcp::host::Token;
-use virtio_rdma::ib::{QpState, WcStatus};
+use virtio_rdma::ib::{Access, QpState, WcStatus};
 
+use crate::engine::context::{Context, Gather, Side, Unreachable};
 use crate::engine::job::Job;
+use crate::mr::KeyError;
 use crate::nic::Nic;
 use crate::qp::Qp;
 
@@ -47,10 +50,30 @@ impl Flow {
         Token(self.id.0 << MESSAGE_BITS | number)
     }
 
+    fn index(&self, token: Token) -> usize {
+        (token.0.wrapping_sub(self.first) & ((1 << MESSAGE_BITS) - 1)) as usize
+    }
+
     /// The message that a token of this flow names.
-    pub fn job(&mut self, token: Token) -> Option<&mut Box<Job>> {
-        let index = token.0.wrapping_sub(self.first) & ((1 << MESSAGE_BITS) - 1);
-        self.jobs.get_mut(index as usize)
+    pub fn job(&self, token: Token) -> Option<&Job> {
+        self.jobs.get(self.index(token)).map(Box::as_ref)
+    }
+
+    /// The same, to be changed.
+    pub fn job_mut(&mut self, token: Token) -> Option<&mut Job> {
+        let index = self.index(token);
+        self.jobs.get_mut(index).map(Box::as_mut)
+    }
+
+    /// Appends where bytes of a message's own buffers are. Those of a guest that is stopped are waited for.
+    pub fn reach(&mut self, ctx: &mut Context, token: Token, side: Side, bytes: Range<u64>) -> Result<(), Unreachable> {
+        if !self.nic.is_running() {
+            return Err(Unreachable::Paging);
+        }
+        let index = self.index(token);
+        let live = self.is_live();
+        let job = self.jobs.get_mut(index).filter(|_| live).ok_or(GONE)?;
+        reach_own(ctx, (&self.nic, &self.qp), job, side, bytes)
     }
 
     /// The oldest message, which is finished.
@@ -59,6 +82,29 @@ impl Flow {
         self.first += 1;
         Some((self.jobs.pop_front()?, status))
     }
+}
+
+/// Memory of a message that is no more.
+pub(super) const GONE: Unreachable = Unreachable::Refused(KeyError::NoSuchKey(0));
+
+/// Appends where bytes of a work request's own buffers are; the page that it waits for, if it does, is remembered with it.
+pub(super) fn reach_own(
+    ctx: &mut Context,
+    (nic, qp): (&Nic, &Qp),
+    job: &mut Job,
+    side: Side,
+    bytes: Range<u64>,
+) -> Result<(), Unreachable> {
+    let need = match side {
+        Side::Source => Access::empty(),
+        Side::Destination => Access::LOCAL_WRITE,
+    };
+    ctx.paging.fault = job.fault.take();
+    let sges = job.wqe.sges.as_slice();
+    let list = Gather { nic, pdn: qp.id.pdn, need, sges, from: bytes.start, len: bytes.end - bytes.start };
+    let found = ctx.gather(side, &list);
+    job.fault = ctx.paging.fault.take();
+    found
 }
 
 /// Whose message a token names.

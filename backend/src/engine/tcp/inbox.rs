@@ -4,7 +4,7 @@ use std::io;
 use std::net::TcpStream;
 
 use freeflow_tcp::frame::{FlowId, Trailer};
-use freeflow_tcp::host::{Landed, Landing, QpKey, Refusal};
+use freeflow_tcp::host::{Landed, Landing, QpKey};
 use freeflow_tcp::stream::{Inbound, Next};
 use freeflow_tcp::{Conn, Link, Nanos, Violation};
 
@@ -148,7 +148,7 @@ impl Inbox {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Some(true)),
             Err(error) if error.raw_os_error() == Some(libc::EFAULT) && direct > 0 => {
-                self.memory_gone(device);
+                mem::touch(&device.ctx.dst);
                 return Ok(Some(true));
             }
             Err(error) => return Err(Ended::Socket(error)),
@@ -182,16 +182,6 @@ impl Inbox {
         }
         let one_call: usize = device.ctx.dst.iter().take(MOST_PIECES - 1).map(Seg::len).sum();
         (direct.min(one_call), room.min(if self.bulk { BEYOND } else { room }))
-    }
-
-    /// The guest's memory is not there any more (its VMM has taken it away); nobody wants the rest.
-    fn memory_gone(&mut self, device: &mut Device<'_>) {
-        if let Some(arriving) = &mut self.arriving {
-            arriving.landed = match arriving.landing {
-                Landing::Message { qp, request, .. } => device.memory_gone((qp, request.flow)),
-                _ => Landed::Refused(Refusal::Operation),
-            };
-        }
     }
 
     /// Understands what is in the buffer.

@@ -12,7 +12,7 @@ use super::command::Command;
 use super::line::Line;
 use crate::engine::context::Context;
 use crate::nic::Nic;
-use crate::qp::Qp;
+use crate::qp::{Qp, RemoteFlow};
 use crate::tcp::PeerId;
 
 /// Rounds between two questions to the system which connections can be read, while some are looked at in every round.
@@ -52,7 +52,12 @@ impl Links {
 
     /// This one.
     pub(super) fn line(&mut self, peer: PeerId, index: u16) -> Option<&mut Line> {
-        self.lines.iter_mut().find(|line| line.peering.peer == peer && line.index == index)
+        line_in(&mut self.lines, peer, index)
+    }
+
+    /// The line that a queue pair's flow is on, also if its host has left.
+    pub(super) fn of(&mut self, flow: &RemoteFlow) -> Option<&mut Line> {
+        self.lines.iter_mut().chain(&mut self.gone).find(|line| flow.is(flow.flow, &line.closed))
     }
 
     /// Sends what there is to send to a host.
@@ -75,12 +80,12 @@ impl Links {
                 }
             }
             Command::Dialed(peer, index, conn, made) => {
-                if let Some(line) = self.lines.iter_mut().find(|l| l.peering.peer == peer && l.index == index) {
+                if let Some(line) = line_in(&mut self.lines, peer, index) {
                     line.dialed(conn, made, now, &self.epoll, ctx);
                 }
             }
             Command::Accepted(peer, index, socket, first) => {
-                if let Some(line) = self.lines.iter_mut().find(|l| l.peering.peer == peer && l.index == index) {
+                if let Some(line) = line_in(&mut self.lines, peer, index) {
                     line.accepted(socket, &first, now, &self.epoll, ctx);
                 }
             }
@@ -104,6 +109,10 @@ impl Links {
         let gone = self.gone.iter().filter_map(Line::page_timer);
         self.lines.iter().filter_map(Line::timer).chain(gone).min()
     }
+}
+
+fn line_in(lines: &mut [Line], peer: PeerId, index: u16) -> Option<&mut Line> {
+    lines.iter_mut().find(|line| line.peering.peer == peer && line.index == index)
 }
 
 /// Does what the router, time and peers ask for. `tell` is told of queue pairs that are to be visited. True if there was something.

@@ -10,6 +10,7 @@ use freeflow_tcp::{Conn, Link, Nanos, Outgoing};
 use super::device::{Bytes, Device};
 use super::inbox::Ended;
 use crate::engine::cost;
+use crate::mem;
 use crate::mem::socket::{MOST_PIECES, Piece, send};
 
 /// Bytes that are made ready before the system is called.
@@ -81,11 +82,11 @@ impl Outbox {
         if self.is_empty() {
             self.fill((link, conn), now, device);
         }
-        let mut any = false;
+        let (mut any, mut touched) = (false, false);
         while !self.is_empty() {
             match self.send(socket, (link, now), device) {
                 Ok((sent, all)) => {
-                    any = true;
+                    (any, touched) = (true, false);
                     self.consume(sent);
                     self.blocked = !all;
                     if self.blocked {
@@ -97,7 +98,10 @@ impl Outbox {
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.raw_os_error() == Some(libc::EFAULT) && self.give_up((link, now), device) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EFAULT) && !touched => {
+                    mem::touch(&device.ctx.src);
+                    touched = true;
+                }
                 Err(error) => return Err(Ended::Socket(error)),
             }
         }
@@ -120,7 +124,7 @@ impl Outbox {
             self.own.extend_from_slice(frame.packet.encode().as_bytes());
             let Some(source) = frame.source else { continue };
             let start = self.own.len();
-            match device.take(&source, 0, &mut self.own) {
+            match device.take(&source, &mut self.own) {
                 Some(Bytes::Own) => self.own.extend_from_slice(&Trailer::Good.to_wire()),
                 Some(Bytes::Guest) => {
                     let trailer = start;
@@ -205,18 +209,6 @@ impl Outbox {
             }
             self.next += 1;
         }
-    }
-
-    /// The guest's memory is not there any more (its VMM has taken it away). False if there was none to be sent.
-    fn give_up(&mut self, link: (&mut Link, Nanos), device: &mut Device<'_>) -> bool {
-        let waiting = self.parts[self.next..].iter_mut().take(2);
-        let mut payload =
-            waiting.filter_map(|part| if let Part::Payload(payload) = part { Some(payload) } else { None });
-        match payload.find(|payload| !payload.void) {
-            Some(payload) => payload.give_up(&mut self.own, link, device),
-            None => return false,
-        }
-        true
     }
 }
 

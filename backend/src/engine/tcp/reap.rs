@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use virtio_rdma::ib::{Access, QpState, QpType, SendFlags, WcStatus};
+use virtio_rdma::ib::{QpState, QpType, SendFlags, WcStatus};
 
-use super::flow::Flow;
+use super::flow::{Flow, reach_own};
 use super::links::with_links;
 use crate::engine::complete::complete_handed_over;
-use crate::engine::context::{Context, Gather, Side, Unreachable};
+use crate::engine::context::{Context, Side, Unreachable};
 use crate::engine::failure::{OVERFLOW, fatal, tell_fatal};
 use crate::engine::job::Job;
 use crate::mem;
@@ -77,15 +77,10 @@ enum Answer {
 }
 
 /// Puts what an atomic has found where it belongs.
-fn store_answer(ctx: &mut Context, nic: &Arc<Nic>, qp: &Qp, job: &mut Job) -> Answer {
+fn store_answer(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &mut Job) -> Answer {
     let Some(value) = job.found else { return Answer::There };
     ctx.dst.clear();
-    ctx.paging.fault = job.fault.take();
-    let sges = job.wqe.sges.as_slice();
-    let to = Gather { nic, pdn: qp.id.pdn, need: Access::LOCAL_WRITE, sges, from: 0, len: 8 };
-    let found = ctx.gather(Side::Destination, &to);
-    job.fault = ctx.paging.fault.take();
-    match found {
+    match reach_own(ctx, (nic, qp), job, Side::Destination, 0..8) {
         Ok(()) => {
             let value = value.to_ne_bytes();
             mem::copy_ordered(mem::Source { own: &[&value], guest: &[] }, &ctx.dst);
@@ -142,16 +137,17 @@ pub(in super::super) fn settled(
     send: &mut SendQueue,
     in_error: bool,
 ) -> bool {
-    let Some((peer, index, id)) = send.remote.as_ref().map(|remote| (remote.peer, remote.link, remote.flow)) else {
-        return true;
-    };
+    let Some(remote) = send.remote.as_deref() else { return true };
     if !in_error {
         return send.handed_over() == 0;
     }
-    with_links(ctx, |links, _, ctx| {
-        let Some(line) = links.line(peer, index) else { return };
-        line.link.close(id);
-        let Some(mut flow) = line.tables.flows.remove(&id) else { return };
+    let mut flow = None;
+    with_links(ctx, |links, _, _| {
+        let Some(line) = links.of(remote) else { return };
+        line.link.close(remote.flow);
+        flow = line.tables.flows.remove(&remote.flow);
+    });
+    if let Some(mut flow) = flow {
         let mut lost = false;
         while let Some(mut job) = flow.jobs.pop_front() {
             lost |= !matches!(store_answer(ctx, nic, qp, &mut job), Answer::There);
@@ -161,6 +157,6 @@ pub(in super::super) fn settled(
             ctx.recycle(job);
         }
         send.publish();
-    });
+    }
     true
 }

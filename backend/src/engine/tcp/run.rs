@@ -10,8 +10,10 @@ use virtio_rdma::ib::{QpType, SendFlags, WcStatus};
 use super::flow::Flow;
 use super::line::Line;
 use super::links::with_links;
+use crate::engine::complete::complete_send;
 use crate::engine::connected::{self, Progress};
 use crate::engine::context::{Budget, Context};
+use crate::engine::failure::OVERFLOW;
 use crate::engine::job::Job;
 use crate::engine::rc;
 use crate::engine::serve::{self, Next};
@@ -162,14 +164,14 @@ fn post(
         send.job = Some(job);
         return Some(Next::Again);
     };
+    if !send.remote.as_ref().is_some_and(|remote| remote.has_room(send.handed_over())) {
+        send.job = Some(job);
+        return Some(Next::Idle);
+    }
     let bytes = job.wqe.length;
     let length = if let Op::Flush(flush) = job.wqe.op { flush.length } else { bytes as u32 };
     let mut left = Some(job);
     let mut posted = Err(PostError::Dead);
-    if !send.remote.as_ref().is_some_and(|remote| remote.has_room(send.handed_over())) {
-        send.job = left;
-        return Some(Next::Idle);
-    }
     with_links(ctx, |links, now, ctx| {
         let Some(line) = links.line(peer, index) else { return };
         posted = give(line, id, now, ctx, &mut left, (op, length));
@@ -244,9 +246,9 @@ fn unposted(
     if qp.id.kind == QpType::Uc {
         send.remote = None;
         nic.counters.messages_dropped.add(1);
-        let pushed = crate::engine::complete::complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
+        let pushed = complete_send(ctx, nic, qp, send, &job, WcStatus::Success);
         ctx.recycle(job);
-        return (!pushed).then(|| serve::give_up(nic, qp, crate::engine::failure::OVERFLOW));
+        return (!pushed).then(|| serve::give_up(nic, qp, OVERFLOW));
     }
     let timeout = rc::ack_timeout(qp.attrs.lock().attr.timeout);
     serve::wait(ctx, nic, qp, send, job, WaitKind::Lost, timeout)
