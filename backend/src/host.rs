@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use virtio_rdma::config::NUM_CTRL_QUEUES;
 use virtio_rdma::ib::QpState;
 
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::{Engine, EngineConfig, Spent};
+use crate::nic::meters::PathFigures;
 use crate::nic::stats::CounterValues;
 use crate::nic::{Nic, NicConfig, PathChoice};
 use crate::overlay::{Gid, NicId, Overlay};
@@ -158,9 +160,15 @@ impl Host {
         all
     }
 
-    /// How many times each worker has slept.
-    pub fn worker_sleeps(&self) -> Vec<u64> {
-        self.engine.sleeps()
+    /// Data-path workers.
+    pub fn workers(&self) -> Vec<WorkerStatus> {
+        let each = self.engine.sleeps().into_iter().zip(self.engine.spent());
+        let seconds = |(sleeps, spent): (u64, Spent)| WorkerStatus {
+            sleeps,
+            asleep: spent.asleep.as_secs_f64(),
+            awake: spent.awake.as_secs_f64(),
+        };
+        each.map(seconds).collect()
     }
 }
 
@@ -189,6 +197,10 @@ pub struct NicStatus {
     pub objects: Objects,
     /// Counters.
     pub counters: CounterValues,
+    /// What its sends came to, by transport, path and other host.
+    pub paths: Vec<PathFigures>,
+    /// Receives that failed, by transport and status.
+    pub failed_receives: BTreeMap<String, BTreeMap<String, u64>>,
 }
 
 /// Numbers of objects.
@@ -219,6 +231,8 @@ impl NicStatus {
             objects: Objects { pds, mrs, cqs, qps: nic.qps.len(), gids: gids.len() },
             gids,
             counters: nic.counters.values(),
+            paths: nic.meters.values(),
+            failed_receives: nic.meters.failed_receives(),
         }
     }
 }
@@ -248,6 +262,23 @@ pub struct QpStatus {
     pub bytes: u64,
     /// What it waits for, if it does.
     pub waiting: Option<String>,
+    /// Work requests that its worker has seen and not completed.
+    pub sends: u32,
+    /// Receives, not those of an SRQ, that workers have seen and not used.
+    pub receives: u32,
+    /// It waits for its turn.
+    pub scheduled: bool,
+}
+
+/// What a worker did with its time, in seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// How many times it has slept.
+    pub sleeps: u64,
+    /// It slept.
+    pub asleep: f64,
+    /// It worked, or looked for work.
+    pub awake: f64,
 }
 
 fn path_of(send: &SendQueue) -> Option<String> {
@@ -261,7 +292,7 @@ fn path_of(send: &SendQueue) -> Option<String> {
 
 fn why_of(nic: &Nic, qp: &Qp, send: &SendQueue) -> Option<String> {
     if let Some(remote) = &send.remote {
-        return Some(format!("on another host ({}), without a NIC to both", remote.peer));
+        return Some(format!("on another host ({}), without a NIC to both", remote.host));
     }
     send.binding.as_ref()?;
     Some(match &send.nic {
@@ -298,5 +329,8 @@ fn qp_status(nic: &Nic, qp: &Qp) -> QpStatus {
         completed: send.completed,
         bytes: send.bytes,
         waiting: send.wait.map(|w| format!("{:?}", w.kind).to_lowercase()),
+        sends: send.depth(),
+        receives: qp.recv.lock().depth(),
+        scheduled: qp.scheduled.load(Ordering::Relaxed),
     }
 }

@@ -42,7 +42,7 @@ pub mod vhost;
 pub mod wqe;
 
 pub use engine::EngineConfig;
-pub use host::{AddNicError, Host, NicStatus, Objects, QpStatus};
+pub use host::{AddNicError, Host, NicStatus, Objects, QpStatus, WorkerStatus};
 pub use nic::{Mac, NicConfig, PathChoice};
 pub use overlay::{Gid, NicId, Overlay, Place};
 pub use profile::Profile;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use freeflow_backend::{NicStatus, QpStatus, Rates};
+use freeflow_backend::{NicStatus, QpStatus, Rates, WorkerStatus};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -46,8 +46,8 @@ pub enum Request {
 pub struct Stats {
     /// Objects and counters of each virtual NIC.
     pub nics: Vec<NicStatus>,
-    /// How many times each data-path worker has slept.
-    pub worker_sleeps: Vec<u64>,
+    /// Data-path workers.
+    pub workers: Vec<WorkerStatus>,
 }
 
 /// An answer, or why there is none.
@@ -119,7 +119,7 @@ fn fulfil(request: Request, router: &Router) -> Result<Value> {
     Ok(match request {
         Request::Nics => serde_json::to_value(router.nics()),
         Request::Qps => serde_json::to_value(router.qps()),
-        Request::Stats => serde_json::to_value(Stats { nics: router.nics(), worker_sleeps: router.worker_sleeps() }),
+        Request::Stats => serde_json::to_value(Stats { nics: router.nics(), workers: router.workers() }),
         Request::NicAdd(nic) => serde_json::to_value(router.add(*nic)?),
         Request::NicDel(name) => serde_json::to_value(router.remove(name)?),
         Request::Directory(tenant) => serde_json::to_value(router.directory(tenant.as_deref()).context(ALONE)?),

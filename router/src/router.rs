@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use freeflow_backend::verbs::Device;
 use freeflow_backend::vhost::socket::Socket;
-use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus, Rates};
+use freeflow_backend::{Host, NicId, NicStatus, PathChoice, QpStatus, Rates, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::directory::{Claim, Directory, Refused, Status, View};
@@ -302,9 +302,9 @@ impl Router {
         self.directory.as_deref().map(Status::of)
     }
 
-    /// How many times each worker has slept.
-    pub fn worker_sleeps(&self) -> Vec<u64> {
-        self.host.worker_sleeps()
+    /// Data-path workers.
+    pub fn workers(&self) -> Vec<WorkerStatus> {
+        self.host.workers()
     }
 
     /// Disconnects every VMM, frees everything and removes the sockets.

@@ -116,7 +116,8 @@ fn guests_of_two_hosts_talk_and_a_host_that_is_killed_may_come_back() {
     let impatient = RcOptions { timeout: 14, retry_cnt: 7, ..RcOptions::default() };
     let (a, b) = Rc::pair_with(&here, &there, &QpSpec::rc(), 4096, &impatient).unwrap();
     assert_eq!([write(&a, &b), write(&b, &a)], [WcStatus::Success; 2]);
-    assert!(first.says(&["qps"]).contains("tcp"), "{}", first.says(&["qps"]));
+    let shown = first.says(&["qps"]);
+    assert!(shown.contains("tcp") && shown.contains("on another host (host2)"), "{shown}");
     let (b, there) = (std::mem::ManuallyDrop::new(b), std::mem::ManuallyDrop::new(there));
     kill(Pid::from_raw(second.child.id().cast_signed()), Signal::SIGKILL).unwrap();
     let killed = Instant::now();
@@ -130,6 +131,12 @@ fn guests_of_two_hosts_talk_and_a_host_that_is_killed_may_come_back() {
     let there = second.guest(1);
     let (a, b) = Rc::pair_with(&here, &there, &QpSpec::rc(), 4096, &impatient).unwrap();
     assert_eq!([write(&a, &b), write(&b, &a)], [WcStatus::Success; 2]);
+    // The host is the same one, though it has another life.
+    let path = || api::nics(&first.control()).unwrap()[0].paths.iter().find(|path| path.path == "tcp").cloned();
+    eventually("figures", SOON, || path().is_some_and(|path| path.wqes == 3 && path.failed.len() == 1));
+    let path = path().unwrap();
+    assert_eq!((path.class.as_str(), path.host.as_deref(), path.bytes), ("RC", Some("host2"), 2 * 4096));
+    assert_eq!((path.failed["RETRY_EXC_ERR"], path.latency.count()), (1, 2));
     drop((a, b, there, here));
     for daemon in [second, first] {
         let (status, log) = daemon.stop();

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use common::{Daemon, Place, SOON};
 use freeflow_tests::bed::eventually;
-use freeflow_tests::guest::verbs::{Op, Rc, SendWr};
+use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, SendWr};
+use virtio_rdma::ib::WcStatus;
 
 /// An address of the loopback that no other test has, nor another run of these.
 fn own_address() -> SocketAddr {
@@ -62,6 +63,13 @@ fn prometheus_sees_what_there_is() {
         format!("freeflow_nic_qps{labels},type=\"RC\",state=\"RTS\",path=\"local\"}} 1\n"),
         "# HELP freeflow_nic_rnr_waits Waits for a receive of the peer.\n".to_owned(),
         "freeflow_worker_sleeps_total{worker=\"0\"} ".to_owned(),
+        "freeflow_worker_asleep_seconds_total{worker=\"0\"} ".to_owned(),
+        "freeflow_worker_awake_seconds_total{worker=\"0\"} ".to_owned(),
+        format!("freeflow_path_wqes_total{labels},type=\"RC\",path=\"local\"}} 100\n"),
+        format!("freeflow_path_bytes_total{labels},type=\"RC\",path=\"local\"}} 409600\n"),
+        format!("freeflow_path_latency_seconds_bucket{{le=\"+Inf\",{},type=\"RC\",path=\"local\"}} ", &labels[1..]),
+        format!("freeflow_nic_queue_depth{labels},type=\"RC\",queue=\"send\",path=\"local\"}} 0\n"),
+        format!("freeflow_nic_qps_scheduled{labels},type=\"RC\",path=\"local\"}} 0\n"),
     ] {
         assert!(text.contains(&line), "{line}{text}");
     }
@@ -69,6 +77,64 @@ fn prometheus_sees_what_there_is() {
     drop(ends);
     let (status, log) = daemon.stop();
     assert!(status.success(), "{status}\n{log}");
+}
+
+/// Figures whose names begin so: each with its labels, and its value.
+fn series(at: SocketAddr, name: &str) -> Vec<(String, f64)> {
+    let text = figures(at);
+    let lines = text.lines().filter(|line| line.starts_with(name));
+    lines
+        .map(|line| line.rsplit_once(' ').unwrap())
+        .map(|(name, value)| (name.into(), value.parse().unwrap()))
+        .collect()
+}
+
+#[test]
+fn failures_are_counted_by_their_cause() {
+    let (place, at) = (Place::new(), own_address());
+    let daemon = place.start_with(2, &["--metrics", &at.to_string()]);
+    let (a, b) = traffic(&daemon);
+    b.qp.post_recv(1, &[b.mr.sge(0, 8)]).unwrap();
+    // Longer than the receive; another is flushed behind it.
+    a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 64)])).unwrap();
+    assert_eq!(a.cq.next().status(), WcStatus::RemInvReqErr);
+    assert_eq!(b.cq.next().status(), WcStatus::LocLenErr);
+    a.qp.post(SendWr::new(2, Op::Send, &[a.mr.sge(0, 64)])).unwrap();
+    assert_eq!(a.cq.next().status(), WcStatus::WrFlushErr);
+    let sent = r#"freeflow_path_failures_total{nic="n0",tenant="default",type="RC",path="local",status="#;
+    let received = r#"freeflow_nic_receive_failures_total{nic="n1",tenant="default",type="RC",status="#;
+    for line in [
+        format!("{sent}\"REM_INV_REQ_ERR\"}} 1\n"),
+        format!("{sent}\"WR_FLUSH_ERR\"}} 1\n"),
+        format!("{received}\"LOC_LEN_ERR\"}} 1\n"),
+    ] {
+        eventually(&format!("{line}: {:?}", series(at, "freeflow_path_failures")), SOON, || {
+            figures(at).contains(&line)
+        });
+    }
+}
+
+/// What a guest does decides how much is counted, and hardly how many series there are.
+#[test]
+fn a_guest_cannot_make_series_without_end() {
+    let (place, at) = (Place::new(), own_address());
+    let daemon = place.start_with(2, &["--metrics", &at.to_string()]);
+    let guests = [daemon.guest(0), daemon.guest(1)];
+    let end = Rc::new(&guests[0], QpSpec::ud(), 4096).unwrap();
+    end.qp.to_ud(1).unwrap();
+    for number in 0..300 {
+        // To everybody of whom there is an address or a number, and to many of whom there is none.
+        let gid = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (number >> 8) as u8, number as u8];
+        let ah = end.pd.create_ah(AhAttr::to(gid, 1)).unwrap();
+        let op = Op::UdSend { ah: ah.number(), qpn: number, qkey: 1, imm: None };
+        end.qp.post(SendWr::inline(1, op, b"hello")).unwrap();
+        end.cq.next().ok();
+    }
+    let wqes = || series(at, "freeflow_path_wqes_total");
+    eventually("all of them", SOON, || wqes().iter().map(|(_, count)| count).sum::<f64>() >= 300.0);
+    assert!(wqes().len() <= 3, "{:?}", wqes());
+    let all = figures(at).lines().count();
+    assert!(all < 600, "{all} lines");
 }
 
 #[test]
@@ -131,10 +197,14 @@ fn top_shows_who_works() {
         (table, json)
     });
     assert!(table.contains("OPS/S") && table.contains("RC") && table.contains("local"), "{table}");
+    assert!(table.contains("P99 <=") && table.contains(" us"), "{table}");
     assert_eq!(json.lines().count(), 2);
     for line in json.lines() {
         let look: serde_json::Value = serde_json::from_str(line).unwrap();
         assert!(look["nics"][0]["ops"].as_f64().unwrap() > 10.0, "{line}");
+        let path = &look["paths"][0];
+        assert_eq!((&path["type"], &path["path"]), (&"RC".into(), &"local".into()));
+        assert!(path["ops"].as_f64().unwrap() > 10.0 && path["p99"].as_f64().is_some(), "{line}");
         assert_eq!(look["qps"][0]["qpn"], a.qp.number());
     }
 }

@@ -141,6 +141,7 @@ impl Mesh {
             self.doors[host].tickets.lock().unwrap().extend(named);
             router.host().join(Peering {
                 peer: peer_id(peer),
+                name: format!("host{peer}").into(),
                 theirs: host_id(peer),
                 ours: host_id(host),
                 dials: host == one,

@@ -11,7 +11,9 @@ use super::completions::How;
 use super::context::Context;
 use super::failure::{OVERFLOW, fatal};
 use super::job::Job;
+use super::sampler::Seen;
 use crate::nic::Nic;
+use crate::nic::meters::{Class, Meter, Name, OTHERS, Way};
 use crate::qp::{Posted, Qp, SendQueue, WaitKind};
 
 /// Bytes of a message from which on no completion waits for it, and its own for no other: what that saves is little beside the copy.
@@ -47,7 +49,7 @@ pub(super) fn complete_send(
         if !hold {
             ctx.publish();
         }
-        count_sent(ctx, nic, job.wqe.length, status);
+        count_sent(ctx, nic, qp, send, &Sent::of(qp, send, job, status));
         return true;
     }
     // Before the completion: who sees that may post the next request at once.
@@ -55,7 +57,7 @@ pub(super) fn complete_send(
     let cqe = send_cqe(qp, job.wqe.wr_id, job.wqe.completion_opcode(), job.wqe.length as u32, status);
     let how = How { solicited: status != WcStatus::Success, hold, alone: true };
     let pushed = ctx.push_cqe(nic, &qp.id.send_cq, &cqe, how).is_ok();
-    count_sent(ctx, nic, job.wqe.length, status);
+    count_sent(ctx, nic, qp, send, &Sent::of(qp, send, job, status));
     pushed
 }
 
@@ -66,7 +68,7 @@ pub(super) fn complete_handed_over(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    Posted { wr_id, opcode, length, signaled }: Posted,
+    Posted { wr_id, opcode, length, signaled, seen }: Posted,
     status: WcStatus,
     more: bool,
 ) -> bool {
@@ -83,7 +85,8 @@ pub(super) fn complete_handed_over(
     } else if !hold {
         ctx.publish();
     }
-    count_sent(ctx, nic, length.into(), status);
+    let way = send.way(true);
+    count_sent(ctx, nic, qp, send, &Sent { way, length: length.into(), status, seen });
     written
 }
 
@@ -100,18 +103,46 @@ pub(super) fn send_cqe(qp: &Qp, wr_id: u64, opcode: WcOpcode, length: u32, statu
     }
 }
 
-pub(super) fn count_sent(ctx: &mut Context, nic: &Arc<Nic>, length: u64, status: WcStatus) {
-    if status == WcStatus::Success {
-        ctx.count_sent(nic, length);
-    } else {
-        nic.counters.send_wqes.add(1);
-        count_error(nic, status);
+/// A work request that has ended, as figures see it.
+struct Sent {
+    way: Way,
+    length: u64,
+    status: WcStatus,
+    seen: Option<Seen>,
+}
+
+impl Sent {
+    #[inline]
+    fn of(qp: &Qp, send: &SendQueue, job: &Job, status: WcStatus) -> Self {
+        let way = if qp.id.kind.is_datagram() { job.way } else { send.way(false) };
+        Self { way, length: job.wqe.length, status, seen: job.seen }
     }
 }
 
-fn count_error(nic: &Nic, status: WcStatus) {
-    let counter = if status == WcStatus::WrFlushErr { &nic.counters.flushed } else { &nic.counters.errors };
-    counter.add(1);
+#[inline]
+fn count_sent(ctx: &mut Context, nic: &Nic, qp: &Qp, send: &mut SendQueue, sent: &Sent) {
+    if !send.meter.as_ref().is_some_and(|(way, _)| *way == sent.way) {
+        send.meter = Some((sent.way, meter_of(ctx, nic, qp, send, sent.way)));
+    }
+    let Some((_, meter)) = &send.meter else { return };
+    if sent.status != WcStatus::Success {
+        return meter.count_failure(sent.status);
+    }
+    ctx.count_sent(meter, sent.length);
+    if let Some(seen) = sent.seen {
+        meter.time(seen.at.elapsed(), seen.of);
+    }
+}
+
+/// Where work requests are counted that go this way.
+#[cold]
+fn meter_of(ctx: &Context, nic: &Nic, qp: &Qp, send: &SendQueue, way: Way) -> Arc<Meter> {
+    let host = way.peer.map(|peer| {
+        let own = send.remote.as_ref().filter(|remote| remote.peer == peer).map(|remote| remote.host.clone());
+        own.or_else(|| ctx.host_name(peer)).unwrap_or_else(|| OTHERS.into())
+    });
+    let name = Name { class: Class::of(qp.id.kind), path: way.path, host };
+    nic.meters.of(ctx.worker, name, &nic.counters)
 }
 
 /// What a message carries besides its payload.
@@ -197,7 +228,8 @@ pub(super) fn complete_recv(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, don
         ctx.count_received(nic, done.byte_len.into());
     } else {
         nic.counters.recv_wqes.add(1);
-        count_error(nic, done.status);
+        nic.counters.count_failure(done.status);
+        nic.meters.count_failed_receive(Class::of(qp.id.kind), done.status);
     }
     if !pushed {
         overflowed(ctx, nic, qp);

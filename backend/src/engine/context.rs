@@ -10,6 +10,7 @@ use super::completions::{Completions, How};
 use super::hand::Hand;
 use super::job::Job;
 use super::quiesce::Grace;
+use super::sampler::Sampler;
 use super::tally::Tally;
 use super::tcp::Links;
 use super::verbs::Scratch;
@@ -18,11 +19,12 @@ use crate::cq::{Cq, CqBroken};
 use crate::mem::Seg;
 use crate::mr::{KeyError, Mr};
 use crate::nic::Nic;
-use crate::nic::stats::Counter;
+use crate::nic::meters::Meter;
 use crate::on_demand::{Fault, Missing, OnDemand};
 use crate::overlay::NicId;
 use crate::qp::Identity;
 use crate::rate::Work;
+use crate::tcp::PeerId;
 use crate::wqe::Sge;
 
 /// Bytes that one visit to a QP may move before others have their turn.
@@ -127,8 +129,10 @@ pub struct Context {
     work: Work,
     /// The most of it that one work request for the host's NIC came to.
     posted: u64,
-    sent: Tally,
-    received: Tally,
+    /// Picks work requests that are timed.
+    pub(super) sampler: Sampler,
+    sent: Tally<Meter>,
+    received: Tally<Nic>,
 }
 
 impl Context {
@@ -151,6 +155,7 @@ impl Context {
             room: None,
             work: Work::default(),
             posted: 0,
+            sampler: Sampler::new(Instant::now()),
             sent: Tally::default(),
             received: Tally::default(),
         }
@@ -320,36 +325,33 @@ impl Context {
         self.spent += self.completions.announce(&self.engine);
     }
 
-    /// A send work request of `nic` has succeeded.
+    /// A send work request has succeeded.
     #[inline]
-    pub fn count_sent(&mut self, nic: &Arc<Nic>, bytes: u64) {
-        self.sent.add(nic, bytes, sent);
+    pub fn count_sent(&mut self, meter: &Arc<Meter>, bytes: u64) {
+        self.sent.add(meter, bytes);
     }
 
     /// A receive of `nic` has succeeded.
     #[inline]
     pub fn count_received(&mut self, nic: &Arc<Nic>, bytes: u64) {
-        self.received.add(nic, bytes, received);
+        self.received.add(nic, bytes);
+    }
+
+    /// What people call a host that there is a link to.
+    pub fn host_name(&self, peer: PeerId) -> Option<Arc<str>> {
+        self.tcp.as_ref()?.name_of(peer)
     }
 
     /// The quantum ends: events go out, and nothing that was looked up is used any more.
     pub fn settle(&mut self) {
         self.hand.give_back();
         self.announce();
-        self.sent.settle(sent);
-        self.received.settle(received);
+        self.sent.settle();
+        self.received.settle();
         self.keys.entries.clear();
         self.src.clear();
         self.dst.clear();
     }
-}
-
-fn sent(nic: &Nic) -> (&Counter, &Counter) {
-    (&nic.counters.send_wqes, &nic.counters.send_bytes)
-}
-
-fn received(nic: &Nic) -> (&Counter, &Counter) {
-    (&nic.counters.recv_wqes, &nic.counters.recv_bytes)
 }
 
 /// The page fault that a request waits for.

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use super::mcast::Cast;
 use super::quiesce::Grace;
+use super::sampler::Seen;
+use crate::nic::meters::Way;
 use crate::on_demand::Fault;
 use crate::qp::{Qp, Ticket};
 use crate::wqe::{Recv, Send};
@@ -28,6 +30,10 @@ pub struct Job {
     pub grace: Option<Grace>,
     /// An atomic of another host's memory: what was there.
     pub found: Option<u64>,
+    /// A datagram: which way it went.
+    pub way: Way,
+    /// When it was seen, if it is timed.
+    pub seen: Option<Seen>,
 }
 
 /// The receive that a message has of its peer.
@@ -55,6 +61,8 @@ impl Job {
         self.fault = None;
         self.grace = None;
         self.found = None;
+        self.way = Way::default();
+        self.seen = None;
     }
 
     /// Whether it has begun between the two memories, and must go on there.

@@ -8,6 +8,7 @@
 //! * [`complete`]: what becomes of work requests; all of these use it, and it uses none of them. [`completions`] are on their way to CQs,
 //!   [`failure`] is what no completion can say; [`hand`] has receives that were taken ahead.
 //! * [`cost`]: what work costs, by which virtual NICs share a worker.
+//! * [`sampler`] picks work requests that are timed, [`rest`] times workers.
 //! * [`quiesce`]: how others wait until workers no longer use something.
 
 mod complete;
@@ -22,6 +23,8 @@ mod local;
 pub mod mcast;
 pub mod quiesce;
 mod rc;
+mod rest;
+mod sampler;
 mod serve;
 mod tally;
 mod tcp;
@@ -44,6 +47,8 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use self::quiesce::Quiesce;
+pub use self::rest::Spent;
+pub use self::sampler::Seen;
 use self::wake::Mailbox;
 pub use self::worker::SteppedWorker;
 use crate::groups::Tenants;
@@ -299,6 +304,11 @@ impl Engine {
     /// How many times each worker has slept.
     pub fn sleeps(&self) -> Vec<u64> {
         self.mailboxes.iter().map(Mailbox::sleeps).collect()
+    }
+
+    /// What each worker did with its time.
+    pub fn spent(&self) -> Vec<Spent> {
+        self.mailboxes.iter().map(Mailbox::spent).collect()
     }
 
     fn wake_all(&self) {

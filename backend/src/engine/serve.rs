@@ -216,6 +216,7 @@ pub(super) fn fetch(ctx: &mut Context, qp: &Qp, send: &mut SendQueue) -> Result<
     };
     ctx.charge(cost::WQE);
     let mut job = ctx.new_job();
+    job.seen = ctx.sampler.see();
     if let Err(error) = parse_send(ring, index, caps, &mut job.wqe) {
         log::debug!("QP {:#x}: {error}", qp.id.qpn);
         job.wqe.op = Op::Invalid;

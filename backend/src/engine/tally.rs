@@ -1,37 +1,62 @@
-//! What a worker has completed and not yet added to a virtual NIC's counters: they are shared by all workers, so it is done once for many.
+//! What a worker has completed and not yet added to figures that others look at: it is done once for many.
 
 use std::sync::Arc;
 
 use crate::nic::Nic;
-use crate::nic::stats::Counter;
+use crate::nic::meters::Meter;
 
-/// Work requests and bytes of one virtual NIC, in one direction.
-#[derive(Debug, Default)]
+/// Where figures go.
+pub trait Total {
+    /// So many work requests or receives have succeeded, with so many bytes.
+    fn add(&self, wqes: u64, bytes: u64);
+}
+
+/// Sends.
+impl Total for Meter {
+    fn add(&self, wqes: u64, bytes: u64) {
+        self.count(wqes, bytes);
+    }
+}
+
+/// Receives.
+impl Total for Nic {
+    fn add(&self, wqes: u64, bytes: u64) {
+        self.counters.recv_wqes.add(wqes);
+        self.counters.recv_bytes.add(bytes);
+    }
+}
+
+/// Work requests and bytes that go to one total, until they go to another.
+#[derive(Debug)]
 #[repr(align(64))]
-pub struct Tally {
-    nic: Option<Arc<Nic>>,
+pub struct Tally<T> {
+    total: Option<Arc<T>>,
     wqes: u64,
     bytes: u64,
 }
 
-impl Tally {
-    /// Counts one work request that succeeded; `settle` says where figures of another virtual NIC go first.
+impl<T> Default for Tally<T> {
+    fn default() -> Self {
+        Self { total: None, wqes: 0, bytes: 0 }
+    }
+}
+
+impl<T: Total> Tally<T> {
+    /// Counts one that succeeded.
     #[inline]
-    pub fn add(&mut self, nic: &Arc<Nic>, bytes: u64, settle: impl FnOnce(&Nic) -> (&Counter, &Counter)) {
-        if !self.nic.as_ref().is_some_and(|known| Arc::ptr_eq(known, nic)) {
-            self.settle(settle);
-            self.nic = Some(nic.clone());
+    pub fn add(&mut self, total: &Arc<T>, bytes: u64) {
+        if !self.total.as_ref().is_some_and(|known| Arc::ptr_eq(known, total)) {
+            self.settle();
+            self.total = Some(total.clone());
         }
         self.wqes += 1;
         self.bytes += bytes;
     }
 
-    /// Adds what was counted to the counters of work requests and bytes that `counters` names.
-    pub fn settle(&mut self, counters: impl FnOnce(&Nic) -> (&Counter, &Counter)) {
-        if let Some(nic) = self.nic.take() {
-            let (wqes, bytes) = counters(&nic);
-            wqes.add(std::mem::take(&mut self.wqes));
-            bytes.add(std::mem::take(&mut self.bytes));
+    /// Adds what was counted to its total.
+    pub fn settle(&mut self) {
+        if let Some(total) = self.total.take() {
+            total.add(std::mem::take(&mut self.wqes), std::mem::take(&mut self.bytes));
         }
     }
 }

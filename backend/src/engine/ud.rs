@@ -18,6 +18,7 @@ use super::mcast::{self, Cast};
 use super::{rc, tcp};
 use crate::mem::{self, Source};
 use crate::nic::Nic;
+use crate::nic::meters::{Path, Way};
 use crate::overlay::Gid;
 use crate::qp::{Qp, Taken, WaitKind};
 use crate::tcp::PeerId;
@@ -81,6 +82,7 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     }
     let header = route.header(job.wqe.length as u16, imm);
     if qpn == MULTICAST_QPN && route.destination.is_multicast() {
+        job.way = Way::here(Path::Multicast);
         let hosts = ctx.engine.overlay().hosts(nic.id);
         if !hosts.is_empty() {
             send_to_hosts(ctx, nic, qp, &hosts, &route, datagram, job);
@@ -97,12 +99,14 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     let Some((peer_nic, peer)) = find(ctx, nic, route.destination, datagram) else {
         return match ctx.engine.find_host(nic.id, route.destination) {
             Some(peer) => {
+                job.way = Way::to(Path::Tcp, peer);
                 send_to_hosts(ctx, nic, qp, &[peer], &route, datagram, job);
                 Step::Done
             }
             None => drop_it(nic),
         };
     };
+    job.way = Way::here(Path::Local);
     match offer(ctx, qp.id.qpn, (&peer_nic, &peer), job, &header, imm) {
         Offered::Delivered => Step::Done,
         Offered::NoReceive if !peer.recv.lock().starved => {

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_queue::SegQueue;
 use parking_lot::Mutex;
@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::rest::{Rest, Spent};
 use super::tcp::Command;
 use crate::handshake;
 use crate::nic::Nic;
@@ -27,6 +28,7 @@ pub struct Mailbox {
     commands: SegQueue<Command>,
     asleep: AtomicU32,
     sleeps: AtomicU64,
+    rest: Rest,
     epoll: Epoll,
     wake: EventFd,
     timer: Mutex<TimerFd>,
@@ -51,6 +53,7 @@ impl Mailbox {
             commands: SegQueue::new(),
             asleep: AtomicU32::new(0),
             sleeps: AtomicU64::new(0),
+            rest: Rest::new(Instant::now()),
             epoll,
             wake,
             timer: Mutex::new(timer),
@@ -126,16 +129,23 @@ impl Mailbox {
     /// Sleeps until woken, or for this long.
     pub fn sleep(&self, limit: Option<Duration>) {
         self.sleeps.fetch_add(1, Ordering::Relaxed);
+        self.rest.begin(Instant::now());
         if let Err(error) = self.wait(limit) {
             log::error!("a data-path worker cannot sleep: {error}");
             std::thread::sleep(Duration::from_millis(1));
         }
+        self.rest.end(Instant::now());
         self.stay_awake();
     }
 
     /// How many times the worker has slept.
     pub fn sleeps(&self) -> u64 {
         self.sleeps.load(Ordering::Relaxed)
+    }
+
+    /// What it did with its time.
+    pub fn spent(&self) -> Spent {
+        self.rest.spent(Instant::now)
     }
 
     fn wait(&self, limit: Option<Duration>) -> io::Result<()> {

@@ -8,6 +8,7 @@ pub mod gids;
 pub mod keys;
 pub mod log;
 mod mac;
+pub mod meters;
 pub mod stats;
 
 use std::fmt;
@@ -27,6 +28,7 @@ use self::areas::{AhArea, DoorbellArea};
 use self::events::{EventQueue, Notice};
 use self::gids::GidTable;
 use self::log::LimitedLog;
+use self::meters::Meters;
 use self::stats::Counters;
 use crate::directory::Directory;
 use crate::groups::Groups;
@@ -149,7 +151,9 @@ pub struct Nic {
     /// What it has on the host's NIC.
     pub usage: NicUsage,
     /// Counters.
-    pub counters: Counters,
+    pub counters: Arc<Counters>,
+    /// The same for sends, by transport, path and other host.
+    pub meters: Meters,
     log: LimitedLog,
     /// Changes with every change of the GID table.
     gid_epoch: AtomicU64,
@@ -181,7 +185,8 @@ impl Nic {
             events: event_vrings.into_iter().map(EventQueue::new).collect(),
             grants: Arc::default(),
             usage: NicUsage::default(),
-            counters: Counters::default(),
+            counters: Arc::default(),
+            meters: Meters::default(),
             log: LimitedLog::new(&config.name),
             gid_epoch: AtomicU64::new(0),
             running: AtomicBool::new(false),

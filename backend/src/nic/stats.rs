@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
+use virtio_rdma::ib::WcStatus;
 
 macro_rules! counters {
     ($($(#[doc = $doc:literal])* $name:ident,)*) => {
@@ -75,6 +76,14 @@ counters! {
     commands_refused,
     /// Log lines that were not written because there were too many.
     log_suppressed,
+}
+
+impl Counters {
+    /// A work request or a receive has failed.
+    pub fn count_failure(&self, status: WcStatus) {
+        let counter = if status == WcStatus::WrFlushErr { &self.flushed } else { &self.errors };
+        counter.add(1);
+    }
 }
 
 /// A number that only grows.

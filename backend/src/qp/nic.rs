@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_rdma::ib::WcOpcode;
 
+use crate::engine::Seen;
 use crate::verbs::{End, GrantBudget, GrantCache, KeySide};
 
 /// Work requests on the NIC, and what is needed to put more there.
@@ -42,6 +43,8 @@ pub struct Posted {
     pub length: u32,
     /// It makes a completion when it succeeds.
     pub signaled: bool,
+    /// When it was seen, if it is timed.
+    pub seen: Option<Seen>,
 }
 
 impl NicQueue {

@@ -165,6 +165,11 @@ impl RecvRing {
         ring.producer().map_or(0, |index| index.wrapping_sub(self.consumer) & self.capacity())
     }
 
+    /// Those of them that were seen when the guest's index was last looked at.
+    fn seen(&self) -> u32 {
+        self.ring.as_ref().map_or(0, |ring| ring.between(self.consumer, self.posted))
+    }
+
     /// Receives that it can hold.
     pub fn capacity(&self) -> u32 {
         self.ring.as_ref().map_or(0, |ring| ring.geometry().entries - 1)
@@ -248,6 +253,15 @@ impl RecvQueue {
             RecvSource::Own(ring) => Some(ring.left() + self.held.len() as u32),
             RecvSource::Shared(_) => None,
         }
+    }
+
+    /// Receives of this queue alone that were seen and are not used.
+    pub fn depth(&self) -> u32 {
+        let seen = match &self.source {
+            RecvSource::Own(ring) => ring.seen(),
+            RecvSource::Shared(_) => 0,
+        };
+        seen + self.held.len() as u32
     }
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.

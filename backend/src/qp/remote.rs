@@ -6,13 +6,15 @@ use crossbeam_queue::SegQueue;
 use freeflow_tcp::frame::FlowId;
 
 use crate::overlay::Gid;
-use crate::tcp::PeerId;
+use crate::tcp::{PeerId, Peering};
 
 /// A flow to another host (`docs/tcp.md`, section 1). Dropping it says that it is not needed any more, to the worker whose link it is on.
 #[derive(Debug)]
 pub struct RemoteFlow {
     /// The other host.
     pub peer: PeerId,
+    /// Its name.
+    pub host: Arc<str>,
     /// Which link to it.
     pub link: u16,
     /// The flow.
@@ -31,8 +33,9 @@ pub struct RemoteFlow {
 
 impl RemoteFlow {
     /// A flow that was opened on a link whose worker looks there for those that were closed.
-    pub fn new(peer: PeerId, link: u16, flow: FlowId, source: (Gid, u64), closed: Arc<SegQueue<FlowId>>) -> Self {
-        Self { peer, link, flow, source: source.0, gid_epoch: source.1, used: false, bytes: 0, closed }
+    pub fn new(peering: &Peering, link: u16, flow: FlowId, source: (Gid, u64), closed: Arc<SegQueue<FlowId>>) -> Self {
+        let (peer, host) = (peering.peer, peering.name.clone());
+        Self { peer, host, link, flow, source: source.0, gid_epoch: source.1, used: false, bytes: 0, closed }
     }
 
     /// Whether another message may be on its way besides the `posted` that are: more would only wait, out of reach of the virtual NIC's rate.

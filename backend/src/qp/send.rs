@@ -9,6 +9,7 @@ use super::remote::RemoteFlow;
 use crate::engine::job::Job;
 use crate::mem::Map;
 use crate::nic::Nic;
+use crate::nic::meters::{Meter, Path, Way};
 use crate::rate::Pace;
 use crate::ring::rxe::{Caps, guess_keys, prefetch_send};
 use crate::ring::{BadIndex, Ring};
@@ -107,6 +108,8 @@ pub struct SendQueue {
     pub bytes: u64,
     /// Its way over the host's NIC, if it has one.
     pub nic: Option<Box<NicQueue>>,
+    /// Where its work requests are counted that go this way.
+    pub meter: Option<(Way, Arc<Meter>)>,
     /// Its way to another host, if its peer is there.
     pub remote: Option<Box<RemoteFlow>>,
     /// Elements before `consumer` whose work requests are on the NIC, or on their way to another host: the guest may not use them again yet.
@@ -133,6 +136,7 @@ impl SendQueue {
             completed: 0,
             bytes: 0,
             nic: None,
+            meter: None,
             remote: None,
             on_nic: 0,
         }
@@ -234,6 +238,22 @@ impl SendQueue {
                 self.published = index;
             }
         }
+    }
+
+    /// The way of a connected queue pair's requests that are done here, or are handed over to somebody else.
+    pub fn way(&self, handed_over: bool) -> Way {
+        match &self.remote {
+            Some(remote) => Way::to(Path::Tcp, remote.peer),
+            None if handed_over => Way::here(Path::Verbs),
+            // Its peer was found.
+            None if self.bound_to.is_some() => Way::here(Path::Local),
+            None => Way::default(),
+        }
+    }
+
+    /// Work requests that were seen and are not complete.
+    pub fn depth(&self) -> u32 {
+        self.ring.as_ref().map_or(0, |ring| ring.between(self.consumer, self.posted) + self.on_nic)
     }
 
     /// Work requests on the NIC, or on their way to another host.

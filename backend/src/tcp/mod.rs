@@ -30,6 +30,8 @@ pub type Ticket = [u8; 32];
 pub struct Peering {
     /// The other host, here.
     pub peer: PeerId,
+    /// Its name, for people.
+    pub name: Arc<str>,
     /// What it is called among hosts.
     pub theirs: HostId,
     /// What this host is called.

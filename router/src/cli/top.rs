@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clap::Args;
 use comfy_table::Table;
+use freeflow_backend::nic::meters::PathFigures;
 use freeflow_backend::{NicStatus, QpStatus};
 use serde::Serialize;
 
@@ -55,6 +56,7 @@ impl Sample {
 struct Look {
     seconds: f64,
     nics: Vec<NicRates>,
+    paths: Vec<PathRates>,
     qps: Vec<QpRates>,
 }
 
@@ -72,6 +74,22 @@ struct NicRates {
     rnr_waits: f64,
     lost_waits: f64,
     rate_waits: f64,
+}
+
+/// Of all sends of a virtual NIC that go one way, per second.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct PathRates {
+    nic: String,
+    #[serde(rename = "type")]
+    class: String,
+    path: String,
+    host: Option<String>,
+    ops: f64,
+    bytes: f64,
+    failures: f64,
+    /// Seconds in which half of them were complete, and 99 of 100; none where none was timed, or they took longer than what is told apart.
+    p50: Option<f64>,
+    p99: Option<f64>,
 }
 
 /// Of a queue pair, per second.
@@ -165,12 +183,41 @@ fn compare(before: &Sample, now: &Sample, most: usize) -> Look {
     qps.retain(|qp| qp.ops > 0.0 || qp.waiting.is_some());
     qps.sort_by(|a, b| b.bytes.total_cmp(&a.bytes).then(b.ops.total_cmp(&a.ops)));
     qps.truncate(most);
-    Look { seconds, nics: nics.collect(), qps }
+    Look { seconds, nics: nics.collect(), paths: paths(before, now, rate), qps }
+}
+
+/// What went where meanwhile.
+fn paths(before: &Sample, now: &Sample, rate: impl Fn(u64, u64) -> f64) -> Vec<PathRates> {
+    fn of(sample: &Sample) -> impl Iterator<Item = (&NicStatus, &PathFigures)> {
+        sample.nics.iter().flat_map(|nic| nic.paths.iter().map(move |path| (nic, path)))
+    }
+    let key = |nic: &NicStatus, path: &PathFigures| (nic.id, path.class.clone(), path.path.clone(), path.host.clone());
+    let known: HashMap<_, _> = of(before).map(|(nic, path)| (key(nic, path), path)).collect();
+    let none = PathFigures::default();
+    let rates = of(now).map(|(nic, path)| {
+        let then = known.get(&key(nic, path)).copied().unwrap_or(&none);
+        let latency = path.latency.since(&then.latency);
+        PathRates {
+            nic: nic.config.name.clone(),
+            class: path.class.clone(),
+            path: path.path.clone(),
+            host: path.host.clone(),
+            ops: rate(then.wqes, path.wqes),
+            bytes: rate(then.bytes, path.bytes),
+            failures: rate(then.failed.values().sum(), path.failed.values().sum()),
+            p50: latency.quantile(0.5).map(|time| time.as_secs_f64()),
+            p99: latency.quantile(0.99).map(|time| time.as_secs_f64()),
+        }
+    });
+    let mut rates: Vec<_> = rates.filter(|path| path.ops > 0.0).collect();
+    rates.sort_by(|a, b| b.bytes.total_cmp(&a.bytes).then(b.ops.total_cmp(&a.ops)));
+    rates
 }
 
 impl std::fmt::Display for Look {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "{}\n", self.nics().trim_fmt())?;
+        writeln!(f, "{}\n", self.paths().trim_fmt())?;
         write!(f, "{}", self.qps().trim_fmt())
     }
 }
@@ -198,6 +245,19 @@ impl Look {
         table
     }
 
+    fn paths(&self) -> Table {
+        let mut table =
+            super::table(&["NIC", "TYPE", "PATH", "HOST", "OPS/S", "BYTES/S", "FAILURES/S", "P50 <=", "P99 <="]);
+        for path in &self.paths {
+            let words = [path.nic.clone(), path.class.clone(), path.path.clone()];
+            let host = path.host.clone().unwrap_or_else(|| "-".to_owned());
+            let rates = [path.ops, path.bytes, path.failures].map(short);
+            let times = [path.p50, path.p99].map(|time| time.map_or_else(|| "-".to_owned(), brief));
+            table.add_row(words.into_iter().chain([host]).chain(rates).chain(times));
+        }
+        table
+    }
+
     fn qps(&self) -> Table {
         let mut table = super::table(&["NIC", "QPN", "TYPE", "STATE", "PEER", "PATH", "WAITING", "OPS/S", "BYTES/S"]);
         let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
@@ -216,6 +276,16 @@ impl Look {
         }
         table
     }
+}
+
+/// A time, with two or three digits.
+fn brief(seconds: f64) -> String {
+    let (value, unit) = match seconds {
+        ..1e-3 => (seconds * 1e6, "us"),
+        1e-3..1.0 => (seconds * 1e3, "ms"),
+        _ => (seconds, "s"),
+    };
+    if value < 10.0 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") }
 }
 
 /// Three digits and a decimal suffix.
@@ -242,6 +312,13 @@ mod tests {
         }
     }
 
+    #[test]
+    fn times_are_brief() {
+        for (seconds, expected) in [(256e-9, "0.3 us"), (65.536e-6, "66 us"), (2.1e-3, "2.1 ms"), (1.07, "1.1 s")] {
+            assert_eq!(brief(seconds), expected);
+        }
+    }
+
     fn qp(qpn: u32, completed: u64, bytes: u64, waiting: bool) -> QpStatus {
         QpStatus {
             nic: "a".to_owned(),
@@ -255,6 +332,9 @@ mod tests {
             completed,
             bytes,
             waiting: waiting.then(|| "rnr".to_owned()),
+            sends: 0,
+            receives: 0,
+            scheduled: false,
         }
     }
 

@@ -192,6 +192,7 @@ impl Node {
         let Joined { peer, name, host, side, lanes, tickets } = joined;
         let peering = Peering {
             peer,
+            name: name.as_str().into(),
             theirs: host,
             ours: self.ours.id(),
             dials: side == Side::Dials,

@@ -99,6 +99,7 @@ impl Two {
             guests.push(Guest::direct(&nic, guest)?);
             host.join(Peering {
                 peer,
+                name: format!("host{}", 1 - number).into(),
                 theirs: host_id(1 - number),
                 ours: host_id(number),
                 dials: number == 0,

@@ -45,6 +45,11 @@ impl Links {
         Nanos(now.saturating_duration_since(self.started).as_nanos() as u64)
     }
 
+    /// What people call a host.
+    pub fn name_of(&self, peer: PeerId) -> Option<Arc<str>> {
+        self.lines.iter().find(|line| line.peering.peer == peer).map(|line| line.peering.name.clone())
+    }
+
     /// A link of this worker to a host.
     pub(super) fn to(&mut self, peer: PeerId) -> Option<&mut Line> {
         self.lines.iter_mut().find(|line| line.peering.peer == peer)

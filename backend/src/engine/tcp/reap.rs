@@ -118,6 +118,7 @@ fn finish(
         opcode: job.wqe.completion_opcode(),
         length: job.wqe.length as u32,
         signaled: qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED),
+        seen: job.seen,
     };
     if !complete_handed_over(ctx, nic, qp, send, posted, status, more) {
         if moved {

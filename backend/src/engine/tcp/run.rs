@@ -292,7 +292,8 @@ fn find(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -
         let Some(line) = links.to(peer) else { return };
         let id = line.link.open(open, retries);
         line.tables.flows.insert(id, Flow::new(id, nic.clone(), qp.clone()));
-        send.remote = Some(Box::new(RemoteFlow::new(peer, line.index, id, (source, epoch), line.closed.clone())));
+        send.remote =
+            Some(Box::new(RemoteFlow::new(&line.peering, line.index, id, (source, epoch), line.closed.clone())));
     });
     if send.remote.is_some() {
         send.wait = None;

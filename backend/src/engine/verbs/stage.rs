@@ -71,7 +71,7 @@ pub(super) fn stage(
     }
     let signaled = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED);
     let (wr_id, opcode, length) = (job.wqe.wr_id, op.opcode(), job.wqe.length as u32);
-    queue.posted.push_back(Posted { wr_id, opcode, length, signaled });
+    queue.posted.push_back(Posted { wr_id, opcode, length, signaled, seen: job.seen });
     ctx.charge_posted(job.wqe.length);
     send.hand_over();
     Staged::Posted
