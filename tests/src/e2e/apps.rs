@@ -190,7 +190,8 @@ fn run_ends(bed: &Bed, server: usize, client: usize, ends: &Ends) -> Result<Stri
     let ended = pair.wait(PATIENCE)?;
     let outputs = || format!("server:\n{}\nclient:\n{}", ended.server.output, ended.client.output);
     if ended.server.status != 0 || ended.client.status != 0 {
-        bail!("server status {}, client status {}\n{}", ended.server.status, ended.client.status, outputs());
+        let crashes = [server, client].map(|nic| crashes(bed, nic)).concat();
+        bail!("server status {}, client status {}\n{}{crashes}", ended.server.status, ended.client.status, outputs());
     }
     for text in ends.expected {
         ensure!(ended.client.output.contains(text), "no `{text}` from the client\n{}", outputs());
@@ -199,6 +200,12 @@ fn run_ends(bed: &Bed, server: usize, client: usize, ends: &Ends) -> Result<Stri
         ensure!(!outputs().contains(text), "`{text}`\n{}", outputs());
     }
     Ok(ended.client.output)
+}
+
+/// Where programs crashed lately, as a guest's kernel has noted it.
+fn crashes(bed: &Bed, nic: usize) -> String {
+    let noted = bed.guest(nic).and_then(|guest| guest.must("dmesg | grep -F segfault | tail -n 2"));
+    noted.unwrap_or_default()
 }
 
 impl Ends {
