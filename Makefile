@@ -46,11 +46,13 @@ unit: setup ## Unit tests and the in-process guest against the real device, on o
 	$(CARGO) test --workspace --quiet
 	FREEFLOW_TEST_PATH=tcp $(CARGO) test -p freeflow-tests --quiet --test rc --test uc --test ud --test atomics --test srq --test windows --test mcast --test gsi --test odp --test model
 	FREEFLOW_TEST_PATH=cut $(CARGO) test -p freeflow-tests --quiet --test rc --test atomics --test srq --test model
+	FREEFLOW_TEST_PATH=fabric $(CARGO) test -p freeflow-tests --quiet --test rc --test atomics --test srq --test lifecycle --test model
 
 .PHONY: unit-nic
-unit-nic: setup ## The in-process tests over a fake RDMA NIC, one that works at once and one that works late (minutes)
+unit-nic: setup ## The in-process tests over a fake RDMA NIC that works at once, one that works late, and two of two hosts (minutes)
 	FREEFLOW_TEST_PATH=verbs $(CARGO) test -p freeflow-tests --quiet
 	FREEFLOW_TEST_PATH=shuffled $(CARGO) test -p freeflow-tests --quiet
+	FREEFLOW_TEST_PATH=fabric $(CARGO) test -p freeflow-tests --quiet
 
 .PHONY: unit-tcp
 unit-tcp: setup ## The in-process tests with a host for each virtual NIC, and with connections that break (minutes)

@@ -281,7 +281,15 @@ pub struct WorkerStatus {
     pub awake: f64,
 }
 
+/// Whether it reaches its peer on another host from NIC to NIC.
+fn is_between_nics(send: &SendQueue) -> bool {
+    send.nic.as_ref().is_some_and(|queue| queue.between.is_some() && queue.apart.is_none())
+}
+
 fn path_of(send: &SendQueue) -> Option<String> {
+    if is_between_nics(send) {
+        return Some("verbs".to_owned());
+    }
     if send.remote.is_some() {
         return Some("tcp".to_owned());
     }
@@ -291,8 +299,12 @@ fn path_of(send: &SendQueue) -> Option<String> {
 }
 
 fn why_of(nic: &Nic, qp: &Qp, send: &SendQueue) -> Option<String> {
+    if let Some(between) = send.nic.as_ref().and_then(|queue| queue.between.as_ref()) {
+        let why = send.nic.as_ref().and_then(|queue| queue.apart).unwrap_or("both hosts have a NIC");
+        return Some(format!("on another host ({}): {why}", between.pair.host));
+    }
     if let Some(remote) = &send.remote {
-        return Some(format!("on another host ({}), without a NIC to both", remote.host));
+        return Some(format!("on another host ({}), without a NIC here", remote.host));
     }
     send.binding.as_ref()?;
     Some(match &send.nic {

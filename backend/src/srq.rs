@@ -42,8 +42,17 @@ impl Srq {
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&self, at_least: Option<u64>, out: &mut Recv) -> Taken {
+        self.take_with(|ring| ring.take(at_least, out))
+    }
+
+    /// The same, but one that is malformed is left where it is.
+    pub fn take_sound(&self, out: &mut Recv) -> Taken {
+        self.take_with(|ring| ring.take_sound(out))
+    }
+
+    fn take_with(&self, take: impl FnOnce(&mut RecvRing) -> Taken) -> Taken {
         let mut shared = self.queue.lock();
-        let taken = shared.ring.take(at_least, out);
+        let taken = take(&mut shared.ring);
         if taken == Taken::Yes && shared.ring.left() < shared.limit {
             shared.limit = 0;
             self.reached.store(true, Ordering::Relaxed);

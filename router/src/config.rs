@@ -73,6 +73,8 @@ pub struct Config {
     /// The host's RDMA NIC, for virtual NICs with `path = "nic"`: `auto`, or NAME or NAME:PORT. If left out, it is opened only if there is such a
     /// virtual NIC at the start, as with `auto`.
     pub rdma_device: Option<DeviceChoice>,
+    /// What the network is called that this NIC is on; `default` if left out. Hosts whose NICs are on the same reach each other's.
+    pub rdma_fabric: Option<String>,
     /// Data-path workers.
     pub engine: EngineSettings,
     /// What the daemon gives up.
@@ -109,14 +111,17 @@ impl Default for EngineSettings {
     }
 }
 
-impl EngineSettings {
+impl Config {
     /// For the engine.
     pub fn to_engine(&self) -> EngineConfig {
+        let engine = &self.engine;
         EngineConfig {
-            workers: self.workers,
-            poll: Duration::from_micros(self.poll_us),
-            datagram_patience: Duration::from_millis(self.datagram_patience_ms),
-            cores: self.cores.clone(),
+            workers: engine.workers,
+            poll: Duration::from_micros(engine.poll_us),
+            datagram_patience: Duration::from_millis(engine.datagram_patience_ms),
+            cores: engine.cores.clone(),
+            rdma_fabric: self.rdma_fabric.clone().unwrap_or_else(|| EngineConfig::default().rdma_fabric),
+            spans_hosts: self.cluster.is_some(),
         }
     }
 }

@@ -87,8 +87,7 @@ impl Router {
         config.check()?;
         let overlay = Arc::new(Addresses::default());
         let has_device = device.is_some();
-        let host =
-            Host::start(config.engine.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
+        let host = Host::start(config.to_engine(), overlay.clone(), device).context("cannot start the data path")?;
         let inventory = Mutex::new(Inventory::new(config.engine.workers, config.control()));
         let folder = config.control().parent().map(Path::to_owned).unwrap_or_default();
         let sessions = OnceLock::new();

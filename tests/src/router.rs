@@ -1,5 +1,6 @@
 //! The router under test, in this process.
 
+use std::any::Any;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,6 +77,23 @@ impl RouterSpec {
         Self { device: Some(device), hosts: Hosts::One, ..self }
     }
 
+    /// The same, each virtual NIC on a host of its own, whose NICs are on a network with this one.
+    #[must_use]
+    pub fn between(self, nic: Arc<FakeNic>) -> Self {
+        Self { hosts: Hosts::Each { cut: false }, ..self.over(nic) }
+    }
+
+    /// The NIC of a host. Those of several hosts are on the same network.
+    fn device_of(&self, host: usize) -> Option<Arc<dyn Device>> {
+        let device = self.device.as_ref()?;
+        let any: &dyn Any = device.as_ref();
+        Some(match any.downcast_ref::<FakeNic>() {
+            _ if host == 0 => device.clone(),
+            Some(fake) => Arc::new(fake.beside()),
+            None => Arc::new(HostNic::open(&DeviceChoice::named(device.name())).expect("the NIC once more")),
+        })
+    }
+
     /// The router's configuration, with sockets in a directory.
     pub fn config(&self, dir: &Path, name: impl Fn(usize) -> String) -> Config {
         let nic = |nic: usize| NicSettings {
@@ -100,21 +118,21 @@ impl RouterSpec {
 }
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
-/// late and in another order each time; `=tcp` and `=cut` [between hosts](is_spread); `=nic` over one that this machine has, `=nic:rxe0` over this one.
+/// late and in another order each time; `=tcp`, `=cut` and `=fabric` [between hosts](is_spread), the last over NICs that are fake, with `=fabric:rxe0` over this one of the machine, opened once for each host; `=nic` over one that this machine has, `=nic:rxe0` over this one.
 pub fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
-        Ok("verbs") => Script::default(),
+        Ok("verbs" | "fabric") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
-        Ok(other) if other.starts_with("nic") => return Some(device_of_host(other)),
+        Ok(other) if other.starts_with("nic") || other.starts_with("fabric:") => return Some(device_of_host(other)),
         Ok("local" | "tcp" | "cut") => return None,
-        Ok(other) => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, cut, verbs, shuffled or nic"),
+        Ok(other) => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, cut, fabric, verbs, shuffled or nic"),
         _ => return None,
     };
     Some(Arc::new(FakeNic::new(script)))
 }
 
 fn device_of_host(path: &str) -> Arc<dyn Device> {
-    let choice = path.strip_prefix("nic:").map_or(Ok(DeviceChoice::Auto), str::parse);
+    let choice = path.split_once(':').map_or(Ok(DeviceChoice::Auto), |(_, name)| name.parse());
     Arc::new(HostNic::open(&choice.expect("auto or a name")).expect("a NIC of this machine"))
 }
 
@@ -124,9 +142,11 @@ pub fn nic_is_late() -> bool {
     std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "shuffled")
 }
 
-/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`, and `=cut` where connections break all the time.
+/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`, `=cut` where connections break all the time, `=fabric` where
+/// hosts have NICs on the same network.
 pub fn is_spread() -> bool {
-    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "tcp" || path == "cut")
+    std::env::var("FREEFLOW_TEST_PATH")
+        .is_ok_and(|path| ["tcp", "cut", "fabric"].contains(&path.as_str()) || path.starts_with("fabric:"))
 }
 
 /// Whether connections between them break all the time.
@@ -169,8 +189,8 @@ impl TestRouter {
         let id = COUNT.fetch_add(1, Relaxed);
         let config = spec.config(dir.path(), |nic| format!("r{id}n{nic}"));
         let hosts = if spec.hosts == Hosts::One { vec![config] } else { spread(config) };
-        let start = |config| Router::start_on(config, spec.device.clone()).expect("the router starts");
-        let routers: Vec<_> = hosts.iter().map(start).map(Arc::new).collect();
+        let start = |(host, config)| Router::start_on(config, spec.device_of(host)).expect("the router starts");
+        let routers: Vec<_> = hosts.iter().enumerate().map(start).map(Arc::new).collect();
         let cut = spec.hosts == Hosts::Each { cut: true };
         let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone(), cut));
         Self { mesh, routers, id, dir }

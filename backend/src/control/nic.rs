@@ -6,11 +6,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use virtio_rdma::ib::{Access, AtomicCap, QpState, QpType};
+use virtio_rdma::ib::{Access, AtomicCap, QpType};
 
 use super::{Control, Refusal};
 use crate::mr::{Layout, Mr};
 use crate::nic::PathChoice;
+use crate::overlay::Gid;
 use crate::qp::{NicQueue, Qp, SendQueue};
 use crate::verbs::fabric::remote_atomic;
 use crate::verbs::{Device, ProtectionDomain};
@@ -26,14 +27,17 @@ impl Control {
     /// The NIC, if this virtual NIC is to use it.
     fn device(&self) -> Option<&Arc<dyn Device>> {
         let fabric = self.engine.fabric()?;
-        (self.nic.config.path == PathChoice::Nic).then(|| fabric.device())
+        let is_for_nic = self.nic.config.path == PathChoice::Nic || self.engine.config().spans_hosts;
+        is_for_nic.then(|| fabric.device())
     }
 
     /// A protection domain is made.
     pub(super) fn add_nic_domain(&mut self, pdn: u32) -> Result<(), Refusal> {
         let Some(device) = self.device() else { return Ok(()) };
-        let domain = device.alloc_pd().map_err(|error| self.no_room("protection domain", &error))?;
-        self.domains.insert(pdn, domain);
+        match device.alloc_pd() {
+            Ok(domain) => drop(self.domains.insert(pdn, domain)),
+            Err(error) => self.without_nic("protection domain", &error)?,
+        }
         Ok(())
     }
 
@@ -52,20 +56,31 @@ impl Control {
         }
     }
 
-    /// A queue pair is about to be connected.
-    pub(super) fn add_end(&self, qp: &Arc<Qp>, send: &mut SendQueue, to: QpState) -> Result<(), Refusal> {
-        let connects = to == QpState::Rtr && matches!(qp.id.kind, QpType::Rc | QpType::Uc);
+    /// A queue pair is about to be connected, for the first time in its life, to one with this GID.
+    pub(super) fn add_end(&self, qp: &Arc<Qp>, send: &mut SendQueue, peer: Gid) -> Result<(), Refusal> {
         let (Some(fabric), Some(domain)) = (self.engine.fabric(), self.domains.get(&qp.id.pdn)) else { return Ok(()) };
-        if !connects || send.nic.is_some() {
+        let is_for_nic = match self.nic.config.path {
+            PathChoice::Nic => matches!(qp.id.kind, QpType::Rc | QpType::Uc),
+            PathChoice::Auto => qp.id.kind == QpType::Rc && self.engine.find_host(self.nic.id, peer).is_some(),
+        };
+        if !is_for_nic {
             return Ok(());
         }
-        let end = fabric.add(&self.nic, qp, domain, send.entries());
-        let end = end.map_err(|error| self.no_room("queue pair", &error))?;
+        let end = match fabric.add(&self.nic, qp, domain, send.entries()) {
+            Ok(end) => end,
+            Err(error) => return self.without_nic("queue pair", &error),
+        };
         // Its worker may have to wait for completions of another queue from now on.
         self.engine.wake(end.worker());
         qp.set_end(end.clone());
         send.nic = Some(Box::new(NicQueue::new(end, &self.nic.grants)));
         Ok(())
+    }
+
+    /// The NIC does not do it: so it is done without, unless the virtual NIC is to use that NIC and nothing else.
+    fn without_nic(&self, what: &str, error: &dyn std::error::Error) -> Result<(), Refusal> {
+        let refusal = self.no_room(what, error);
+        if self.nic.config.path == PathChoice::Nic { Err(refusal) } else { Ok(()) }
     }
 
     fn no_room(&self, what: &str, error: &dyn std::error::Error) -> Refusal {

@@ -14,6 +14,7 @@ use super::parse::RawExtent;
 use super::{Answer, Control, Refusal, answer, nothing};
 use crate::cq::Cq;
 use crate::nic::keys::random_qpn;
+use crate::overlay::Gid;
 use crate::profile::Profile;
 use crate::qp::state::allowed;
 use crate::qp::{Identity, Qp, RecvQueue, RecvRing, RecvSource, SendQueue};
@@ -260,7 +261,9 @@ impl Control {
             self.end_life(&qp, to);
             return Ok(nothing());
         }
-        self.add_end(&qp, &mut send, to)?;
+        if to == QpState::Rtr && send.nic.is_none() {
+            self.add_end(&qp, &mut send, Gid(attr.av.dgid))?;
+        }
         qp.change_attrs(|old| apply(mask, attr, old));
         let notify = mask.contains(QpMask::EN_SQD_ASYNC_NOTIFY) && attr.en_sqd_async_notify != 0;
         send.notify_drained = to == QpState::Sqd && (notify || (now == QpState::Sqd && send.notify_drained));

@@ -68,7 +68,7 @@ pub(super) fn complete_handed_over(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    Posted { wr_id, opcode, length, signaled, seen }: Posted,
+    Posted { wr_id, opcode, length, signaled, seen, way }: Posted,
     status: WcStatus,
     more: bool,
 ) -> bool {
@@ -85,7 +85,6 @@ pub(super) fn complete_handed_over(
     } else if !hold {
         ctx.publish();
     }
-    let way = send.way(true);
     count_sent(ctx, nic, qp, send, &Sent { way, length: length.into(), status, seen });
     written
 }
@@ -114,7 +113,7 @@ struct Sent {
 impl Sent {
     #[inline]
     fn of(qp: &Qp, send: &SendQueue, job: &Job, status: WcStatus) -> Self {
-        let way = if qp.id.kind.is_datagram() { job.way } else { send.way(false) };
+        let way = if qp.id.kind.is_datagram() { job.way } else { send.way() };
         Self { way, length: job.wqe.length, status, seen: job.seen }
     }
 }

@@ -69,6 +69,10 @@ pub struct EngineConfig {
     pub datagram_patience: Duration,
     /// Core that each worker is pinned to; those beyond the list are not pinned.
     pub cores: Vec<usize>,
+    /// What the network is called that the host's NIC is on: hosts whose NICs are on the same reach each other's.
+    pub rdma_fabric: String,
+    /// There are other hosts: virtual NICs use the host's NIC to reach theirs.
+    pub spans_hosts: bool,
 }
 
 impl Default for EngineConfig {
@@ -78,6 +82,8 @@ impl Default for EngineConfig {
             poll: Duration::from_micros(50),
             datagram_patience: Duration::from_millis(2),
             cores: Vec::new(),
+            rdma_fabric: "default".to_owned(),
+            spans_hosts: false,
         }
     }
 }
@@ -145,7 +151,7 @@ impl Engine {
 
     fn new(config: EngineConfig, overlay: Arc<dyn Overlay>, device: Option<Arc<dyn Device>>) -> io::Result<Arc<Self>> {
         let workers = config.workers.max(1);
-        let fabric = device.map(|device| Fabric::new(device, workers)).transpose()?.map(Arc::new);
+        let fabric = device.map(|device| Fabric::new(device, workers, &config.rdma_fabric)).transpose()?.map(Arc::new);
         let events = |worker| fabric.as_ref().map(|fabric| fabric.side(worker).events_fd());
         let mailboxes = (0..workers).map(|worker| Mailbox::new(events(worker))).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self {
@@ -196,6 +202,7 @@ impl Engine {
     /// Returns when the host's NIC touches no memory of a virtual NIC's guest, which workers do not serve any more.
     pub fn wait_nic_quiet(&self, id: NicId) {
         if let Some(fabric) = &self.fabric {
+            self.hold(id);
             fabric.wait_quiet(id, NIC_PATIENCE);
         }
     }

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use virtio_rdma::ctrl::QpAttr;
 use virtio_rdma::ib::{Access, QpState, QpType};
 
-pub use nic::{NicQueue, Posted};
+pub use nic::{Asked, Between, NicQueue, Posted};
 pub use recv::{Flush, RecvQueue, RecvRing, RecvSource, Taken, Ticket};
 pub use remote::RemoteFlow;
 pub use send::{Binding, SendQueue, Wait, WaitKind};

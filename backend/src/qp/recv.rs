@@ -67,6 +67,17 @@ impl RecvRing {
 
     /// Takes the next receive into `out`. With `at_least` set, one with fewer bytes is left where it is.
     pub fn take(&mut self, at_least: Option<u64>, out: &mut Recv) -> Taken {
+        let is_short = |recv: &Recv| at_least.is_some_and(|n| recv.sges.total() < n);
+        self.take_unless(out, |recv| recv.is_some_and(is_short).then_some(Taken::TooShort))
+    }
+
+    /// The same, but one that is malformed is left where it is.
+    pub fn take_sound(&mut self, out: &mut Recv) -> Taken {
+        self.take_unless(out, |recv| recv.is_none().then_some(Taken::Malformed))
+    }
+
+    /// Takes the next receive into `out`, unless it is to be left where it is: `leave` is asked, without one if it is malformed.
+    fn take_unless(&mut self, out: &mut Recv, leave: impl Fn(Option<&Recv>) -> Option<Taken>) -> Taken {
         let Some(ring) = &self.ring else {
             return Taken::Empty;
         };
@@ -80,8 +91,8 @@ impl RecvRing {
         }
         self.prefetch(ring, Self::AHEAD);
         let parsed = parse_recv(ring, self.consumer, self.caps, out);
-        if parsed.is_ok() && at_least.is_some_and(|n| out.sges.total() < n) {
-            return Taken::TooShort;
+        if let Some(why) = leave(parsed.is_ok().then_some(&*out)) {
+            return why;
         }
         self.consumer = ring.geometry().next(self.consumer);
         ring.set_consumer(self.consumer);
@@ -298,6 +309,21 @@ impl RecvQueue {
     /// more than its present visit.
     pub fn begin_quietly(&mut self, out: &mut Box<Recv>) -> Taken {
         if self.filling.is_some() { Taken::Empty } else { self.take(None, out) }
+    }
+
+    /// Takes the next receive for a message of which its owner knows nothing yet. One that is malformed stays, to fail the message that it is for.
+    pub fn take_ahead(&mut self, out: &mut Box<Recv>) -> Taken {
+        if self.filling.is_some() {
+            return Taken::Empty;
+        }
+        if let Some(held) = self.held.pop_front() {
+            *out = held;
+            return Taken::Yes;
+        }
+        match &mut self.source {
+            RecvSource::Own(ring) => ring.take_sound(out),
+            RecvSource::Shared(srq) => srq.take_sound(out),
+        }
     }
 
     /// After [`begin_quietly`](Self::begin_quietly): the receives that follow, as many as there is place for, to be taken in this order. How

@@ -11,8 +11,9 @@ use crate::mem::Map;
 use crate::nic::Nic;
 use crate::nic::meters::{Meter, Path, Way};
 use crate::rate::Pace;
-use crate::ring::rxe::{Caps, guess_keys, prefetch_send};
+use crate::ring::rxe::{Caps, guess_keys, parse_send, prefetch_send};
 use crate::ring::{BadIndex, Ring};
+use crate::wqe::Send;
 
 /// Why a work request waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,6 +169,17 @@ impl SendQueue {
         self.posted != self.consumer
     }
 
+    /// Work requests that are known to be posted, the present one and those that follow.
+    pub fn known(&self) -> u32 {
+        self.ring.as_ref().map_or(0, |ring| ring.between(self.consumer, self.posted))
+    }
+
+    /// Reads a work request that comes `n` after the present one, before it is its turn. False if it is malformed.
+    pub fn parse_ahead(&self, n: u32, wqe: &mut Send) -> bool {
+        let Some(ring) = self.ring.as_ref().filter(|_| n < self.known()) else { return false };
+        parse_send(ring, ring.after(self.consumer, n), self.caps, wqe).is_ok()
+    }
+
     /// Requests that are known to follow the present one and may go the way of this host's memory.
     pub fn followers(&self) -> usize {
         match &self.ring {
@@ -240,11 +252,10 @@ impl SendQueue {
         }
     }
 
-    /// The way of a connected queue pair's requests that are done here, or are handed over to somebody else.
-    pub fn way(&self, handed_over: bool) -> Way {
+    /// The way of a connected queue pair's requests that are not handed over to the NIC.
+    pub fn way(&self) -> Way {
         match &self.remote {
             Some(remote) => Way::to(Path::Tcp, remote.peer),
-            None if handed_over => Way::here(Path::Verbs),
             // Its peer was found.
             None if self.bound_to.is_some() => Way::here(Path::Local),
             None => Way::default(),

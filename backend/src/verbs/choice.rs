@@ -21,6 +21,13 @@ pub enum DeviceChoice {
     },
 }
 
+impl DeviceChoice {
+    /// The device of this name.
+    pub fn named(device: &str) -> Self {
+        Self::Named { device: device.to_owned(), port: None }
+    }
+}
+
 impl FromStr for DeviceChoice {
     type Err = String;
 

@@ -4,9 +4,10 @@
 //! the guest sees of it is written by the engine.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use freeflow_tcp::frame::NicEnd;
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use virtio_rdma::ib::WcStatus;
 
@@ -20,6 +21,9 @@ use crate::wqe::{Recv, Sge};
 /// Names a work request in its completion: the end, which queue, and which element of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tag(u64);
+
+/// In place of the number of an end: it is on another host.
+const ELSEWHERE: u64 = u64::MAX;
 
 /// Bits of a tag for the count within a queue. No queue has as many elements.
 const COUNT_BITS: u32 = 23;
@@ -126,6 +130,10 @@ pub struct End {
     pair: RwLock<Option<Box<dyn QueuePair>>>,
     /// The end that it is connected to.
     peer: AtomicU64,
+    /// The same, if that is on another host.
+    elsewhere: OnceLock<NicEnd>,
+    /// That host sends nothing to it now, as far as we have heard.
+    held: AtomicBool,
     /// Sends may be posted.
     sends: AtomicBool,
     failed: AtomicBool,
@@ -189,6 +197,8 @@ impl End {
             _shares: shares,
             pair: RwLock::new(Some(pair)),
             peer: AtomicU64::new(0),
+            elsewhere: OnceLock::new(),
+            held: AtomicBool::new(true),
             sends: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             sent: AtomicU32::new(0),
@@ -252,6 +262,35 @@ impl End {
         self.with_pair(|pair| pair.connect(connection))?;
         self.peer.store(peer.id(), Ordering::Release);
         Ok(())
+    }
+
+    /// Connects it to an end of another host.
+    pub(super) fn connect_elsewhere(&self, peer: NicEnd, connection: &Connection) -> Result<(), DeviceError> {
+        self.with_pair(|pair| pair.connect(connection))?;
+        // Nobody else connects it: that is one thread's.
+        let _ = self.elsewhere.set(peer);
+        self.peer.store(ELSEWHERE, Ordering::Release);
+        Ok(())
+    }
+
+    /// The end of another host that it is connected to.
+    pub fn elsewhere(&self) -> Option<&NicEnd> {
+        self.elsewhere.get()
+    }
+
+    /// The other host may send to it, or has said that it does not.
+    pub fn set_held(&self, held: bool) {
+        self.held.store(held, Ordering::Release);
+    }
+
+    /// Whether nothing comes from another host.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire) || self.is_destroyed()
+    }
+
+    /// Whether it is connected to this end of another host, and may send.
+    pub fn sends_elsewhere(&self, peer: &NicEnd) -> bool {
+        self.sends.load(Ordering::Acquire) && self.elsewhere() == Some(peer)
     }
 
     /// Lets it send, once.

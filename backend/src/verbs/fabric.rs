@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use freeflow_tcp::frame::{NicEnd, PairId};
 use parking_lot::{Mutex, RwLock};
 use rand::Rng;
 use rustix::event::{EventfdFlags, eventfd};
@@ -19,8 +20,9 @@ use super::device::{
 };
 use super::end::{End, Tag};
 use crate::nic::Nic;
-use crate::overlay::NicId;
+use crate::overlay::{Gid, NicId};
 use crate::qp::Qp;
+use crate::tcp::PeerId;
 
 /// Entries of a completion queue; a worker gets another when one is taken.
 const CQES: u32 = 1 << 16;
@@ -31,6 +33,9 @@ const MAX_RECVS: u32 = 128;
 #[derive(Debug)]
 pub struct Fabric {
     device: Arc<dyn Device>,
+    number: u64,
+    /// Whether the port is up, as far as we have heard.
+    up: AtomicBool,
     sides: Vec<Arc<Side>>,
     next_end: AtomicU64,
     wishes: Mutex<VecDeque<Wish>>,
@@ -44,9 +49,20 @@ pub struct Wish {
     /// Who sends.
     pub from: Member,
     /// To whom.
-    pub to: Member,
+    pub to: Target,
     /// Set when it was seen to, whatever came of it.
     pub done: Arc<AtomicBool>,
+}
+
+/// Whom an end is to be connected to.
+#[derive(Debug)]
+pub enum Target {
+    /// One of this host.
+    Here(Member),
+    /// One of another host, which was told the same. This one's queue pair sends.
+    There(NicEnd),
+    /// The same; that host asks, and is to be told by this link.
+    Answer(NicEnd, PeerId, u16, PairId),
 }
 
 /// Why two ends are not connected.
@@ -98,14 +114,22 @@ pub struct Member {
 }
 
 impl Fabric {
-    /// For this many workers.
+    /// For this many workers; `name` is what the network is called that the NIC is on.
     ///
     /// # Errors
     /// When the system gives no descriptors.
-    pub fn new(device: Arc<dyn Device>, workers: usize) -> io::Result<Self> {
+    pub fn new(device: Arc<dyn Device>, workers: usize, name: &str) -> io::Result<Self> {
         let sides = (0..workers).map(|_| Side::new().map(Arc::new)).collect::<io::Result<_>>()?;
         let wished = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { device, sides, next_end: AtomicU64::new(1), wishes: Mutex::default(), wished })
+        Ok(Self {
+            device,
+            number: number_of(name),
+            up: AtomicBool::new(true),
+            sides,
+            next_end: AtomicU64::new(1),
+            wishes: Mutex::default(),
+            wished,
+        })
     }
 
     /// The NIC.
@@ -208,12 +232,55 @@ impl Fabric {
                 return Err(ConnectError::Taken);
             }
             let limits = self.device.limits();
-            own.connect(theirs, &connection(from, theirs, limits))?;
+            own.connect(theirs, &connection(from, theirs.endpoint(), limits))?;
             if !Arc::ptr_eq(own, theirs) {
-                theirs.connect(own, &connection(to, own, limits))?;
+                theirs.connect(own, &connection(to, own.endpoint(), limits))?;
             }
         }
         Ok(own.start_sending(sending(from, self.device.limits()))?)
+    }
+
+    /// Connects an end to one of another host, if it is not yet; with `sends` it may send. Only the thread that also [connects](Self::connect) does so.
+    ///
+    /// # Errors
+    /// When it is another's, or the NIC does not do it.
+    pub fn connect_elsewhere(&self, own: &Member, peer: NicEnd, sends: bool) -> Result<(), ConnectError> {
+        let limits = self.device.limits();
+        if own.end.elsewhere() != Some(&peer) {
+            if !own.end.is_free() {
+                return Err(ConnectError::Taken);
+            }
+            let theirs = Endpoint { qpn: peer.qpn, gid: Gid(peer.gid), psn: peer.psn };
+            own.end.connect_elsewhere(
+                peer,
+                &connection(own, theirs, Limits { mtu: limits.mtu.min(peer.mtu), ..limits }),
+            )?;
+        }
+        if sends {
+            own.end.start_sending(sending(own, limits))?;
+        }
+        Ok(())
+    }
+
+    /// An end as other hosts are told of it.
+    pub fn told(&self, end: &End) -> NicEnd {
+        let Endpoint { qpn, gid, psn } = end.endpoint();
+        NicEnd { qpn, psn, mtu: self.device.limits().mtu, gid: gid.0 }
+    }
+
+    /// Whether queue pairs can be connected to those of other hosts.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
+    }
+
+    /// The port has come up, or is gone.
+    pub fn set_up(&self, up: bool) {
+        self.up.store(up, Ordering::Release);
+    }
+
+    /// Which fabric the NIC is on, as hosts tell each other.
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// An unreliable queue pair outlives its peers: with another end, if this one is connected to another than it is to be.
@@ -242,13 +309,15 @@ impl Fabric {
     }
 
     /// Returns when nothing is under way from or to a virtual NIC. What has not ended by then is given up: its queue pairs fail.
+    /// Other hosts have been [asked](crate::engine::Engine::wait_nic_quiet) to send it nothing.
     pub fn wait_quiet(&self, nic: NicId, patience: Duration) {
         let deadline = Instant::now() + patience;
         let all: HashMap<u64, Member> =
             self.sides().flat_map(Side::members).map(|member| (member.end.id(), member)).collect();
         for member in all.values().filter(|member| member.nic.id == nic) {
             let peer = all.get(&member.end.peer_id());
-            let is_quiet = || member.end.is_quiet() && peer.is_none_or(|peer| peer.end.is_quiet());
+            let is_quiet =
+                || member.end.is_quiet() && member.end.is_held() && peer.is_none_or(|peer| peer.end.is_quiet());
             while !is_quiet() {
                 if Instant::now() >= deadline {
                     member.end.destroy();
@@ -261,12 +330,17 @@ impl Fabric {
     }
 }
 
+/// A number for the name of a network, the same on every host (FNV-1a).
+fn number_of(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
 /// How one end is connected to the other. What the guests' queue pairs allow is checked before work requests get here, and receives are
 /// there before messages are: so this is the same for all.
-fn connection(own: &Member, peer: &End, limits: Limits) -> Connection {
+fn connection(own: &Member, peer: Endpoint, limits: Limits) -> Connection {
     let answers = if own.qp.id.kind == QpType::Rc { limits.reads } else { 0 };
     let access = Access::REMOTE_WRITE | Access::REMOTE_READ | remote_atomic(limits.atomics);
-    Connection { peer: peer.endpoint(), access, mtu: limits.mtu, answers }
+    Connection { peer, access, mtu: limits.mtu, answers }
 }
 
 /// The access flag of atomics, if the NIC is given any.

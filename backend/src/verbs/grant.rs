@@ -4,9 +4,13 @@
 //! a work request for it. It is asked for once, by [`KeyTable::grant`](crate::key_table::KeyTable::grant), kept in the queue pair's
 //! [`GrantCache`], and revoked by its owner before what it stands for goes: whoever revokes waits for the quanta under way afterwards.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use crossbeam_queue::SegQueue;
+use freeflow_tcp::frame::PairId;
+use parking_lot::Mutex;
 use virtio_rdma::ib::Access;
 
 use super::device::MemoryRegion;
@@ -55,6 +59,42 @@ pub struct Grant {
     /// The NIC's remote key.
     rkey: u32,
     revoked: AtomicBool,
+    /// Who was told on other hosts.
+    told: Mutex<Vec<(Arc<Recalls>, PairId, u32)>>,
+}
+
+/// Keys that other hosts were told of and that stand for nothing any more, to be said by the worker that has the link.
+pub struct Recalls {
+    keys: SegQueue<(PairId, u32)>,
+    wake: Box<dyn Fn() + Send + Sync>,
+}
+
+impl fmt::Debug for Recalls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Recalls").field("keys", &self.keys.len()).finish_non_exhaustive()
+    }
+}
+
+impl Recalls {
+    /// For a link; `wake` wakes its worker.
+    pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { keys: SegQueue::new(), wake: Box::new(wake) }
+    }
+
+    fn push(&self, pair: PairId, key: u32) {
+        self.keys.push((pair, key));
+        (self.wake)();
+    }
+
+    /// The next one.
+    pub fn pop(&self) -> Option<(PairId, u32)> {
+        if self.keys.is_empty() { None } else { self.keys.pop() }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
 }
 
 /// Address and key as they stand in a work request for the NIC.
@@ -63,8 +103,28 @@ pub type NicAddress = (u64, u32);
 impl Grant {
     /// For a region, with its own addresses, as NICs do.
     pub fn region(terms: Terms, mr: &dyn MemoryRegion) -> Self {
-        Self { terms, lkey: mr.lkey(), rkey: mr.rkey(), revoked: AtomicBool::new(false) }
+        Self { terms, lkey: mr.lkey(), rkey: mr.rkey(), revoked: AtomicBool::new(false), told: Mutex::default() }
     }
+
+    /// For memory of another host.
+    pub fn of_peer(terms: Terms, rkey: u32) -> Self {
+        Self { terms, lkey: 0, rkey, revoked: AtomicBool::new(false), told: Mutex::default() }
+    }
+
+    /// What a peer on another host is told of it, which is told, too, when it is revoked; `None` if it is already, or too many know it.
+    pub fn tell(&self, to: &Arc<Recalls>, pair: PairId, key: u32) -> Option<(Terms, u32)> {
+        let mut told = self.told.lock();
+        if !self.is_valid() || told.len() >= Self::MOST_TOLD {
+            return None;
+        }
+        if !told.iter().any(|(recalls, known, _)| *known == pair && Arc::ptr_eq(recalls, to)) {
+            told.push((to.clone(), pair, key));
+        }
+        Some((self.terms, self.rkey))
+    }
+
+    /// Queue pairs of other hosts that may know it; for more the router copies.
+    pub const MOST_TOLD: usize = 4096;
 
     fn is_valid(&self) -> bool {
         !self.revoked.load(Ordering::Acquire)
@@ -106,6 +166,10 @@ impl Revocations {
         grant.revoked.store(true, Ordering::Release);
         // After that: who sees the new count sees the mark.
         self.0.fetch_add(1, Ordering::Release);
+        let told = std::mem::take(&mut *grant.told.lock());
+        for (recalls, pair, key) in told {
+            recalls.push(pair, key);
+        }
     }
 }
 
@@ -377,6 +441,32 @@ mod tests {
         }
         assert_eq!(cache.len(), cache.slots.iter().flatten().count());
         assert!(cache.len() < keys.len(), "some were pushed out");
+    }
+
+    #[test]
+    fn who_was_told_on_other_hosts_hears_of_the_end() {
+        let (revocations, grant) = (Revocations::default(), region());
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = woken.clone();
+        let recalls = Arc::new(Recalls::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        }));
+        for pair in [1, 2, 1] {
+            let (terms, key) = grant.tell(&recalls, PairId(pair), 5).unwrap();
+            assert_eq!((terms.length, key), (0x100, 12));
+        }
+        assert!(recalls.is_empty());
+        revocations.revoke(&grant);
+        let told: Vec<_> = std::iter::from_fn(|| recalls.pop()).collect();
+        assert_eq!((told, woken.load(Ordering::Relaxed)), (vec![(PairId(1), 5), (PairId(2), 5)], 2), "each once");
+        assert!(grant.tell(&recalls, PairId(3), 5).is_none(), "it is revoked");
+    }
+
+    #[test]
+    fn no_more_are_told_than_are_remembered() {
+        let (grant, recalls) = (region(), Arc::new(Recalls::new(|| ())));
+        let told = (0..2 * Grant::MOST_TOLD as u64).filter(|&pair| grant.tell(&recalls, PairId(pair), 5).is_some());
+        assert_eq!(told.count(), Grant::MOST_TOLD);
     }
 
     #[test]

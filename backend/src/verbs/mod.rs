@@ -4,7 +4,7 @@
 //!   completions polled in batches. Nothing above it knows which NIC is behind.
 //! * [`choice`]: which NIC is asked for.
 //! * [`fabric`]: the NIC as workers share it; [`end`]: a guest's queue pair on it; [`grant`]: what a guest's key stands for there;
-//!   [`quota`]: how much a virtual NIC may have of it.
+//!   [`quota`]: how much a virtual NIC may have of it; [`pair`]: what another host has said of a queue pair that is connected to one of its.
 //! * `host`: a NIC of this host, by way of libibverbs; with the cargo feature `rdma`.
 //! * [`fake`]: a NIC in software for tests, which does what a real one may do and hardly ever does.
 //!
@@ -18,6 +18,7 @@ pub mod fake;
 pub mod grant;
 #[cfg(feature = "rdma")]
 pub mod host;
+pub mod pair;
 pub mod quota;
 
 pub use choice::DeviceChoice;
@@ -26,6 +27,7 @@ pub use device::{
     PostedOp, ProtectionDomain, QueuePair, QueuePairSpec, RecvRequest, SendList, SendRequest, Sending, Trouble, Wc,
 };
 pub use end::{End, PostedRecv, Tag};
-pub use fabric::{ConnectError, Fabric, Member, Wish};
+pub use fabric::{ConnectError, Fabric, Member, Target, Wish};
 pub use grant::{Grant, GrantBudget, GrantCache, KeySide, Revocations, Terms, Use};
+pub use pair::Pair;
 pub use quota::{NicQuota, NicUsage, Share};

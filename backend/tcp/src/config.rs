@@ -37,6 +37,8 @@ pub struct Limits {
     pub datagrams: usize,
     /// Most answers to frames of unknown flows that wait for one connection; more are not given.
     pub strays: usize,
+    /// Most notes that wait for one connection; more are not said.
+    pub notes: usize,
     /// How long a datagram waits for its connection before it is dropped.
     pub datagram_patience: Nanos,
     /// How long UC messages wait for their QP's flow to be opened before they are dropped.
@@ -66,6 +68,7 @@ impl Default for Limits {
             messages: 256,
             datagrams: 64,
             strays: 4096,
+            notes: 4096,
             datagram_patience: Nanos::from_millis(2),
             open_patience: Nanos::from_millis(20),
             shortest_try: Nanos::from_millis(10),

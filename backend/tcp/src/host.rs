@@ -4,7 +4,7 @@
 use virtio_rdma::ib::WcStatus;
 
 use crate::Nanos;
-use crate::frame::{Datagram, NakCode, Open, Remote, Request};
+use crate::frame::{Datagram, NakCode, Note, Open, Remote, Request};
 
 /// The device's own name for one of its QPs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -173,6 +173,10 @@ pub trait Host {
 
     /// A datagram was sent, or dropped.
     fn datagram_sent(&mut self, token: Token, sent: bool);
+
+    /// The peer says something of queue pairs that are connected over the hosts' NICs. Answers are [given to the link](crate::Link::say) after the
+    /// call that this comes from.
+    fn note(&mut self, note: &Note);
 
     /// An atomic of ours has found this.
     fn answered(&mut self, token: Token, value: u64);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use crate::Nanos;
 use crate::config::Limits;
-use crate::frame::{Datagram, FlowId, NakCode};
+use crate::frame::{Datagram, FlowId, NakCode, Note};
 use crate::host::Token;
 
 /// One attempt for one lane. Frames of an attempt that another has replaced are refused.
@@ -79,6 +79,8 @@ pub(crate) struct Lane {
     pub(crate) pong_due: Option<u64>,
     /// Answers to frames of flows that are not known.
     pub(crate) strays: VecDeque<(FlowId, NakCode)>,
+    /// Of queue pairs that are connected over the hosts' NICs.
+    pub(crate) notes: VecDeque<Note>,
     /// Who has frames without payload to send. They go first: there are no more of them than frames that came.
     pub(crate) control: VecDeque<Side>,
     /// Who has others; each sends one in turn.
@@ -103,6 +105,7 @@ impl Lane {
             ping_due: false,
             pong_due: None,
             strays: VecDeque::new(),
+            notes: VecDeque::new(),
             control: VecDeque::new(),
             data: VecDeque::new(),
             datagrams: VecDeque::new(),
@@ -146,6 +149,7 @@ impl Lane {
         self.redial = self.redial.doubled(limits.longest_redial);
         (self.hello_due, self.ping_due, self.pong_due, self.pending) = (false, false, None, None);
         self.strays.clear();
+        self.notes.clear();
         self.control.clear();
         self.data.clear();
         self.datagrams_queued = Queued { timer: self.datagrams_queued.timer, ..Queued::default() };

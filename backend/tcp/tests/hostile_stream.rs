@@ -3,8 +3,8 @@
 #![allow(missing_docs, reason = "a test program")]
 
 use freeflow_tcp::frame::{
-    Ack, AtomicReply, Bye, Datagram, FlowId, Frame, Hello, Nak, NakCode, Op, Open, Opened, Packet, Piece, Position,
-    Remote, Request, Trailer, Transport, VERSIONS,
+    Ack, AtomicReply, Bye, Datagram, FlowId, Frame, Hello, Nak, NakCode, Note, Op, Open, Opened, Packet, Piece,
+    Position, Remote, Request, Trailer, Transport, VERSIONS,
 };
 use freeflow_tcp::host::{Availability, Bound, Host, Landed, Landing, QpKey, Refusal, Source, Token, Verdict};
 use freeflow_tcp::link::Footprint;
@@ -168,6 +168,8 @@ impl Device {
 }
 
 impl Host for Device {
+    fn note(&mut self, _: &Note) {}
+
     fn bind(&mut self, open: &Open) -> Option<Bound> {
         let qp = QpKey(u64::from(open.destination_qpn));
         (open.destination_qpn < QPS).then_some(Bound { qp, incarnation: 1, depth: DEPTH })

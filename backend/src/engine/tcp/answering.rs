@@ -39,7 +39,7 @@ pub(super) struct Answering {
 }
 
 /// How the protocol names a queue pair: all its lives are one to it.
-pub(super) fn key_of(nic: NicId, qpn: u32) -> QpKey {
+pub(in super::super) fn key_of(nic: NicId, qpn: u32) -> QpKey {
     QpKey(u64::from(nic.0) << 32 | u64::from(qpn))
 }
 
@@ -104,7 +104,7 @@ impl Answering {
 }
 
 /// Has a queue pair take this flow, if it is the peer that it names (IBA 9.6.1.1, as between two of one host).
-pub(super) fn accept(qp: &Qp, open: &Open, from: PeerId) -> bool {
+pub(in super::super) fn accept(qp: &Qp, open: &Open, from: PeerId) -> bool {
     let reliable = open.transport == Transport::Rc;
     let kind = if reliable { QpType::Rc } else { QpType::Uc };
     if qp.id.kind != kind || !qp.responds() {

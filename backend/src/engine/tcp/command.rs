@@ -4,7 +4,10 @@ use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
 
+use freeflow_tcp::frame::PairId;
+
 use crate::engine::Engine;
+use crate::overlay::NicId;
 use crate::tcp::{Conn, PeerId, Peering};
 
 /// Something to do for the worker that a link belongs to.
@@ -18,6 +21,10 @@ pub enum Command {
     Dialed(PeerId, u16, Conn, io::Result<TcpStream>),
     /// The peer has made one, and this is its first frame.
     Accepted(PeerId, u16, TcpStream, Vec<u8>),
+    /// A queue pair of this host is connected over the hosts' NICs to one of the peer's that has asked for it, or cannot be.
+    Paired(PeerId, u16, PairId),
+    /// Other hosts are to send nothing over their NICs to a virtual NIC, whose guest does not run.
+    Hold(NicId),
 }
 
 impl Engine {
@@ -45,6 +52,16 @@ impl Engine {
     /// The peer has made a connection.
     pub fn accepted(&self, peer: PeerId, link: u16, stream: TcpStream, first: Vec<u8>) {
         self.tell(link, Command::Accepted(peer, link, stream, first));
+    }
+
+    /// What a peer has asked for was seen to.
+    pub fn paired(&self, peer: PeerId, link: u16, pair: PairId) {
+        self.tell(link, Command::Paired(peer, link, pair));
+    }
+
+    /// Other hosts are to send nothing over their NICs to a virtual NIC.
+    pub(in super::super) fn hold(&self, nic: NicId) {
+        self.mailboxes.iter().for_each(|mailbox| mailbox.command(Command::Hold(nic)));
     }
 
     /// A link's worker is told.

@@ -1,7 +1,7 @@
 //! This host's queue pairs and memory, as the protocol asks for them.
 
 use freeflow_tcp::Nanos;
-use freeflow_tcp::frame::{Datagram, FlowId, Open, Request};
+use freeflow_tcp::frame::{Datagram, FlowId, Note, Open, Request};
 use freeflow_tcp::host::{Availability, Bound, Host, Landed, Landing, Origin, QpKey, Refusal, Source, Token, Verdict};
 use rustc_hash::FxHashMap;
 use virtio_rdma::ib::{Access, QpType, WcStatus};
@@ -41,6 +41,8 @@ pub(super) struct Tables {
     /// Those whose answers wait for a page, which is looked for at this time.
     pub paging: Vec<FlowId>,
     pub page_look: Nanos,
+    /// Of queue pairs that are connected over the hosts' NICs: what the peer has said since it was last listened to.
+    pub notes: Vec<Note>,
     /// Queue pairs whose receives are in hand.
     pub in_hand: Vec<QpKey>,
 }
@@ -58,6 +60,7 @@ impl Tables {
             parked: Vec::new(),
             paging: Vec::new(),
             page_look: Nanos::ZERO,
+            notes: Vec::new(),
             in_hand: Vec::new(),
         }
     }
@@ -259,6 +262,10 @@ fn hold(answering: &mut Answering, key: QpKey, in_hand: &mut Vec<QpKey>) -> bool
 const SMALL: u64 = 4096;
 
 impl Host for Device<'_> {
+    fn note(&mut self, note: &Note) {
+        self.tables.notes.push(*note);
+    }
+
     fn bind(&mut self, open: &Open) -> Option<Bound> {
         let overlay = self.ctx.engine.overlay();
         let (source, destination) = (Gid(open.source), Gid(open.destination));

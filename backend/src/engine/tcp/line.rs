@@ -16,9 +16,12 @@ use super::inbox::{Ended, Inbox};
 use super::links::Tell;
 use super::outbox::Outbox;
 use super::reap::{self, Reaped};
+use crate::engine::Engine;
 use crate::engine::context::Context;
+use crate::engine::verbs::Pairs;
 use crate::mem::socket::{Piece, send};
 use crate::tcp::Peering;
+use crate::verbs::grant::Recalls;
 
 /// A connection is looked at in every round for so long after something has come, later only when the system says so.
 const WARM: Nanos = Nanos::from_micros(200);
@@ -49,6 +52,8 @@ pub(super) struct Line {
     pub link: Link,
     lanes: Vec<Option<Lane>>,
     pub tables: Tables,
+    /// Queue pairs that are connected over the hosts' NICs.
+    pub pairs: Pairs,
     /// Flows that are not needed any more.
     pub closed: Arc<SegQueue<FlowId>>,
     /// Queue pairs that are gone are looked for at this time.
@@ -61,7 +66,7 @@ pub(super) struct Line {
 const SWEEP: Nanos = Nanos::from_millis(500);
 
 impl Line {
-    pub fn new(peering: Arc<Peering>, index: u16, id: u32, now: Nanos) -> Self {
+    pub fn new(peering: Arc<Peering>, index: u16, id: u32, now: Nanos, recalls: Arc<Recalls>) -> Self {
         let lanes = peering.lanes.max(1);
         let config = Config {
             host: peering.ours,
@@ -74,6 +79,7 @@ impl Line {
         };
         Self {
             tables: Tables::new(peering.peer),
+            pairs: Pairs::new(&peering, index, recalls),
             link: Link::new(config, now),
             lanes: (0..lanes).map(|_| None).collect(),
             closed: Arc::default(),
@@ -187,6 +193,7 @@ impl Line {
             any |= self.receive(index, now, epoll, ctx);
         }
         self.tables.rest();
+        any |= self.pairs.hear(&mut self.tables.notes, &mut self.link, ctx, tell);
         self.see_to_events(epoll);
         if now >= self.sweep_at {
             self.sweep(now);
@@ -310,13 +317,15 @@ impl Line {
     /// Whether there is something to do now, whatever time it is.
     pub fn is_wanted(&self) -> bool {
         !self.tables.finished.is_empty()
+            || self.pairs.is_wanted()
             || !self.closed.is_empty()
             || self.lanes.iter().flatten().any(|lane| lane.ready)
     }
 
     /// The other host is gone: what is under way fails. It is complete when [reaped](Self::reap).
-    pub fn leave(&mut self) {
+    pub fn leave(&mut self, engine: &Engine) {
         self.lanes.clear();
+        self.pairs.leave(engine);
         self.tables.answering.values_mut().for_each(Answering::end);
         self.tables.rest();
         for (id, flow) in &mut self.tables.flows {
@@ -347,6 +356,7 @@ impl Line {
             self.link.unbind(key);
             self.tables.answering.remove(&key);
         }
+        self.pairs.sweep();
     }
 }
 

@@ -5,15 +5,19 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use freeflow_tcp::Nanos;
+use freeflow_tcp::frame::Note;
+use freeflow_tcp::{Link, Nanos};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::command::Command;
 use super::line::Line;
 use crate::engine::context::Context;
+use crate::engine::verbs::Pairs;
 use crate::nic::Nic;
 use crate::qp::{Qp, RemoteFlow};
 use crate::tcp::PeerId;
+use crate::verbs::Pair;
+use crate::verbs::grant::Recalls;
 
 /// Rounds between two questions to the system which connections can be read, while some are looked at in every round.
 const ROUNDS_PER_QUESTION: u32 = 64;
@@ -50,6 +54,16 @@ impl Links {
         self.lines.iter().find(|line| line.peering.peer == peer).map(|line| line.peering.name.clone())
     }
 
+    /// A link of this worker to a host, and what it has of queue pairs that are connected over the hosts' NICs.
+    pub(in super::super) fn pairs_to(&mut self, peer: PeerId) -> Option<(&mut Pairs, &mut Link)> {
+        self.to(peer).map(|line| (&mut line.pairs, &mut line.link))
+    }
+
+    /// This link, to say something of such a queue pair.
+    pub(in super::super) fn say(&mut self, pair: &Pair, note: Note) -> bool {
+        line_in(&mut self.lines, pair.peer, pair.link).is_some_and(|line| line.link.say(note))
+    }
+
     /// A link of this worker to a host.
     pub(super) fn to(&mut self, peer: PeerId) -> Option<&mut Line> {
         self.lines.iter_mut().find(|line| line.peering.peer == peer)
@@ -75,12 +89,18 @@ impl Links {
     fn execute(&mut self, command: Command, now: Nanos, ctx: &mut Context) {
         match command {
             Command::Join(peering, index) => {
-                self.lines.push(Line::new(peering, index, self.next_id, now));
+                let (engine, worker) = (Arc::downgrade(&ctx.engine), ctx.worker);
+                let recalls = Recalls::new(move || {
+                    if let Some(engine) = engine.upgrade() {
+                        engine.wake(worker);
+                    }
+                });
+                self.lines.push(Line::new(peering, index, self.next_id, now, Arc::new(recalls)));
                 self.next_id += 1;
             }
             Command::Leave(peer) => {
                 for mut line in self.lines.extract_if(.., |line| line.peering.peer == peer) {
-                    line.leave();
+                    line.leave(&ctx.engine);
                     self.gone.push(line);
                 }
             }
@@ -92,6 +112,16 @@ impl Links {
             Command::Accepted(peer, index, socket, first) => {
                 if let Some(line) = line_in(&mut self.lines, peer, index) {
                     line.accepted(socket, &first, now, &self.epoll, ctx);
+                }
+            }
+            Command::Hold(nic) => {
+                for line in &mut self.lines {
+                    line.pairs.hold(nic, &mut line.link);
+                }
+            }
+            Command::Paired(peer, index, pair) => {
+                if let Some(line) = line_in(&mut self.lines, peer, index) {
+                    line.pairs.paired(pair, &mut line.link, ctx);
                 }
             }
         }
@@ -175,7 +205,7 @@ pub(in super::super) fn next_timer(ctx: &Context) -> Option<Instant> {
 }
 
 /// Takes the links out of the context while they are worked with; makes them the first time.
-pub(super) fn with_links(ctx: &mut Context, work: impl FnOnce(&mut Links, Nanos, &mut Context)) {
+pub(in super::super) fn with_links(ctx: &mut Context, work: impl FnOnce(&mut Links, Nanos, &mut Context)) {
     let mut links = match ctx.tcp.take() {
         Some(links) => links,
         None => match Links::new(ctx) {

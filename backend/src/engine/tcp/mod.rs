@@ -22,9 +22,10 @@ mod outbox;
 mod reap;
 mod run;
 
+pub(super) use answering::{accept, key_of};
 pub use command::Command;
 pub(super) use datagram::send as send_datagram;
 pub use links::{Links, Tell};
-pub(super) use links::{flush, is_wanted, next_timer, poll};
+pub(super) use links::{flush, is_wanted, next_timer, poll, with_links};
 pub(super) use reap::settled;
-pub(super) use run::run;
+pub(super) use run::{open_of, run};

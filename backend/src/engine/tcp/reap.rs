@@ -119,6 +119,7 @@ fn finish(
         length: job.wqe.length as u32,
         signaled: qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED),
         seen: job.seen,
+        way: send.way(),
     };
     if !complete_handed_over(ctx, nic, qp, send, posted, status, more) {
         if moved {

@@ -21,6 +21,7 @@ use crate::mem::AtomicOp;
 use crate::nic::Nic;
 use crate::overlay::{Gid, Place};
 use crate::qp::{Qp, RemoteFlow, SendQueue, WaitKind};
+use crate::tcp::PeerId;
 use crate::wqe::Op;
 
 /// How soon a QP is looked at again that has lost its GID.
@@ -257,32 +258,15 @@ fn unposted(
 /// Looks for the peer of a QP on other hosts, and opens a flow to there. False if it is not on one.
 fn find(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> bool {
     // One that has found its peer here has it here; one that has begun a message goes on where it began.
-    let elsewhere = send.binding.is_some() || send.bound_to.is_some() || send.nic.is_some();
+    let elsewhere = send.binding.is_some() || send.bound_to.is_some();
     if elsewhere || send.job.as_ref().is_some_and(|job| job.is_under_way()) {
         return false;
     }
     if send.job.is_none() && matches!(send.peek(), Ok(None)) {
         return false;
     }
+    let Some((peer, open, epoch)) = open_of(ctx, nic, qp) else { return false };
     let attr = qp.attrs.lock().attr;
-    let overlay = ctx.engine.overlay().clone();
-    let Some(Place::Remote(peer)) = overlay.locate(nic.id, Gid(attr.av.dgid)) else { return false };
-    let epoch = nic.gid_epoch();
-    let source = nic.gids.load().get(attr.av.sgid_index.get().into());
-    let (Some(tenant), Some(source)) = (overlay.tenant(nic.id), source) else { return false };
-    let reliable = qp.id.kind == QpType::Rc;
-    let open = Open {
-        flow: FlowId(0),
-        tenant,
-        transport: if reliable { Transport::Rc } else { Transport::Uc },
-        depth: attr.max_rd_atomic.max(1),
-        incarnation: qp.incarnation(),
-        source: source.0,
-        destination: attr.av.dgid,
-        source_qpn: qp.id.qpn,
-        destination_qpn: attr.dest_qpn.get(),
-        psn: attr.sq_psn.get(),
-    };
     let retries = Retries {
         timeout: (attr.timeout > 0).then(|| Nanos(rc::ack_timeout(attr.timeout).as_nanos() as u64)),
         lost: attr.retry_cnt,
@@ -292,11 +276,34 @@ fn find(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -
         let Some(line) = links.to(peer) else { return };
         let id = line.link.open(open, retries);
         line.tables.flows.insert(id, Flow::new(id, nic.clone(), qp.clone()));
-        send.remote =
-            Some(Box::new(RemoteFlow::new(&line.peering, line.index, id, (source, epoch), line.closed.clone())));
+        let source = (Gid(open.source), epoch);
+        send.remote = Some(Box::new(RemoteFlow::new(&line.peering, line.index, id, source, line.closed.clone())));
     });
     if send.remote.is_some() {
         send.wait = None;
     }
     send.remote.is_some()
+}
+
+/// The host of a QP's peer, if that is another one, what it is told of the two, and [`Nic::gid_epoch`] as of now.
+pub(in super::super) fn open_of(ctx: &Context, nic: &Nic, qp: &Qp) -> Option<(PeerId, Open, u64)> {
+    let attr = qp.attrs.lock().attr;
+    let overlay = ctx.engine.overlay();
+    let Place::Remote(peer) = overlay.locate(nic.id, Gid(attr.av.dgid))? else { return None };
+    let epoch = nic.gid_epoch();
+    let source = nic.gids.load().get(attr.av.sgid_index.get().into())?;
+    let reliable = qp.id.kind == QpType::Rc;
+    let open = Open {
+        flow: FlowId(0),
+        tenant: overlay.tenant(nic.id)?,
+        transport: if reliable { Transport::Rc } else { Transport::Uc },
+        depth: attr.max_rd_atomic.max(1),
+        incarnation: qp.incarnation(),
+        source: source.0,
+        destination: attr.av.dgid,
+        source_qpn: qp.id.qpn,
+        destination_qpn: attr.dest_qpn.get(),
+        psn: attr.sq_psn.get(),
+    };
+    Some((peer, open, epoch))
 }

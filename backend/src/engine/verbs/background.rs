@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::super::Engine;
 use super::poll::give_up;
 use crate::verbs::fabric::Side;
-use crate::verbs::{ConnectError, Fabric, Trouble, Wish};
+use crate::verbs::{ConnectError, Fabric, Target, Trouble, Wish};
 
 /// How soon a wish is looked at again that could not be fulfilled yet.
 const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
@@ -56,16 +56,24 @@ fn wait(fabric: &Fabric) {
 /// The two are connected, or it is known that they will not be: the sender is visited.
 fn fulfil(engine: &Engine, fabric: &Fabric, wish: Wish) {
     let Wish { from, to, done } = &wish;
-    match fabric.connect(from, to) {
+    let made = match to {
         // An end that was replaced may complete into another queue, which its worker is to wait for from now on.
-        Ok(()) => engine.wake(to.end.worker()),
+        Target::Here(to) => fabric.connect(from, to).inspect(|()| engine.wake(to.end.worker())),
+        Target::There(end) => fabric.connect_elsewhere(from, *end, true),
+        Target::Answer(end, ..) => fabric.connect_elsewhere(from, *end, false),
+    };
+    match made {
+        Ok(()) => {}
         Err(ConnectError::Busy) => return fabric.wish_later(wish),
         Err(error) => {
             from.nic.warn(format_args!("QP {:#x} does without the host's NIC: {error}", from.qp.id.qpn));
         }
     }
     done.store(true, Ordering::Release);
-    engine.attend(&from.nic, &from.qp);
+    match to {
+        Target::Here(_) | Target::There(_) => engine.attend(&from.nic, &from.qp),
+        Target::Answer(_, peer, link, pair) => engine.paired(*peer, *link, *pair),
+    }
 }
 
 /// Whatever of a QP is on the NIC is flushed by us when its queue pair there breaks, since the NIC may not.
@@ -77,9 +85,11 @@ fn suffer(engine: &Engine, fabric: &Fabric, what: Trouble) {
             broken.for_each(|it| give_up(engine, &it.nic, &it.qp, &it.end));
         }
         Trouble::Removed => {
+            fabric.set_up(false);
             let all = fabric.sides().flat_map(Side::members);
             all.for_each(|it| give_up(engine, &it.nic, &it.qp, &it.end));
         }
-        Trouble::CompletionQueue | Trouble::Port { .. } => {}
+        Trouble::Port { up } => fabric.set_up(up),
+        Trouble::CompletionQueue => {}
     }
 }

@@ -6,6 +6,7 @@
 //! as between guests of one host ([`super::connected`]): what goes wrong is said in one place.
 
 mod background;
+mod between;
 mod poll;
 mod reap;
 mod stage;
@@ -19,15 +20,17 @@ use super::connected;
 use super::context::Context;
 use super::failure::fatal;
 use super::serve::{self, Next};
-use crate::nic::Nic;
+use crate::nic::{Nic, PathChoice};
 use crate::qp::{Binding, Qp, SendQueue, WaitKind};
-use crate::verbs::{Member, SendList, Wc, Wish};
+use crate::verbs::{Member, SendList, Target, Wc, Wish};
 use crate::wqe::Sge;
 
 pub(super) use background::{see_to, spawn};
+pub use between::Pairs;
+use between::Reach;
 pub(super) use poll::{arm, poll};
 pub(super) use reap::{reap, settled};
-use stage::Staged;
+use stage::{Far, Staged};
 
 /// How often a QP is looked at that is being connected. It is visited when it has been: until then there is nothing to do.
 const CONNECTING: Duration = Duration::from_millis(10);
@@ -56,6 +59,7 @@ pub(super) fn run(
     if let Some(next) = reap(ctx, nic, qp, send) {
         return Some(next);
     }
+    between::say_held(ctx, send);
     if let Some(wait) = &send.wait
         && ctx.now < wait.next_look
     {
@@ -63,6 +67,9 @@ pub(super) fn run(
     }
     if send.job.is_none() && matches!(send.peek(), Ok(None)) {
         return Some(Next::Idle);
+    }
+    if between::is_elsewhere(ctx, nic, qp, send) {
+        return run_between(ctx, nic, qp, send, alone);
     }
     let Some(peer) = connected::bind(ctx, nic, qp, send) else {
         // It will be said of the next request that there is no peer, when those before it have ended.
@@ -78,9 +85,42 @@ pub(super) fn run(
             return unless_busy(send);
         }
     }
-    let next = post(ctx, nic, qp, send, &peer, alone);
+    let next = post(ctx, nic, qp, send, Far::Here(&peer), alone);
     send.publish();
-    Some(next)
+    next
+}
+
+/// The same for one whose peer is on another host. `None` also if the present work request is not for the NIC.
+fn run_between(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    alone: &impl Fn() -> bool,
+) -> Option<Next> {
+    match between::pairing(ctx, nic, qp, send) {
+        Reach::Connected => note_apart(send, None),
+        Reach::UnderWay => return Some(Next::At(ctx.now + CONNECTING)),
+        Reach::Apart(why) => {
+            note_apart(send, Some(why));
+            let awaited = send.nic.as_ref().is_some_and(|queue| queue.awaits_messages());
+            return if awaited { Some(between::stall(ctx, nic, qp, send)) } else { unless_busy(send) };
+        }
+    }
+    let on_nic = send.nic.as_ref().map_or(0, |queue| queue.posted.len());
+    if send.handed_over() as usize > on_nic {
+        // Messages that are on their way otherwise come first. What is in hand has the last of them bring us back.
+        if send.job.is_none() {
+            match serve::fetch(ctx, qp, send) {
+                Ok(job) => send.job = job.inspect(|_| ctx.count_op()),
+                Err(reason) => return Some(serve::give_up(nic, qp, reason)),
+            }
+        }
+        return Some(Next::Idle);
+    }
+    let next = post(ctx, nic, qp, send, Far::There, alone);
+    send.publish();
+    next
 }
 
 /// On with the local path, but not while the NIC has something: a completion will bring us back.
@@ -107,6 +147,9 @@ enum Pairing {
 /// Whether both ends are on the NIC, connected to each other; if not yet, that is asked for.
 fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer: &Binding) -> Pairing {
     let Some(queue) = &mut send.nic else { return Pairing::Apart("no queue pair on the host's NIC") };
+    if nic.config.path == PathChoice::Auto {
+        return Pairing::Apart("on the same host");
+    }
     if let Some(known) = &queue.peer
         && queue.end.sends_to(known)
         && known.incarnation == peer.incarnation
@@ -131,7 +174,7 @@ fn pair(ctx: &Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, peer:
     let from = Member { nic: nic.clone(), qp: qp.clone(), end: queue.end.clone() };
     let to = Member { nic: peer.nic.clone(), qp: peer.qp.clone(), end: theirs };
     if let Some(fabric) = ctx.engine.fabric() {
-        fabric.wish(Wish { from, to, done });
+        fabric.wish(Wish { from, to: Target::Here(to), done });
     }
     Pairing::UnderWay
 }
@@ -142,14 +185,14 @@ fn post(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    peer: &Binding,
+    far: Far<'_>,
     alone: &impl Fn() -> bool,
-) -> Next {
+) -> Option<Next> {
     let mut budget = ctx.budget();
     loop {
         if !budget.take_posted(alone) {
             if !give(ctx, nic, qp, send) || !budget.refill(alone) {
-                return Next::Again;
+                return Some(Next::Again);
             }
             ctx.announce();
         }
@@ -159,22 +202,40 @@ fn post(
         };
         let mut job = match fetched {
             Ok(Some(job)) => job,
-            Ok(None) => return given(give(ctx, nic, qp, send), Next::Idle),
+            Ok(None) => return Some(given(give(ctx, nic, qp, send), Next::Idle)),
             Err(reason) => {
                 give(ctx, nic, qp, send);
-                return serve::give_up(nic, qp, reason);
+                return Some(serve::give_up(nic, qp, reason));
             }
         };
-        let staged = stage::stage(ctx, nic, qp, send, peer, &mut job);
+        let mut staged = stage::stage(ctx, nic, qp, send, far, &mut job);
         if staged == Staged::Posted {
             ctx.count_bytes(job.wqe.length);
             budget.bytes = budget.bytes.saturating_sub(job.wqe.length);
             ctx.recycle(job);
             continue;
         }
-        if !give(ctx, nic, qp, send) || unless_busy(send).is_some() {
+        let works = give(ctx, nic, qp, send);
+        if let Staged::Ask(what) = staged
+            && works
+        {
             send.job = Some(job);
-            return given(qp.state() == QpState::Rts, Next::Idle);
+            match between::ask(ctx, nic, qp, send, what) {
+                Some(next) => return Some(next),
+                None => staged = Staged::Alone,
+            }
+            let Some(kept) = send.job.take() else { return Some(Next::Again) };
+            job = kept;
+        }
+        if !works || unless_busy(send).is_some() {
+            send.job = Some(job);
+            return Some(given(qp.state() == QpState::Rts, Next::Idle));
+        }
+        if matches!(far, Far::There) && staged == Staged::Alone {
+            note_alone(send);
+            let orphaned = job.wqe.op.takes_receive() && send.nic.as_ref().is_some_and(|queue| queue.awaits_messages());
+            send.job = Some(job);
+            return if orphaned { Some(serve::give_up(nic, qp, ORPHANED)) } else { None };
         }
         let next = match staged {
             Staged::NotReady(period) => serve::wait(ctx, nic, qp, send, job, WaitKind::Rnr, period),
@@ -188,11 +249,14 @@ fn post(
                 Some(Next::Again)
             }
         };
-        if let Some(next) = next {
+        if next.is_some() {
             return next;
         }
     }
 }
+
+/// Receives that it has asked for are on the peer's NIC, and no message will come for them.
+const ORPHANED: &str = "a work request was changed after it was posted, or its memory taken away";
 
 fn note_alone(send: &mut SendQueue) {
     if let Some(queue) = &mut send.nic {

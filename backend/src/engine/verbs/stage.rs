@@ -1,6 +1,6 @@
 //! One work request, translated for the NIC.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_rdma::ib::{Access, AtomicCap, QpType, SendFlags};
 
@@ -8,12 +8,14 @@ use super::super::complete::note_limit;
 use super::super::context::Context;
 use super::super::job::Job;
 use super::super::{cost, rc};
-use super::poll;
+use super::{between, poll};
 use crate::nic::Nic;
 use crate::profile::Profile;
 use crate::qp::{Binding, NicQueue, Posted, Qp, SendQueue, Taken};
+use crate::verbs::grant::NicAddress;
+use crate::verbs::pair::ELSEWHERE;
 use crate::verbs::{End, PostedOp, SendList, Use};
-use crate::wqe::{Op, Send, Sge};
+use crate::wqe::{Op, Recv, Send, Sge};
 
 /// What became of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,8 +26,28 @@ pub(super) enum Staged {
     Full,
     /// The peer has no receive: look again, or give up after so long.
     NotReady(Duration),
+    /// The peer's host is to be asked first.
+    Ask(Ask),
     /// Not for the NIC: it is executed when nothing is there.
     Alone,
+}
+
+/// What the peer's host is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// What this key stands for.
+    Key(u32),
+    /// Receives, for this message and those that follow.
+    Receives,
+}
+
+/// Where the peer is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Far<'a> {
+    /// On this host.
+    Here(&'a Binding),
+    /// On another one.
+    There,
 }
 
 /// What the NIC is told besides the payload.
@@ -41,7 +63,7 @@ pub(super) fn stage(
     nic: &Nic,
     qp: &Qp,
     send: &mut SendQueue,
-    peer: &Binding,
+    far: Far<'_>,
     job: &mut Job,
 ) -> Staged {
     send.prefetch_keys(ctx.verbs.list.is_empty());
@@ -55,15 +77,21 @@ pub(super) fn stage(
     if queue.end.room() <= staged {
         return Staged::Full;
     }
-    let Some(command) = command(qp, queue, peer, op, &job.wqe) else { return Staged::Alone };
+    let command = match command(qp, queue, (far, ctx.now), op, &job.wqe) {
+        Ok(command) => command,
+        Err(staged) => return staged,
+    };
     let id = queue.end.send_id(staged);
     if !translate(&mut ctx.verbs.list, nic, qp, queue, &job.wqe, command, id) {
         ctx.verbs.list.truncate(staged);
         return Staged::Alone;
     }
     if op.takes_receive() {
-        let (their_end, unanswered) = (queue.peer.clone(), queue.posted.len());
-        let taken = their_end.map_or(Staged::Alone, |end| receive(ctx, peer, &end, job, unanswered));
+        let taken = match (far, queue.peer.clone()) {
+            (Far::Here(peer), Some(end)) => receive(ctx, peer, &end, job, queue.posted.len()),
+            (Far::Here(_), None) => Staged::Alone,
+            (Far::There, _) => between::take_receive(queue, ctx.now),
+        };
         if taken != Staged::Posted {
             ctx.verbs.list.truncate(staged);
             return taken;
@@ -71,10 +99,23 @@ pub(super) fn stage(
     }
     let signaled = qp.id.signal_all || job.wqe.flags.contains(SendFlags::SIGNALED);
     let (wr_id, opcode, length) = (job.wqe.wr_id, op.opcode(), job.wqe.length as u32);
-    queue.posted.push_back(Posted { wr_id, opcode, length, signaled, seen: job.seen });
+    let way = queue.way();
+    queue.posted.push_back(Posted { wr_id, opcode, length, signaled, seen: job.seen, way });
     ctx.charge_posted(job.wqe.length);
     send.hand_over();
     Staged::Posted
+}
+
+/// Whether a work request that is not due yet takes a receive of a peer on another host; `None` if, as things are, it is not for the NIC.
+pub(super) fn foresee(ctx: &mut Context, nic: &Nic, qp: &Qp, send: &mut SendQueue, wqe: &Send) -> Option<bool> {
+    let op = posted_op(ctx, wqe)?;
+    ctx.charge(cost::LOOKUP * wqe.lookups() as u64);
+    let queue = send.nic.as_mut()?;
+    let command = command(qp, queue, (Far::There, ctx.now), op, wqe).ok()?;
+    let staged = ctx.verbs.list.len();
+    let holds = translate(&mut ctx.verbs.list, nic, qp, queue, wqe, command, 0);
+    ctx.verbs.list.truncate(staged);
+    holds.then_some(op.takes_receive())
 }
 
 /// What it is to the NIC, if anything. Atomics are executed here, by the processor, unless the NIC's are so with those.
@@ -93,37 +134,74 @@ fn posted_op(ctx: &Context, wqe: &Send) -> Option<PostedOp> {
     })
 }
 
-/// Checks all but the local keys; `None` if something does not hold, or is not for the NIC.
+/// Checks all but the local keys.
+///
+/// # Errors
+/// If something does not hold, or is not for the NIC, or is not known yet.
 #[inline]
-fn command(qp: &Qp, queue: &mut NicQueue, peer: &Binding, op: PostedOp, wqe: &Send) -> Option<Command> {
+fn command(
+    qp: &Qp,
+    queue: &mut NicQueue,
+    (far, now): (Far<'_>, Instant),
+    op: PostedOp,
+    wqe: &Send,
+) -> Result<Command, Staged> {
     if wqe.length > u64::from(Profile::MAX_MESSAGE) || !fits(queue, wqe) {
-        return None;
+        return Err(Staged::Alone);
     }
-    if op.fetches() && (qp.id.kind != QpType::Rc || !qp.has_resources() || !peer.qp.lends_resources()) {
-        return None;
+    if op.fetches() && (qp.id.kind != QpType::Rc || !qp.has_resources()) {
+        return Err(Staged::Alone);
     }
-    let (need, addr, key) = match wqe.op {
-        Op::Write { remote_addr, rkey, .. } => (Access::REMOTE_WRITE, remote_addr, rkey),
-        Op::Read { remote_addr, rkey } => (Access::REMOTE_READ, remote_addr, rkey),
+    let Some((need, addr, key)) = reaches(wqe)? else {
+        return Ok(Command { op, remote: (0, 0) });
+    };
+    let remote = match far {
+        Far::Here(peer) => remote(queue, peer, op, wqe.length, (need, addr, key)).ok_or(Staged::Alone)?,
+        Far::There => between::remote(queue, now, key, Use { pdn: ELSEWHERE, need, addr, len: wqe.length })?,
+    };
+    Ok(Command { op, remote })
+}
+
+/// Memory of the peer's, by key, and what is done there.
+type Reaches = (Access, u64, u32);
+
+/// What memory of the peer's it reaches, if any.
+///
+/// # Errors
+/// If that may not be.
+#[inline]
+fn reaches(wqe: &Send) -> Result<Option<Reaches>, Staged> {
+    Ok(match wqe.op {
+        Op::Write { remote_addr, rkey, .. } => Some((Access::REMOTE_WRITE, remote_addr, rkey)),
+        Op::Read { remote_addr, rkey } => Some((Access::REMOTE_READ, remote_addr, rkey)),
         Op::Atomic { remote_addr, rkey, .. } => {
             let answer = wqe.sges.as_slice();
             let is_word = remote_addr.is_multiple_of(8) && matches!(answer, [sge] if sge.length == 8);
-            (is_word.then_some(Access::REMOTE_ATOMIC)?, remote_addr, rkey)
+            Some((is_word.then_some(Access::REMOTE_ATOMIC).ok_or(Staged::Alone)?, remote_addr, rkey))
         }
-        _ => return Some(Command { op, remote: (0, 0) }),
-    };
-    if !peer.qp.access().contains(need) {
+        _ => None,
+    })
+}
+
+/// The same for the NIC, if the peer, which is on this host, allows it.
+#[inline]
+fn remote(
+    queue: &mut NicQueue,
+    peer: &Binding,
+    op: PostedOp,
+    len: u64,
+    (need, addr, key): Reaches,
+) -> Option<NicAddress> {
+    if !peer.qp.access().contains(need) || (op.fetches() && !peer.qp.lends_resources()) {
         return None;
     }
-    if wqe.length == 0 {
+    if len == 0 {
         // No key is looked at then (IBA 9.7.3.1.2, C9-88).
-        return Some(Command { op, remote: (0, 0) });
+        return Some((0, 0));
     }
-    let pdn = peer.qp.id.pdn;
     let keys = &peer.nic.keys;
-    let wanted = Use { pdn, need, addr, len: wqe.length };
-    let remote = queue.theirs.get(key, keys.revocations(), wanted, || keys.grant(key))?;
-    Some(Command { op, remote })
+    let wanted = Use { pdn: peer.qp.id.pdn, need, addr, len };
+    queue.theirs.get(key, keys.revocations(), wanted, || keys.grant(key))
 }
 
 fn fits(queue: &NicQueue, wqe: &Send) -> bool {
@@ -217,16 +295,20 @@ fn their_sges(ctx: &mut Context, peer: &Binding, end: &End, job: &Job, out: &mut
     if matches!(job.wqe.op, Op::Write { .. }) {
         return true;
     }
-    let list = job.recv.sges.as_slice();
+    job.wqe.length <= job.recv.sges.total() && recv_sges(ctx, (&peer.nic, &peer.qp, end), &job.recv, out)
+}
+
+/// The list of a receive, for the NIC. False if a key does not hold, or it is too long.
+pub(super) fn recv_sges(ctx: &mut Context, (nic, qp, end): (&Nic, &Qp, &End), recv: &Recv, out: &mut Vec<Sge>) -> bool {
+    let list = recv.sges.as_slice();
     ctx.charge(cost::LOOKUP * list.len() as u64);
-    let fits = list.len() <= end.capacity().sges as usize && job.wqe.length <= job.recv.sges.total();
-    if !fits || peer.qp.id.recv_pdn() != peer.qp.id.pdn {
+    if list.len() > end.capacity().sges as usize || qp.id.recv_pdn() != qp.id.pdn {
         return false;
     }
     list.iter().filter(|sge| sge.length > 0).all(|sge| {
-        let mr = ctx.key(&peer.nic, sge.lkey).ok();
+        let mr = ctx.key(nic, sge.lkey).ok();
         let (need, addr, len) = (Access::LOCAL_WRITE, sge.addr, sge.length.into());
-        let found = mr.and_then(|mr| mr.grant()?.local(Use { pdn: peer.qp.id.pdn, need, addr, len }));
+        let found = mr.and_then(|mr| mr.grant()?.local(Use { pdn: qp.id.pdn, need, addr, len }));
         out.extend(found.map(|(addr, lkey)| Sge { addr, lkey, length: sge.length }));
         found.is_some()
     })

@@ -36,9 +36,22 @@ use self::world::World;
 #[derive(Debug)]
 pub struct FakeNic {
     script: Script,
+    cable: Arc<Cable>,
     world: Arc<Shared>,
+    /// Which of those on the same network it is.
+    port: usize,
     trouble: Arc<OwnedFd>,
     connecting: Arc<Gate>,
+}
+
+/// What NICs on the same network have in common. It ends with the last of them.
+#[derive(Debug)]
+struct Cable(Arc<Shared>);
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
 }
 
 impl FakeNic {
@@ -47,9 +60,23 @@ impl FakeNic {
     /// # Panics
     /// When the system gives no descriptors.
     pub fn new(script: Script) -> Self {
-        let trouble = event();
-        let world = World::new(&script, trouble.clone());
-        Self { script, world: Arc::new(Shared::new(world)), trouble, connecting: Arc::default() }
+        let world = Arc::new(Shared::new(World::new(&script)));
+        Self::on(&Arc::new(Cable(world)), script)
+    }
+
+    /// The NIC of another host, on the same network.
+    ///
+    /// # Panics
+    /// When the system gives no descriptors.
+    #[must_use]
+    pub fn beside(&self) -> Self {
+        Self::on(&self.cable, self.script)
+    }
+
+    fn on(cable: &Arc<Cable>, script: Script) -> Self {
+        let (world, trouble) = (cable.0.clone(), event());
+        let port = world.lock().add_port(trouble.clone());
+        Self { script, cable: cable.clone(), world, port, trouble, connecting: Arc::default() }
     }
 
     /// The send work request that is executed after so many others ends with this status.
@@ -70,6 +97,11 @@ impl FakeNic {
     /// Takes a queue pair to ERR, as a broken cable or firmware would; with a number that does not exist nothing happens.
     pub fn break_qp(&self, number: u32) {
         self.world.lock().fail(number, true);
+    }
+
+    /// Its port loses its link, or has it again: hosts hear of that.
+    pub fn set_link(&self, up: bool) {
+        self.world.lock().tell(Trouble::Port { up });
     }
 
     /// It is pulled out: nothing that it has completes any more, and nothing can be made.
@@ -130,17 +162,11 @@ impl Device for FakeNic {
     }
 
     fn take_trouble(&self, out: &mut Vec<Trouble>) {
-        self.world.lock().take_trouble(out);
+        self.world.lock().take_trouble(self.port, out);
     }
 
     fn trouble_fd(&self) -> BorrowedFd<'_> {
         self.trouble.as_fd()
-    }
-}
-
-impl Drop for FakeNic {
-    fn drop(&mut self) {
-        self.world.stop();
     }
 }
 

@@ -39,9 +39,8 @@ pub(super) struct World {
     fault: Option<(u64, WcStatus)>,
     /// The connection after so many others is refused.
     refused: Option<u64>,
-    trouble: Vec<Trouble>,
-    /// Readable while there is some.
-    trouble_event: Arc<OwnedFd>,
+    /// What hosts have not been told yet, and for each a descriptor that is readable while there is some.
+    trouble: Vec<(Vec<Trouble>, Arc<OwnedFd>)>,
     sending: Vec<Sending>,
     counts: Counts,
 }
@@ -147,7 +146,7 @@ enum End {
 }
 
 impl World {
-    pub fn new(script: &Script, trouble_event: Arc<OwnedFd>) -> Self {
+    pub fn new(script: &Script) -> Self {
         let dice = match script.timing {
             Timing::AtOnce => None,
             Timing::Shuffled { seed } => Some(StdRng::seed_from_u64(seed)),
@@ -169,7 +168,6 @@ impl World {
             fault: None,
             refused: None,
             trouble: Vec::new(),
-            trouble_event,
             sending: Vec::new(),
             counts: Counts::default(),
         }
@@ -360,14 +358,24 @@ impl World {
         Counts { mrs: self.mrs.len(), cqs: self.cqs.len(), qps: self.qps.len(), ..self.counts }
     }
 
-    pub fn take_trouble(&mut self, out: &mut Vec<Trouble>) {
-        clear(&self.trouble_event);
-        out.append(&mut self.trouble);
+    /// Another host has a NIC on it: which one it is.
+    pub fn add_port(&mut self, trouble_event: Arc<OwnedFd>) -> usize {
+        self.trouble.push((Vec::new(), trouble_event));
+        self.trouble.len() - 1
     }
 
-    fn tell(&mut self, trouble: Trouble) {
-        self.trouble.push(trouble);
-        signal(&self.trouble_event);
+    pub fn take_trouble(&mut self, port: usize, out: &mut Vec<Trouble>) {
+        let (trouble, event) = &mut self.trouble[port];
+        clear(event);
+        out.append(trouble);
+    }
+
+    /// All hosts hear of it. Whose queue pair it is not takes no notice.
+    pub fn tell(&mut self, trouble: Trouble) {
+        for (list, event) in &mut self.trouble {
+            list.push(trouble);
+            signal(event);
+        }
     }
 
     pub fn post_send(&mut self, number: u32, list: &SendList) -> Result<(), PostError> {

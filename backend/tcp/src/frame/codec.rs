@@ -6,12 +6,12 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::layout::{self, flag, kind, op};
 use super::{
     Ack, AtomicReply, Bye, Datagram, FlowId, Frame, HEAD, Hello, MAGIC, MAX_DATAGRAM, MAX_HEADER, MAX_MESSAGE,
-    MAX_PAYLOAD, Malformed, Nak, NakCode, Op, Open, Opened, Packet, Piece, Position, Remote, Request, Transport,
+    MAX_PAYLOAD, Malformed, Nak, NakCode, Note, Op, Open, Opened, Packet, Piece, Position, Remote, Request, Transport,
 };
 use crate::Nanos;
 
 /// Longest RNR timer (IBA table 45), which no wait on the wire exceeds.
-const MAX_WAIT_US: u32 = 655_360;
+pub(super) const MAX_WAIT_US: u32 = 655_360;
 /// Stands for [`Ack::credit`] that is not known.
 const NO_CREDIT: u64 = u64::MAX;
 
@@ -24,11 +24,15 @@ pub struct Header {
 
 impl Header {
     fn new<B: IntoBytes + Immutable>(kind: u8, payload: u32, body: &B) -> Self {
-        let head = layout::Head { kind, reserved: 0, body: U16::new(size_of::<B>() as u16), payload: payload.into() };
-        let len = HEAD + size_of::<B>();
+        Self::with(kind, payload, body.as_bytes())
+    }
+
+    fn with(kind: u8, payload: u32, body: &[u8]) -> Self {
+        let head = layout::Head { kind, reserved: 0, body: U16::new(body.len() as u16), payload: payload.into() };
+        let len = HEAD + body.len();
         let mut bytes = [0; MAX_HEADER];
         bytes[..HEAD].copy_from_slice(head.as_bytes());
-        bytes[HEAD..len].copy_from_slice(body.as_bytes());
+        bytes[HEAD..len].copy_from_slice(body);
         Self { bytes, len }
     }
 
@@ -97,6 +101,7 @@ impl Packet {
                 let body = layout::Bye { cause: bye_to_wire(*cause).into(), reserved: 0.into() };
                 Header::new(kind::BYE, payload, &body)
             }
+            Frame::Note(note) => note.encode(|kind, body| Header::with(kind, payload, body)),
         }
     }
 }
@@ -118,6 +123,15 @@ fn body_of(kind: u8) -> Result<(&'static str, usize), Malformed> {
         kind::PING => ("PING", size_of::<layout::Token>()),
         kind::PONG => ("PONG", size_of::<layout::Token>()),
         kind::BYE => ("BYE", size_of::<layout::Bye>()),
+        kind::PAIR => ("PAIR", size_of::<layout::Pair>()),
+        kind::PAIRED => ("PAIRED", size_of::<layout::Paired>()),
+        kind::KEY => ("KEY", size_of::<layout::PairKey>()),
+        kind::GRANT => ("GRANT", size_of::<layout::Granted>()),
+        kind::REVOKE => ("REVOKE", size_of::<layout::PairKey>()),
+        kind::REVOKED => ("REVOKED", size_of::<layout::PairKey>()),
+        kind::WANTED => ("WANTED", size_of::<layout::Wanted>()),
+        kind::GIVEN => ("GIVEN", size_of::<layout::Given>()),
+        kind::HELD => ("HELD", size_of::<layout::PairKey>()),
         _ => return Err(Malformed::Kind(kind)),
     })
 }
@@ -157,19 +171,19 @@ fn parse_body(kind: u8, body: &[u8]) -> Result<Frame, Malformed> {
             zero(raw.reserved.get() == 0)?;
             Frame::Bye(bye_from_wire(raw.cause.get())?)
         }
-        _ => return Err(Malformed::Kind(kind)),
+        note => Frame::Note(Note::parse(note, body)?),
     })
 }
 
-fn read<T: FromBytes + KnownLayout + Immutable + Unaligned>(body: &[u8]) -> Result<T, Malformed> {
+pub(super) fn read<T: FromBytes + KnownLayout + Immutable + Unaligned>(body: &[u8]) -> Result<T, Malformed> {
     T::read_from_bytes(body).map_err(|_| Malformed::Field("length"))
 }
 
-fn zero(is_zero: bool) -> Result<(), Malformed> {
+pub(super) fn zero(is_zero: bool) -> Result<(), Malformed> {
     if is_zero { Ok(()) } else { Err(Malformed::Field("reserved field")) }
 }
 
-fn truth(raw: u8, name: &'static str) -> Result<bool, Malformed> {
+pub(super) fn truth(raw: u8, name: &'static str) -> Result<bool, Malformed> {
     match raw {
         0 => Ok(false),
         1 => Ok(true),
@@ -177,7 +191,7 @@ fn truth(raw: u8, name: &'static str) -> Result<bool, Malformed> {
     }
 }
 
-fn up_to<T: PartialOrd + Copy>(value: T, most: T, name: &'static str) -> Result<T, Malformed> {
+pub(super) fn up_to<T: PartialOrd + Copy>(value: T, most: T, name: &'static str) -> Result<T, Malformed> {
     if value <= most { Ok(value) } else { Err(Malformed::Field(name)) }
 }
 

@@ -85,6 +85,27 @@ layout!(Datagram = 64 {
     reserved: [u8; 5],
 });
 
+layout!(Pair = 104 { open: Open, gid: [u8; 16], qpn: U32, psn_mtu: U32, fabric: U64, });
+
+layout!(Paired = 40 { pair: U64, gid: [u8; 16], qpn: U32, psn_mtu: U32, apart: u8, reserved: [u8; 7], });
+
+layout!(PairKey = 16 { pair: U64, key: U32, reserved: U32, });
+
+layout!(Granted = 40 {
+    pair: U64,
+    key: U32,
+    nic_key: U32,
+    addr: U64,
+    length: U64,
+    access: U32,
+    known: u8,
+    reserved: [u8; 3],
+});
+
+layout!(Wanted = 32 { pair: U64, total: U64, solicited: U64, bare: U64, });
+
+layout!(Given = 24 { pair: U64, total: U64, wait_us: U32, short: u8, reserved: [u8; 3], });
+
 layout!(Token = 8 { token: U64, });
 
 layout!(Bye = 8 { cause: U32, reserved: U32, });
@@ -106,6 +127,15 @@ pub(super) mod kind {
     pub(in super::super) const PING: u8 = 13;
     pub(in super::super) const PONG: u8 = 14;
     pub(in super::super) const BYE: u8 = 15;
+    pub(in super::super) const PAIR: u8 = 16;
+    pub(in super::super) const PAIRED: u8 = 17;
+    pub(in super::super) const KEY: u8 = 18;
+    pub(in super::super) const GRANT: u8 = 19;
+    pub(in super::super) const REVOKE: u8 = 20;
+    pub(in super::super) const REVOKED: u8 = 21;
+    pub(in super::super) const WANTED: u8 = 22;
+    pub(in super::super) const GIVEN: u8 = 23;
+    pub(in super::super) const HELD: u8 = 24;
 }
 
 /// Operations of a request; the numbers of the work request opcodes are another matter.

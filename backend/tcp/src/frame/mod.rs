@@ -5,12 +5,14 @@
 
 mod codec;
 mod layout;
+mod note;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use crate::Nanos;
 
 pub use codec::Header;
+pub use note::{Apart, NicEnd, NicKey, Note, PairId, Short, Wanted};
 
 /// Bytes of every frame that say what it is and how long.
 pub const HEAD: usize = 8;
@@ -27,7 +29,9 @@ pub const MAX_MESSAGE: u32 = 1 << 31;
 /// First word of the first frame.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FFTP");
 /// Versions of this protocol that this end speaks, oldest and newest.
-pub const VERSIONS: (u16, u16) = (1, 1);
+pub const VERSIONS: (u16, u16) = (1, 2);
+/// The first version with [notes](Note).
+pub const VERSION_OF_NOTES: u16 = 2;
 
 /// Why bytes are not a frame. The connection is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -101,6 +105,8 @@ pub enum Frame {
     Pong(u64),
     /// Last frame before the connection is closed.
     Bye(Bye),
+    /// Of queue pairs that are connected over the hosts' NICs.
+    Note(Note),
 }
 
 /// Who is on the other end of a connection, and what it can do.

@@ -124,6 +124,39 @@ fn datagram() -> impl Strategy<Value = Datagram> {
     })
 }
 
+fn nic_end() -> impl Strategy<Value = NicEnd> {
+    (0..1u32 << 24, 0..1u32 << 24, 1..6u8, any::<[u8; 16]>()).prop_map(|(qpn, psn, mtu, gid)| NicEnd {
+        qpn,
+        psn,
+        mtu,
+        gid,
+    })
+}
+
+fn note() -> impl Strategy<Value = Note> {
+    let pair = || flow().prop_map(PairId::from);
+    let apart = prop_oneof![Just(Apart::NotThere), Just(Apart::NoNic)];
+    let end = prop_oneof![nic_end().prop_map(Ok), apart.prop_map(Err)];
+    let grant = any::<Option<(u32, u32, u64, u64)>>();
+    let grant = grant.prop_map(|raw| raw.map(|(key, access, addr, length)| NicKey { key, access, addr, length }));
+    let short = option::of(prop_oneof![
+        (0..655_360u32).prop_map(|us| Short::NotReady(Nanos::from_micros(us))),
+        Just(Short::NotForNic),
+    ]);
+    prop_oneof![
+        (open(), nic_end(), any::<u64>()).prop_map(|(open, end, fabric)| Note::Pair { open, end, fabric }),
+        (pair(), end).prop_map(|(pair, end)| Note::Paired { pair, end }),
+        pair().prop_map(|pair| Note::Held { pair }),
+        (pair(), any::<u32>()).prop_map(|(pair, key)| Note::Key { pair, key }),
+        (pair(), any::<u32>(), grant).prop_map(|(pair, key, grant)| Note::Grant { pair, key, grant }),
+        (pair(), any::<u32>()).prop_map(|(pair, key)| Note::Revoke { pair, key }),
+        (pair(), any::<u32>()).prop_map(|(pair, key)| Note::Revoked { pair, key }),
+        (pair(), any::<[u64; 3]>())
+            .prop_map(|(pair, [total, solicited, bare])| { Note::Wanted(Wanted { pair, total, solicited, bare }) }),
+        (pair(), any::<u64>(), short).prop_map(|(pair, given, short)| Note::Given { pair, given, short }),
+    ]
+}
+
 /// Any frame that has a form on the wire.
 pub(crate) fn frame() -> impl Strategy<Value = Frame> {
     let opened = (flow(), any::<u64>(), any::<u8>());
@@ -147,6 +180,7 @@ pub(crate) fn frame() -> impl Strategy<Value = Frame> {
         1 => any::<u64>().prop_map(Frame::Ping),
         1 => any::<u64>().prop_map(Frame::Pong),
         1 => Just(Frame::Bye(Bye::Protocol)),
+        4 => note().prop_map(Frame::Note),
     ]
 }
 
@@ -174,12 +208,22 @@ proptest! {
     }
 
     #[test]
-    fn what_parses_is_canonical_but_for_hello(kind in 2..17u8, mut bytes in vec(any::<u8>(), 112), zeros in vec(any::<bool>(), 112)) {
+    fn what_parses_is_canonical_but_for_hello(kind in 2..26u8, mut bytes in vec(any::<u8>(), 112), zeros in vec(any::<bool>(), 112)) {
         for (byte, _) in bytes.iter_mut().zip(zeros).filter(|(_, zero)| *zero) {
             *byte = 0;
         }
         bytes[..2].copy_from_slice(&[kind, 0]);
-        let size = match kind { 2 => 72, 4 => 16, 6 => 56, 8 | 9 => 32, 12 => 64, 13..=15 => 8, _ => 24 };
+        let size = match kind {
+            2 => 72,
+            4 | 18 | 20 | 21 | 24 => 16,
+            6 => 56,
+            8 | 9 | 22 => 32,
+            12 => 64,
+            13..=15 => 8,
+            16 => 104,
+            17 | 19 => 40,
+            _ => 24,
+        };
         bytes[2..8].copy_from_slice(&[size, 0, 0, 0, 0, 0]);
         if let Ok(Some((packet, len))) = Packet::parse(&bytes) {
             let again = packet.encode();
@@ -210,7 +254,7 @@ fn what_a_frame_may_not_say_is_refused() {
         Packet::parse(&bytes)
     };
     assert_eq!(with(0, 0), Err(Malformed::Kind(0)));
-    assert_eq!(with(0, 16), Err(Malformed::Kind(16)));
+    assert_eq!(with(0, 25), Err(Malformed::Kind(25)));
     assert_eq!(with(1, 1), Err(Malformed::Body("PING")));
     assert_eq!(with(2, 9), Err(Malformed::Body("PING")));
     assert_eq!(with(4, 1), Err(Malformed::Payload("PING", 1)));

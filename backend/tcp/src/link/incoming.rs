@@ -1,7 +1,7 @@
 //! Frames that came: to whom they go.
 
 use super::Link;
-use crate::frame::{FlowId, Frame, NakCode, Open, Packet, Piece, Request};
+use crate::frame::{FlowId, Frame, NakCode, Open, Packet, Piece, Request, VERSION_OF_NOTES};
 use crate::host::{Host, Landed, Landing};
 use crate::lane::{Conn, Pending, Side};
 use crate::responder::Responder;
@@ -117,6 +117,13 @@ impl Link {
             Frame::Ping(token) => self.lane(conn)?.pong_due = Some(*token),
             Frame::Pong(_) => {}
             Frame::Bye(cause) => return Err(Violation::Bye(*cause)),
+            Frame::Note(note) => {
+                if self.lane(conn)?.version < VERSION_OF_NOTES {
+                    return Err(Violation::Unexpected("a note in version 1"));
+                }
+                self.check_lane(conn, FlowId(note.pair().0))?;
+                host.note(note);
+            }
         }
         Ok(Landing::Nothing)
     }

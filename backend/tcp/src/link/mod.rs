@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 pub use outgoing::Outgoing;
 
 use crate::config::{Config, Limits};
-use crate::frame::{Datagram, FlowId, MAX_DATAGRAM, Open};
+use crate::frame::{Datagram, FlowId, MAX_DATAGRAM, Note, Open, VERSION_OF_NOTES};
 use crate::host::{Host, QpKey, Token};
 use crate::lane::{Conn, Lane, Queued, Side, Waiting};
 use crate::patience::Retries;
@@ -51,6 +51,8 @@ pub struct Footprint {
     pub replies: usize,
     /// Answers to frames of unknown flows.
     pub strays: usize,
+    /// Notes that wait.
+    pub notes: usize,
     /// Datagrams that wait.
     pub datagrams: usize,
     /// Places in queues of connections.
@@ -157,6 +159,19 @@ impl Link {
         self.refresh(Side::Datagrams(index as u16), now);
     }
 
+    /// Says something of a queue pair that is connected over the hosts' NICs. False if the peer does not hear it, since there is no connection now or too
+    /// much is waiting: what is not answered is said again.
+    pub fn say(&mut self, note: Note) -> bool {
+        let index = self.lane_of_flow(FlowId(note.pair().0));
+        let most = self.config.limits.notes;
+        let lane = &mut self.lanes[index];
+        let heard = lane.is_up() && lane.version >= VERSION_OF_NOTES && lane.notes.len() < most;
+        if heard {
+            lane.notes.push_back(note);
+        }
+        heard
+    }
+
     /// When [`on_timer`](Self::on_timer) is due.
     pub fn timer(&self) -> Option<Nanos> {
         self.flows.timers.first().map(|(at, _)| *at)
@@ -251,6 +266,7 @@ impl Link {
             answers,
             replies,
             strays: self.lanes.iter().map(|lane| lane.strays.len()).sum(),
+            notes: self.lanes.iter().map(|lane| lane.notes.len()).sum(),
             datagrams: self.lanes.iter().map(|lane| lane.datagrams.len()).sum(),
             queued: self.lanes.iter().map(|lane| lane.control.len() + lane.data.len()).sum(),
             timers: flows.timers.len(),

@@ -139,6 +139,9 @@ impl Lane {
         if std::mem::take(&mut self.ping_due) {
             return Some(Outgoing::bare(Frame::Ping(now.0)));
         }
+        if let Some(note) = self.notes.pop_front() {
+            return Some(Outgoing { packet: note.into(), source: None });
+        }
         let (flow, code) = self.strays.pop_front()?;
         Some(Outgoing::bare(Frame::Nak(stray(Position { flow, next: 0, got: 0, taken: false }, code))))
     }

@@ -6,7 +6,7 @@ use virtio_rdma::ib::WcStatus;
 
 use super::*;
 use crate::frame::tests::packet;
-use crate::frame::{Bye, Frame, Hello, Nak, NakCode, Op, Packet, Position, Remote, Transport, VERSIONS};
+use crate::frame::{Bye, Frame, Hello, Nak, NakCode, Op, Packet, PairId, Position, Remote, Transport, VERSIONS};
 use crate::host::{Availability, Bound, Landed, Landing, Source, Verdict};
 
 const MS: Nanos = Nanos::from_millis(1);
@@ -24,6 +24,7 @@ struct Device {
     completed: Vec<(u64, WcStatus)>,
     datagrams: Vec<(u64, bool)>,
     unbound: Vec<u64>,
+    notes: Vec<Note>,
 }
 
 impl Device {
@@ -37,6 +38,10 @@ impl Device {
 }
 
 impl Host for Device {
+    fn note(&mut self, note: &Note) {
+        self.notes.push(*note);
+    }
+
     fn bind(&mut self, open: &Open) -> Option<Bound> {
         (open.destination_qpn < 8).then(|| Bound { qp: QpKey(open.destination_qpn.into()), incarnation: 1, depth: 2 })
     }
@@ -377,7 +382,7 @@ fn hello_is_refused_where_it_is_not_for_this_link() {
         Hello { peer: [3; 16], ..good },
         Hello { lanes: 3, ..good },
         Hello { ticket, ..good },
-        Hello { versions: (2, 9), ..good },
+        Hello { versions: (3, 9), ..good },
     ];
     let mut device = Device::default();
     for hello in bad {
@@ -388,7 +393,7 @@ fn hello_is_refused_where_it_is_not_for_this_link() {
     assert_eq!(link.accept(MS, &good, &mut device), Err(Violation::Stale));
     // The answer says which version is spoken.
     let Frame::Hello(answer) = link.poll_transmit(MS, conn, &mut device).unwrap().packet.frame else { panic!() };
-    assert_eq!(answer.versions, (1, 1));
+    assert_eq!(answer.versions, (2, 2));
     let newer = link.accept(MS, &Hello { generation: 4, ..good }, &mut device).unwrap();
     assert_eq!(link.on_frame(MS, conn, &Packet::bare(Frame::Ping(1)), &mut device), Err(Violation::Stale));
     assert_eq!(link.on_frame(MS, newer, &Packet::bare(Frame::Ping(1)), &mut device), Ok(Landing::Nothing));
@@ -537,17 +542,12 @@ fn more_reads_than_may_be_outstanding_are_refused() {
 
 /// A link that accepts gets this connection.
 fn connect_to(link: &mut Link, generation: u64, device: &mut Device) -> Conn {
+    connect_with(link, VERSIONS, generation, device)
+}
+
+fn connect_with(link: &mut Link, versions: (u16, u16), generation: u64, device: &mut Device) -> Conn {
     let lanes = link.config.lanes;
-    let hello = Hello {
-        versions: VERSIONS,
-        host: [1; 16],
-        peer: [2; 16],
-        epoch: 1,
-        generation,
-        lane: 0,
-        lanes,
-        ticket: [5; 32],
-    };
+    let hello = Hello { versions, host: [1; 16], peer: [2; 16], epoch: 1, generation, lane: 0, lanes, ticket: [5; 32] };
     link.accept(MS, &hello, device).unwrap()
 }
 
@@ -607,4 +607,42 @@ proptest! {
             prop_assert!(held.in_flight <= 3 * (1 << 20));
         }
     }
+}
+
+/// A link with a peer that speaks up to this version.
+fn greeted(newest: u16) -> (Link, Conn, Device) {
+    let mut device = Device::default();
+    let mut link = Link::new(config(false, 1), Nanos::ZERO);
+    let conn = connect_with(&mut link, (1, newest), 1, &mut device);
+    while link.poll_transmit(MS, conn, &mut device).is_some() {}
+    (link, conn, device)
+}
+
+#[test]
+fn notes_keep_their_order_and_are_lost_with_their_connection() {
+    let (mut link, conn, mut device) = greeted(2);
+    let key = |key| Note::Key { pair: PairId(4), key };
+    assert!(link.say(key(1)) && link.say(key(2)));
+    let next = |link: &mut Link, device: &mut Device| link.poll_transmit(MS, conn, device).map(|out| out.packet.frame);
+    assert_eq!(next(&mut link, &mut device), Some(Frame::Note(key(1))));
+    assert_eq!(link.on_frame(MS, conn, &key(7).into(), &mut device), Ok(Landing::Nothing));
+    assert_eq!(device.notes, [key(7)]);
+    link.disconnected(MS, conn, &mut device);
+    assert!(!link.say(key(3)), "nobody hears it");
+    assert_eq!(link.footprint().notes, 0);
+}
+
+#[test]
+fn no_more_notes_wait_than_may() {
+    let (mut link, ..) = greeted(2);
+    let said = (0..10_000).filter(|&key| link.say(Note::Key { pair: PairId(0), key })).count();
+    assert_eq!((said, link.footprint().notes), (Limits::default().notes, Limits::default().notes));
+}
+
+#[test]
+fn version_1_has_no_notes() {
+    let (mut link, conn, mut device) = greeted(1);
+    let note = Note::Key { pair: PairId(0), key: 1 };
+    assert!(!link.say(note));
+    assert!(link.on_frame(MS, conn, &note.into(), &mut device).is_err());
 }

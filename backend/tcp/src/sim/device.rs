@@ -8,7 +8,7 @@ use virtio_rdma::ib::WcStatus;
 use super::plan::{Fate, Item, RAM, ROM, SCRIBBLE, payload_byte, rom_byte};
 use super::rng::Rng;
 use crate::Nanos;
-use crate::frame::{Datagram, Op, Open, Request, Transport};
+use crate::frame::{Datagram, Note, Op, Open, Request, Transport};
 use crate::host::{Availability, Bound, Host, Landed, Landing, Origin, QpKey, Refusal, Source, Token, Verdict};
 
 /// One QP of a device: it sends its own script, and gets its peer's.
@@ -259,6 +259,8 @@ impl Device {
 }
 
 impl Host for Device {
+    fn note(&mut self, _: &Note) {}
+
     fn bind(&mut self, open: &Open) -> Option<Bound> {
         let key = open.destination_qpn as usize;
         let qp = &mut self.qps[key];

@@ -135,6 +135,7 @@ impl Plan {
             messages: rng.between(1, 9) as usize,
             datagrams: 2,
             strays: 8,
+            notes: 16,
             datagram_patience: Nanos::from_micros(200),
             open_patience: Nanos::from_micros(2000),
             shortest_try: Nanos::from_micros(100),

@@ -370,6 +370,7 @@ impl World {
                     answers: qps * depth,
                     replies: qps * depth,
                     strays: lanes * limits.strays,
+                    notes: 0,
                     datagrams: lanes * limits.datagrams,
                     queued: 4 * qps + lanes,
                     timers: 2 * qps + 2 * lanes,

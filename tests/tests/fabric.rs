@@ -1,0 +1,185 @@
+//! Connected transports between two hosts, over NICs of both on the same network, which fake ones play.
+#![allow(missing_docs, reason = "a test program")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use freeflow_backend::verbs::fake::{FakeNic, Script};
+use freeflow_tests::bed::{Bed, eventually};
+use freeflow_tests::guest::mem::Placement;
+use freeflow_tests::guest::verbs::{Op, Rc, Remote, SendWr, Wc};
+use freeflow_tests::rng::Rng;
+use freeflow_tests::router::RouterSpec;
+use virtio_rdma::ib::{QpState, WcOpcode, WcStatus};
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn bed(script: Script) -> (Arc<FakeNic>, Bed) {
+    let nic = Arc::new(FakeNic::new(script));
+    let bed = Bed::with(&RouterSpec::of(2).between(nic.clone()), Placement::Contiguous);
+    (nic, bed)
+}
+
+fn scripts() -> [Script; 3] {
+    [Script::default(), Script::shuffled(1), Script::shuffled(2)]
+}
+
+#[test]
+fn a_write_goes_from_nic_to_nic() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(8192);
+        let bytes = Rng::new(1).bytes(5000);
+        a.mr.write(100, &bytes);
+        a.qp.post(SendWr::new(7, Op::Write(b.mr.remote(33)), &[a.mr.sge(100, 5000)])).unwrap();
+        let wc = a.cq.next().ok();
+        assert_eq!((wc.wr_id(), wc.opcode(), wc.qpn()), (7, WcOpcode::RdmaWrite, a.qp.number()));
+        assert_eq!(b.mr.read(33, 5000), bytes);
+        assert!(b.cq.poll().is_none(), "the responder sees no completion");
+        assert_eq!((nic.counts().sent, nic.counts().bytes), (1, 5000));
+        let paths: Vec<_> = bed.router.router().qps().into_iter().filter_map(|qp| qp.path).collect();
+        assert_eq!(paths, ["verbs"]);
+    }
+}
+
+#[test]
+fn a_send_finds_its_receive_on_the_peers_nic() {
+    for script in scripts() {
+        let (nic, bed) = bed(script);
+        let (a, b) = bed.pair(8192);
+        for i in 0..4u8 {
+            a.mr.fill(1000 * usize::from(i), 500, i + 1);
+            let sge = a.mr.sge(1000 * usize::from(i), 500);
+            a.qp.post(SendWr::new(10 + u64::from(i), Op::SendImm(i.into()), &[sge])).unwrap();
+        }
+        // Nobody waits on the NIC for a receive: what has none is not given to it.
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!((nic.counts().sent, nic.counts().not_ready), (0, 0));
+        (0..4).for_each(|i| b.qp.post_recv(i, &[b.mr.sge(1000 * i as usize, 1000)]).unwrap());
+        for i in 0..4u8 {
+            let (sent, got) = (a.cq.next().ok(), b.cq.next().ok());
+            assert_eq!((sent.wr_id(), sent.opcode()), (10 + u64::from(i), WcOpcode::Send));
+            assert_eq!((got.wr_id(), got.opcode(), got.qpn()), (i.into(), WcOpcode::Recv, b.qp.number()));
+            assert_eq!((got.byte_len(), got.imm()), (500, Some(i.into())));
+            assert_eq!(b.mr.read(1000 * usize::from(i), 501), [vec![i + 1; 500], vec![0]].concat());
+        }
+        assert_eq!((nic.counts().sent, nic.counts().not_ready), (4, 0));
+    }
+}
+
+/// Paths of the queue pairs of the first host that have sent something, and why these.
+fn paths(bed: &Bed) -> Vec<(String, String)> {
+    let qps = bed.router.router().qps();
+    qps.into_iter().filter_map(|qp| Some((qp.path?, qp.why.unwrap_or_default()))).collect()
+}
+
+fn write_over(bed: &Bed) -> Vec<(String, String)> {
+    let (a, b) = bed.pair(4096);
+    a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"x")).unwrap();
+    a.cq.next().ok();
+    assert_eq!(b.mr.read(0, 1), b"x");
+    paths(bed)
+}
+
+#[test]
+fn messages_in_lists_are_asked_receives_for_together_and_their_bytes_not_touched() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(1 << 16);
+    for round in 0..10 {
+        (0..64).for_each(|i| b.qp.post_recv(64 * round + i, &[b.mr.sge(1000 * i as usize, 1000)]).unwrap());
+        let sge = [a.mr.sge(0, 1000)];
+        let list: Vec<_> = (0..64).map(|i| SendWr::new(64 * round + i, Op::Send, &sge)).collect();
+        a.qp.post_send(&list).unwrap();
+        let (sent, got) = (a.cq.take(64), b.cq.take(64));
+        assert!(sent.iter().chain(&got).all(|wc| wc.status() == WcStatus::Success), "{round}");
+        assert!(got.iter().map(Wc::wr_id).eq(64 * round..64 * (round + 1)), "in order");
+    }
+    let counters = bed.router.status(0).counters;
+    assert_eq!((nic.counts().sent, counters.nic_wqes, counters.copied_bytes), (640, 640, 0));
+}
+
+#[test]
+fn a_key_that_is_gone_is_refused_and_the_next_one_found() {
+    let (_nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    let write = |key: Remote| {
+        a.qp.post(SendWr::inline(1, Op::Write(key), b"x")).unwrap();
+        a.cq.next().status()
+    };
+    let (first, second) = (b.pd.reg_new(4096).unwrap(), b.pd.reg_new(4096).unwrap());
+    assert_eq!((write(first.remote(0)), write(second.remote(0))), (WcStatus::Success, WcStatus::Success));
+    let gone = first.remote(0);
+    drop(first);
+    assert_eq!(write(second.remote(8)), WcStatus::Success);
+    assert_eq!(write(gone), WcStatus::RemAccessErr);
+}
+
+#[test]
+fn a_host_without_a_nic_and_one_on_another_network_are_reached_over_tcp() {
+    let nic = Arc::new(FakeNic::new(Script::default()));
+    let one_without = RouterSpec { off_nic: 1, ..RouterSpec::of(2).between(nic.clone()) };
+    let bed = Bed::with(&one_without, Placement::Contiguous);
+    assert_eq!(write_over(&bed)[0].0, "tcp");
+    assert_eq!(nic.counts().sent, 0);
+}
+
+#[test]
+fn without_a_link_new_connections_go_over_tcp_and_with_one_again_over_the_nic() {
+    let (nic, bed) = bed(Script::default());
+    let first = bed.pair(4096);
+    let go = |(a, b): &(Rc, Rc)| {
+        a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"x")).unwrap();
+        a.cq.next().ok();
+        nic.counts().sent
+    };
+    assert_eq!(go(&first), 1);
+    nic.set_link(false);
+    std::thread::sleep(Duration::from_millis(50));
+    let second = bed.pair(4096);
+    assert_eq!((go(&second), go(&first), go(&second)), (1, 2, 2), "a queue pair keeps its way");
+    nic.set_link(true);
+    std::thread::sleep(Duration::from_millis(50));
+    let third = bed.pair(4096);
+    assert_eq!(go(&third), 3);
+}
+
+#[test]
+fn a_queue_pair_that_breaks_on_one_nic_fails_at_both_ends() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"x")).unwrap();
+    a.cq.next().ok();
+    nic.qps().into_iter().for_each(|number| nic.break_qp(number));
+    for end in [&a, &b] {
+        eventually("the failure", SOON, || end.qp.state().unwrap() == QpState::Err);
+    }
+    assert_eq!(write_over(&bed)[0].0, "verbs", "others are not concerned");
+}
+
+#[test]
+fn a_host_that_leaves_takes_its_connections_with_it() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(SendWr::inline(1, Op::Write(b.mr.remote(0)), b"x")).unwrap();
+    a.cq.next().ok();
+    bed.router.mesh().leave(0, 1);
+    eventually("the failure", SOON, || a.qp.state().unwrap() == QpState::Err);
+    eventually("its end on the NIC", SOON, || nic.qps().len() == 1);
+}
+
+#[test]
+fn nothing_stays_on_the_nics() {
+    let (nic, bed) = bed(Script::default());
+    {
+        let (a, b) = bed.pair(4096);
+        b.qp.post_recv(1, &[b.mr.sge(0, 8)]).unwrap();
+        a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+        a.cq.next().ok();
+        assert_eq!((nic.counts().pds, nic.counts().mrs, nic.counts().qps), (2, 2, 2));
+    }
+    drop(bed);
+    eventually("all is gone", SOON, || {
+        let counts = nic.counts();
+        (counts.pds, counts.mrs, counts.cqs, counts.qps) == (0, 0, 0, 0)
+    });
+}
