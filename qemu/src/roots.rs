@@ -17,7 +17,8 @@ use crate::progress::Steps;
 const GUEST_PACKAGES: &str = "mount,kmod,procps,iproute2,iputils-ping,ethtool,strace,rdma-core,ibverbs-utils,\
     ibverbs-providers,rdmacm-utils,perftest,python3-pyverbs";
 /// What comes on top of that for [`Software::Apps`].
-const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,openmpi-bin,python3-mpi4py,iperf3,e2fsprogs,netcat-traditional";
+const APP_PACKAGES: &str = "ucx-utils,libfabric-bin,openmpi-bin,python3-mpi4py,iperf3,e2fsprogs,netcat-traditional,\
+    redis-server,nginx,curl,socat";
 
 /// A Debian release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]

@@ -107,7 +107,11 @@ pub fn pair(addresses: [&str; 2]) -> Result<[Namespace; 2]> {
     Ok(hosts)
 }
 
-fn ip(arguments: &[&str]) -> Result<()> {
+/// `ip`.
+///
+/// # Errors
+/// When that fails.
+pub fn ip(arguments: &[&str]) -> Result<()> {
     let output = Command::new("ip").args(arguments).output().context("cannot run ip (Debian package iproute2)")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "ip {}: {}", arguments.join(" "), said.trim());

@@ -6,6 +6,7 @@ use super::alternate;
 use super::table::{Bar, Row};
 use crate::e2e::bed::Bed;
 use crate::e2e::guest::{Distro, Guest, Kind, Vmm};
+use crate::e2e::hosts::Layout;
 use crate::e2e::pair::{PATIENCE, Pair, judge};
 use crate::e2e::perf::{Perf, Program, READ_LAT, WRITE_BW};
 use crate::e2e::router::address_of;
@@ -24,7 +25,7 @@ DEV=rxe0; rescan";
 /// # Errors
 /// When the guest or a program in it fails.
 pub fn rows(vmm: Vmm) -> Result<Vec<Row>> {
-    let bed = Bed::start(&[Kind::base(vmm, Distro::Trixie)], 1, 1)?;
+    let bed = Bed::start(&[Kind::base(vmm, Distro::Trixie)], 1, Layout::ONE)?;
     let guest = bed.guest(0)?;
     guest.must(RXE).context("rxe does not work in the guest")?;
     let (least, bandwidth_count, most, latency_count) = match vmm {

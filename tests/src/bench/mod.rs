@@ -8,6 +8,7 @@
 //! * [`verbs`]: what the path over the host's NIC costs by itself.
 //! * [`rxe`]: the same path over the kernel's rxe, beside perftest on that.
 //! * [`hosts`]: between two hosts, beside TCP.
+//! * [`overlay`]: what guests of two hosts have without us.
 //! * [`guests`]: stock perftest in real guests, on our device and on the kernel's rxe.
 //! * [`peers`]: UCX and libfabric on the same cores.
 //! * [`table`]: the figures, for people and as JSON.
@@ -17,6 +18,7 @@ pub mod guests;
 pub mod hosts;
 pub mod idle;
 pub mod noise;
+pub mod overlay;
 pub mod path;
 pub mod peers;
 pub mod rxe;

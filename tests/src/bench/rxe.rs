@@ -16,6 +16,7 @@ use super::traffic::{Kind as Operation, Traffic};
 use crate::bed::Bed as Routed;
 use crate::e2e::bed::Bed;
 use crate::e2e::guest::{Distro, Guest, Kind, Vmm};
+use crate::e2e::hosts::Layout;
 use crate::e2e::pair::PATIENCE;
 use crate::e2e::perf::{Perf, Program, READ_LAT, WRITE_BW};
 use crate::guest::GuestConfig;
@@ -89,7 +90,7 @@ impl Measure {
 /// # Errors
 /// When the guest or a program in it fails.
 pub fn rows() -> Result<Vec<Row>> {
-    let bed = Bed::start(&[Kind::base(Vmm::Uml, Distro::Trixie)], 1, 1)?;
+    let bed = Bed::start(&[Kind::base(Vmm::Uml, Distro::Trixie)], 1, Layout::ONE)?;
     let host = bed.guest(0)?;
     host.must(RXE).context("rxe does not work in the guest")?;
     let own = std::env::current_exe().context("where is this program?")?;

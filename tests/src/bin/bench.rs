@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use freeflow_tests::bench::{guests, hosts, idle, noise, path, peers, rxe, scale, table, verbs};
+use freeflow_tests::bench::{guests, hosts, idle, noise, overlay, path, peers, rxe, scale, table, verbs};
 use freeflow_tests::e2e::guest::Vmm;
 use freeflow_tests::e2e::interrupt;
 
@@ -45,6 +45,8 @@ enum Part {
     Rxe,
     /// Between two hosts.
     Hosts,
+    /// Between guests of two hosts, beside their TCP over VXLAN.
+    Overlay,
     /// UCX and libfabric.
     Peers,
     /// Perftest in real guests.
@@ -101,6 +103,10 @@ fn run(args: &Args) -> Result<()> {
     if wanted(Part::Rxe) && !args.no_guests {
         rows.extend(rxe_rows()?);
         eprintln!("the path over rxe is measured");
+    }
+    if wanted(Part::Overlay) && !args.no_guests {
+        rows.extend(if_it_goes("between guests of two hosts", overlay::rows())?);
+        eprintln!("the network without us is measured");
     }
     if wanted(Part::Guests) && !args.no_guests {
         for vmm in [Vmm::Uml, Vmm::Qemu] {

@@ -1,6 +1,6 @@
 //! Libraries, programs and kernel users of RDMA that applications build on: `freeflow-e2e apps`, one list.
 //!
-//! To add a program, add it to [`APPS`], to [`MPI`], to [`RDMA_CM`] or to [`KERNEL_USERS`].
+//! To add a program, add it to [`APPS`], to [`MPI`], to [`RDMA_CM`], to [`SERVERS`] or to [`KERNEL_USERS`].
 
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use super::pair::Pair;
 use super::rdma_cm::RDMA_CM;
 use super::report::{Figure, Outcome};
 use super::router::address_of;
+use super::servers::SERVERS;
 use super::suite::{Check, Scene};
 
 /// How long one program may take.
@@ -159,7 +160,7 @@ fn pingpong_last(output: &str) -> Option<f64> {
 
 /// All of them.
 fn all() -> impl Iterator<Item = &'static App> {
-    APPS.iter().chain(MPI).chain(RDMA_CM).chain(KERNEL_USERS)
+    APPS.iter().chain(MPI).chain(RDMA_CM).chain(SERVERS).chain(KERNEL_USERS)
 }
 
 /// All entries in two guests of a distribution.

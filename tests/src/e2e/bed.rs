@@ -10,6 +10,7 @@ use freeflow_backend::Objects;
 use tempfile::TempDir;
 
 use super::guest::{AGENT, Guest, Kind, Site};
+use super::hosts::{Layout, Network};
 use super::router::{RouterProcess, name_of};
 
 /// Makes network names unique in this process.
@@ -24,25 +25,45 @@ pub struct Bed {
     kinds: Vec<Kind>,
     idle: Vec<Objects>,
     net: String,
+    layout: Layout,
     dir: TempDir,
 }
 
 impl Bed {
     /// Starts a router and one guest of each kind given, and waits until they are ready. Each virtual NIC has `spread`
-    /// workers and completion vectors. With several hosts each has a router, and virtual NICs in turn.
-    pub fn start(kinds: &[Kind], spread: u16, hosts: usize) -> Result<Self> {
+    /// workers and completion vectors. With several hosts each has a router.
+    pub fn start(kinds: &[Kind], spread: u16, layout: Layout) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("freeflow-e2e-").tempdir().context("cannot make a folder")?;
         fs::create_dir(dir.path().join("share"))?;
         fs::write(dir.path().join("share/agent"), AGENT).context("cannot write the agent")?;
-        let router = RouterProcess::start(dir.path(), kinds.len(), spread, hosts)?;
+        let router = RouterProcess::start(dir.path(), kinds.len(), spread, layout)?;
         let net = format!("e2e-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
         let idle = vec![Objects::default(); kinds.len()];
-        let mut bed = Self { guests: Vec::new(), router, kinds: kinds.to_vec(), idle, net, dir };
+        let mut bed = Self { guests: Vec::new(), router, kinds: kinds.to_vec(), idle, net, layout, dir };
         bed.guests = (0..kinds.len()).map(|nic| bed.boot(nic).map(Some)).collect::<Result<_>>()?;
         for nic in 0..kinds.len() {
             bed.wait_ready(nic)?;
         }
+        if layout.network == Network::Vxlan {
+            bed.join_by_vxlan().context("no VXLAN")?;
+        }
         Ok(bed)
+    }
+
+    fn join_by_vxlan(&self) -> Result<()> {
+        let hosts = self.router.hosts()?;
+        (0..self.layout.hosts)
+            .try_for_each(|host| hosts.join_by_vxlan(host, &format!("freeflow-{}", self.net_of(host))))?;
+        // VXLAN takes 50 bytes of each packet.
+        self.guests.iter().flatten().try_for_each(|guest| guest.must("ip link set eth0 mtu 1450").map(drop))
+    }
+
+    /// The network that the guest of a virtual NIC is on, as the launcher calls it.
+    fn net_of(&self, nic: usize) -> String {
+        match self.layout.network {
+            Network::Bridge => self.net.clone(),
+            Network::Vxlan => format!("{}-{}", self.net, nic % self.layout.hosts),
+        }
     }
 
     /// The folder that all guests see as `/share`.
@@ -51,8 +72,8 @@ impl Bed {
     }
 
     fn boot(&self, nic: usize) -> Result<Guest> {
-        let share = self.share();
-        Guest::start(self.kinds[nic], &Site { share: &share, net: &self.net, socket: self.router.socket(nic), nic })
+        let (share, net) = (self.share(), self.net_of(nic));
+        Guest::start(self.kinds[nic], &Site { share: &share, net: &net, socket: self.router.socket(nic), nic })
     }
 
     fn wait_ready(&mut self, nic: usize) -> Result<()> {

@@ -9,6 +9,7 @@ use super::apps;
 use super::conformance;
 use super::demo;
 use super::guest::{Distro, Kind, Vmm};
+use super::hosts::{Layout, Source};
 use super::interrupt::{self, Interrupted};
 use super::lists;
 use super::report::Reporter;
@@ -18,6 +19,7 @@ const EXAMPLES: &str = "Examples:
   freeflow-e2e demo                       the main job: perftest between two QEMU guests, and a table
   freeflow-e2e demo --vmm uml --json      the same in User-mode Linux, as JSON
   freeflow-e2e demo --hosts 2             the same on two hosts, each with a router, over TCP between them
+  freeflow-e2e demo --hosts 2 --directory etcd  ... that find each other by etcd
   freeflow-e2e test                       what `make test` runs in real guests
   freeflow-e2e test --filter kill         only the checks that have `kill` in their line
   freeflow-e2e matrix --part 2/40         the second fortieth of the full product
@@ -86,6 +88,15 @@ struct HostsArgs {
     /// Spread the guests over so many hosts: network namespaces, each with a router of its own, joined by a bridge.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=4))]
     hosts: u8,
+    /// How several hosts know where virtual NICs are.
+    #[arg(long, value_enum, default_value = "file")]
+    directory: Source,
+}
+
+impl HostsArgs {
+    fn layout(&self) -> Layout {
+        Layout { directory: self.directory, ..Layout::on(self.hosts.into()) }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -155,13 +166,14 @@ fn run(cli: &Cli) -> Result<bool> {
         Command::Demo(args) => {
             let mut reporter = Reporter::default();
             let kind = Kind::base(args.vmm, args.distro);
-            println!("{}", demo::run(kind, args.hosts.hosts.into(), args.json, &mut reporter)?);
+            println!("{}", demo::run(kind, args.hosts.layout(), args.json, &mut reporter)?);
             Ok(reporter.is_success())
         }
         Command::Test(args) => {
             let mut scenes = if args.quick { lists::quick() } else { lists::full() };
             for scene in &mut scenes {
-                scene.hosts = scene.hosts.max(args.hosts.hosts.into());
+                let wanted = args.hosts.layout();
+                scene.layout = Layout { hosts: scene.layout.hosts.max(wanted.hosts), ..wanted };
             }
             run_scenes(&scenes, &args.filter)
         }
@@ -181,7 +193,7 @@ fn run(cli: &Cli) -> Result<bool> {
 fn run_apps(args: &AppsArgs) -> Result<bool> {
     let mut reporter = Reporter::new(args.filter.filter.clone());
     for distro in Distro::value_variants().iter().filter(|distro| args.distro.is_none_or(|wanted| wanted == **distro)) {
-        Scene { hosts: args.hosts.hosts.into(), ..apps::scene(*distro) }.run(&mut reporter)?;
+        Scene { layout: args.hosts.layout(), ..apps::scene(*distro) }.run(&mut reporter)?;
     }
     if args.filter.json {
         println!("{}", serde_json::to_string_pretty(reporter.outcomes())?);

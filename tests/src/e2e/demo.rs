@@ -8,6 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::apps;
 use super::bed::Bed;
 use super::guest::Kind;
+use super::hosts::Layout;
 use super::pair;
 use super::perf::{Perf, Pingpong, PingpongKind, Program, Row, TOOLS};
 use super::rdma_cm::RPING;
@@ -27,17 +28,18 @@ fn programs() -> Vec<Program> {
 }
 
 /// Runs the demonstration; what to print on standard output.
-pub fn run(kind: Kind, hosts: usize, json: bool, reporter: &mut Reporter) -> Result<String> {
+pub fn run(kind: Kind, layout: Layout, json: bool, reporter: &mut Reporter) -> Result<String> {
     kind.prepare()?;
+    let hosts = layout.hosts;
     let guests = hosts.max(2);
     match hosts {
         1 => eprintln!("starting a router and two guests ({kind})"),
-        _ => eprintln!("starting {hosts} hosts, each with a router and a guest ({kind})"),
+        _ => eprintln!("starting {layout}, each with a router and a guest ({kind})"),
     }
     let start = Instant::now();
-    let bed = Bed::start(&vec![kind; guests], 1, hosts)?;
+    let bed = Bed::start(&vec![kind; guests], 1, layout)?;
     eprintln!("the guests are up after {:.0} s", start.elapsed().as_secs_f64());
-    let place = if hosts == 1 { format!("{kind}, two guests") } else { format!("{kind}, on {hosts} hosts") };
+    let place = if hosts == 1 { format!("{kind}, two guests") } else { format!("{kind}, on {layout}") };
     for (turn, program) in programs().into_iter().enumerate() {
         // Each program to the next guest.
         let client = 1 + turn % (guests - 1);

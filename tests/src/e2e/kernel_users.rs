@@ -25,34 +25,39 @@ const SMC_R: App = App::steps("SMC-R under an unmodified web server and client",
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What goes before a program that is to use SMC.
-const PRELOAD: &str = "export LD_PRELOAD=/share/libfreeflow_smc.so";
+pub(crate) const PRELOAD: &str = "export LD_PRELOAD=/share/libfreeflow_smc.so";
 
 /// The file goes over the virtual NIC, and nothing but our library says so to the programs.
 fn smc(bed: &Bed) -> Result<String> {
-    let (output, carried) = with_smc(bed, [PRELOAD; 2])?;
+    let (output, carried) = with_smc(bed, || web(bed, [PRELOAD; 2], "listens 8080"))?;
     ensure!(carried >= WEB_BYTES, "only {carried} bytes went over the virtual NIC\n{output}");
     Ok(output)
 }
 
 /// A server without SMC is reached over TCP.
 fn smc_to_tcp(bed: &Bed) -> Result<String> {
-    let (output, carried) = with_smc(bed, ["", PRELOAD])?;
+    let (output, carried) = with_smc(bed, || web(bed, ["", PRELOAD], "listens 8080"))?;
     ensure!(carried < WEB_BYTES, "{carried} bytes went over the virtual NIC\n{output}");
     Ok(output)
 }
 
-/// What the web server and client printed, and how many bytes the virtual NIC carried meanwhile.
-fn with_smc(bed: &Bed, prepare: [&str; 2]) -> Result<(String, u64)> {
-    let library = sibling("FREEFLOW_SMC_LIB", "libfreeflow_smc.so")?;
-    fs::copy(&library, bed.share().join("libfreeflow_smc.so")).context("cannot hand the library to the guests")?;
+/// What programs printed in two guests that have SMC, and how many bytes their virtual NICs sent meanwhile.
+pub(super) fn with_smc(bed: &Bed, talk: impl FnOnce() -> Result<String>) -> Result<(String, u64)> {
+    load_smc(bed)?;
     let ends = [bed.guest(0)?, bed.guest(1)?];
-    each(ends, "modprobe smc")?;
-    let before = bed.router.nics()?[0].counters.send_bytes;
-    let output = web(bed, prepare, "listens 8080");
-    let carried = bed.router.nics()?[0].counters.send_bytes - before;
+    let before = bed.router.sent_bytes()?;
+    let output = talk();
+    let carried = bed.router.sent_bytes()? - before;
     each(ends, NEW_DEVICE)?;
     each(ends, NO_SMC)?;
     Ok((output?, carried))
+}
+
+/// Gives two guests SMC, and the library that [`PRELOAD`] names.
+pub(crate) fn load_smc(bed: &Bed) -> Result<()> {
+    let library = sibling("FREEFLOW_SMC_LIB", "libfreeflow_smc.so")?;
+    fs::copy(&library, bed.share().join("libfreeflow_smc.so")).context("cannot hand the library to the guests")?;
+    each([bed.guest(0)?, bed.guest(1)?], "modprobe smc")
 }
 
 /// Has the device go and come again. SMC keeps its queue pairs for ten minutes, and `ib_core` the completion queues of its pool, for

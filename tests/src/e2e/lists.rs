@@ -1,6 +1,7 @@
 //! What is run where: for `make test`, small and complete; for `make matrix`, the full product.
 
 use super::guest::{Distro, Kind, Vmm};
+use super::hosts::Layout;
 use super::nic;
 use super::perf::{
     MORE_TOOLS, Measure, Perf, Pingpong, PingpongKind, Program, READ_BW, SEND_BW, SEND_LAT, Sizes, TOOLS, Tool, UD_BW,
@@ -42,7 +43,7 @@ pub fn full() -> Vec<Scene> {
         Scene::new(vec![UML_TRIXIE, QEMU_TRIXIE], both_ways()),
         Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(managed()).chain(Check::life())),
         Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
-        Scene { hosts: 2, ..Scene::new(vec![UML_TRIXIE; 2], between_hosts().chain(managed())) },
+        Scene { layout: Layout::on(2), ..Scene::new(vec![UML_TRIXIE; 2], between_hosts().chain(managed())) },
         Scene::new(vec![UML_TRIXIE], nic::FEW.into_iter().map(|name| Check::OverNic(0, name))),
     ]
 }

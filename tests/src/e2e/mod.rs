@@ -6,7 +6,7 @@
 //! * [`demo`] is the main job, [`conformance`] rdma-core's own tests beside rxe, [`apps`] what applications build on,
 //!   [`probes`] what is not offered, [`processes`] forks and threads.
 //!   [`nic`] is the path over a host's RDMA NIC,
-//!   [`paging`] memory that is not pinned; [`mpi`], [`rdma_cm`] and [`kernel_users`] among it.
+//!   [`paging`] memory that is not pinned; [`mpi`], [`rdma_cm`], [`kernel_users`] and [`servers`] among it.
 
 pub mod apps;
 pub mod bed;
@@ -30,5 +30,6 @@ pub mod processes;
 pub mod rdma_cm;
 pub mod report;
 pub mod router;
+pub mod servers;
 pub mod solo;
 pub mod suite;

@@ -71,7 +71,8 @@ pub const SUITES: [Suite; 30] = [
     Suite { arguments: "--test-threads=2 --skip a_deaf_destination", ..suite("hostile_guest") },
     suite("hostile_verbs"),
     Suite { arguments: "--test-threads=2 --skip connecting_again_and_again", ..suite("hostile_vmm") },
-    carried("lifecycle", 1),
+    // Memory that a NIC has pinned stays when its file is cut short, and traffic goes on.
+    Suite { arguments: "--test-threads=2 --skip memory_truncated", ..carried("lifecycle", 1) },
     suite("mcast"),
     // A tenth of its operations: each is some system calls, which are dear in the guest.
     Suite { settings: "FREEFLOW_OPS=4000", ..carried("model", 1) },

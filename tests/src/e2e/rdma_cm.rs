@@ -75,7 +75,7 @@ fn served(bed: &Bed, server: &str, ready: &str, client: &str) -> Result<String> 
 }
 
 /// Waits until a condition of the shell holds.
-pub(super) fn wait_until(guest: &Guest, condition: &str) -> Result<()> {
+pub(crate) fn wait_until(guest: &Guest, condition: &str) -> Result<()> {
     let wait = format!(
         "for turn in {{1..400}}; do {{ {condition}; }} 2>/dev/null && exit; tick; done; cat /tmp/served; exit 1"
     );

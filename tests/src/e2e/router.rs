@@ -15,7 +15,7 @@ use freeflow_router::cluster::status::HostState;
 use nix::sys::signal::Signal;
 
 use super::child::{Owned, sibling};
-use super::hosts::{self, Hosts};
+use super::hosts::{self, Hosts, Layout};
 use super::interrupt::wait_for;
 
 /// How long objects may take to go.
@@ -27,7 +27,7 @@ const SETTLE: Duration = Duration::from_secs(20);
 pub struct RouterProcess {
     daemons: Vec<Daemon>,
     /// After the daemons: they are in its namespaces.
-    _hosts: Option<Hosts>,
+    hosts: Option<Hosts>,
 }
 
 /// One of them.
@@ -48,25 +48,32 @@ pub fn name_of(nic: usize) -> &'static str {
 }
 
 impl RouterProcess {
-    /// Starts one on each of `hosts`, with this many virtual NICs in all, each of which has `spread` workers and completion vectors; their
+    /// Starts one on each host, with this many virtual NICs in all, each of which has `spread` workers and completion vectors; their
     /// files go into `dir`.
-    pub fn start(dir: &Path, nics: usize, spread: u16, hosts: usize) -> Result<Self> {
+    pub fn start(dir: &Path, nics: usize, spread: u16, layout: Layout) -> Result<Self> {
+        let hosts = layout.hosts;
         if hosts == 1 {
             let daemon = Daemon::start(dir, &configuration(dir, 0..nics, spread), freeflow_router()?)?;
-            return Ok(Self { daemons: vec![daemon], _hosts: None });
+            return Ok(Self { daemons: vec![daemon], hosts: None });
         }
-        let net = Hosts::new(dir, hosts, nics).context("no hosts")?;
+        let net = Hosts::new(dir, layout, nics).context("no hosts")?;
         let daemon = |host: usize| {
             let own = dir.join(format!("host{}", host + 1));
             std::fs::create_dir(&own).context("cannot make a folder")?;
-            let text = configuration(&own, (host..nics).step_by(hosts), spread) + &hosts::cluster_of(dir, host);
+            let text = configuration(&own, (host..nics).step_by(hosts), spread)
+                + &hosts::cluster_of(dir, layout.directory, host);
             let command = net.space(host).command(&freeflow_router()?.get_program().to_string_lossy());
             Daemon::start(&own, &text, command)
         };
         let daemons = (0..hosts).map(daemon).collect::<Result<_>>()?;
-        let routers = Self { daemons, _hosts: Some(net) };
+        let routers = Self { daemons, hosts: Some(net) };
         wait_for("sessions between the hosts", Duration::from_secs(20), || routers.are_joined())?;
         Ok(routers)
+    }
+
+    /// What is between several hosts.
+    pub fn hosts(&self) -> Result<&Hosts> {
+        self.hosts.as_ref().context("there is one host")
     }
 
     fn daemon_of(&self, nic: usize) -> &Daemon {
@@ -115,6 +122,11 @@ impl RouterProcess {
     /// Counters of a virtual NIC.
     pub fn counters(&self, nic: usize) -> Result<CounterValues> {
         Ok(self.nics()?.swap_remove(nic).counters)
+    }
+
+    /// Bytes that all virtual NICs have sent.
+    pub fn sent_bytes(&self) -> Result<u64> {
+        Ok(self.nics()?.iter().map(|nic| nic.counters.send_bytes).sum())
     }
 
     /// Objects of a virtual NIC.

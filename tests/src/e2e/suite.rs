@@ -6,6 +6,7 @@ use super::apps::{self, App};
 use super::bed::Bed;
 use super::conformance;
 use super::guest::Kind;
+use super::hosts::Layout;
 use super::life::{SCENARIOS, Scenario};
 use super::nic;
 use super::paging;
@@ -59,8 +60,8 @@ pub struct Scene {
     pub kinds: Vec<Kind>,
     /// Workers and completion vectors of each virtual NIC.
     pub spread: u16,
-    /// Hosts that the guests are on, in turn.
-    pub hosts: usize,
+    /// Hosts that the guests are on.
+    pub layout: Layout,
     /// In this order.
     pub checks: Vec<Check>,
 }
@@ -190,7 +191,7 @@ impl Part {
 impl Scene {
     /// With one worker.
     pub fn new(kinds: Vec<Kind>, checks: impl Iterator<Item = Check>) -> Self {
-        Self { kinds, spread: 1, hosts: 1, checks: checks.collect() }
+        Self { kinds, spread: 1, layout: Layout::ONE, checks: checks.collect() }
     }
 
     /// For people.
@@ -198,7 +199,7 @@ impl Scene {
         let names: Vec<String> = self.kinds.iter().map(ToString::to_string).collect();
         let guests = if names.iter().all(|name| *name == names[0]) { names[0].clone() } else { names.join("+") };
         let workers = if self.spread == 1 { String::new() } else { format!("/{} workers", self.spread) };
-        let hosts = if self.hosts == 1 { String::new() } else { format!("/{} hosts", self.hosts) };
+        let hosts = if self.layout.hosts == 1 { String::new() } else { format!("/{}", self.layout) };
         guests + &workers + &hosts
     }
 
@@ -225,7 +226,7 @@ impl Scene {
         let mut bed = None;
         reporter.check(place, "boot", || {
             self.kinds.iter().try_for_each(|kind| kind.prepare())?;
-            bed = Some(Bed::start(&self.kinds, self.spread, self.hosts).context("no bed")?);
+            bed = Some(Bed::start(&self.kinds, self.spread, self.layout).context("no bed")?);
             Ok(None)
         })?;
         Ok(bed)
