@@ -95,7 +95,10 @@ pub const SUITES: [Suite; 30] = [
         arguments: "--test-threads=2 --skip send_longer_than_the_receive",
         ..between("errors between hosts", "errors", 1)
     },
-    between("lifecycle between hosts", "lifecycle", 1),
+    Suite {
+        arguments: "--test-threads=2 --skip memory_truncated",
+        ..between("lifecycle between hosts", "lifecycle", 1)
+    },
     Suite { settings: "FREEFLOW_OPS=4000", ..between("model between hosts", "model", 1) },
 ];
 
