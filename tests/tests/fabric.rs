@@ -123,6 +123,14 @@ fn a_host_without_a_nic_and_one_on_another_network_are_reached_over_tcp() {
     assert_eq!(nic.counts().sent, 0);
 }
 
+/// Returns when hosts have heard of it.
+fn set_link(nic: &FakeNic, up: bool) {
+    nic.set_link(up);
+    eventually("hearing of it", SOON, || !nic.has_trouble());
+    // What is heard is done at once.
+    std::thread::sleep(Duration::from_millis(50));
+}
+
 #[test]
 fn without_a_link_new_connections_go_over_tcp_and_with_one_again_over_the_nic() {
     let (nic, bed) = bed(Script::default());
@@ -133,12 +141,10 @@ fn without_a_link_new_connections_go_over_tcp_and_with_one_again_over_the_nic() 
         nic.counts().sent
     };
     assert_eq!(go(&first), 1);
-    nic.set_link(false);
-    std::thread::sleep(Duration::from_millis(50));
+    set_link(&nic, false);
     let second = bed.pair(4096);
     assert_eq!((go(&second), go(&first), go(&second)), (1, 2, 2), "a queue pair keeps its way");
-    nic.set_link(true);
-    std::thread::sleep(Duration::from_millis(50));
+    set_link(&nic, true);
     let third = bed.pair(4096);
     assert_eq!(go(&third), 3);
 }
@@ -165,6 +171,36 @@ fn a_host_that_leaves_takes_its_connections_with_it() {
     bed.router.mesh().leave(0, 1);
     eventually("the failure", SOON, || a.qp.state().unwrap() == QpState::Err);
     eventually("its end on the NIC", SOON, || nic.qps().len() == 1);
+}
+
+/// What waits for a receive is not begun while the queue is drained, however long that is.
+#[test]
+fn a_drained_queue_pair_goes_on_where_it_was() {
+    let (nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    a.qp.modify_state(QpState::Sqd).unwrap();
+    // Longer than all tries to reach a peer take.
+    assert!(a.cq.poll_for(Duration::from_secs(1)).is_none());
+    b.qp.post_recv(2, &[b.mr.sge(0, 8)]).unwrap();
+    a.qp.modify_state(QpState::Rts).unwrap();
+    assert_eq!((a.cq.next().status(), b.cq.next().status()), (WcStatus::Success, WcStatus::Success));
+    assert_eq!(nic.counts().sent, 1);
+}
+
+#[test]
+fn two_guests_that_are_stopped_at_once_stay_connected() {
+    let (_nic, bed) = bed(Script::default());
+    let (a, b) = bed.pair(4096);
+    let write = |from: &Rc, to: &Rc| {
+        from.qp.post(SendWr::inline(1, Op::Write(to.mr.remote(0)), b"x")).unwrap();
+        from.cq.next().status()
+    };
+    assert_eq!((write(&a, &b), write(&b, &a)), (WcStatus::Success, WcStatus::Success));
+    let bases: Vec<_> = bed.guests.iter().map(|guest| guest.stop_queues().unwrap()).collect();
+    bed.guests.iter().zip(&bases).for_each(|(guest, bases)| guest.start_queues_at(bases).unwrap());
+    assert_eq!((write(&a, &b), write(&b, &a)), (WcStatus::Success, WcStatus::Success));
 }
 
 #[test]

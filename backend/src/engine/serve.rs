@@ -139,7 +139,8 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
 fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
     let mut budget = Budget::full();
     // One for another host that was not posted has not started.
-    let waits = send.remote.is_some() && send.job.as_ref().is_some_and(|job| !job.is_under_way());
+    let is_elsewhere = send.remote.is_some() || send.nic.as_ref().is_some_and(|queue| queue.between.is_some());
+    let waits = is_elsewhere && send.job.as_ref().is_some_and(|job| !job.is_under_way());
     if !waits && let Some(job) = send.job.take() {
         let next = advance(ctx, nic, qp, &mut send, job, &mut budget);
         send.publish();

@@ -104,6 +104,11 @@ impl FakeNic {
         self.world.lock().tell(Trouble::Port { up });
     }
 
+    /// Whether a host has not heard yet of what has gone wrong.
+    pub fn has_trouble(&self) -> bool {
+        self.world.lock().has_trouble()
+    }
+
     /// It is pulled out: nothing that it has completes any more, and nothing can be made.
     pub fn remove(&self) {
         self.world.lock().remove();

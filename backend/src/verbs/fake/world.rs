@@ -370,6 +370,10 @@ impl World {
         out.append(trouble);
     }
 
+    pub fn has_trouble(&self) -> bool {
+        self.trouble.iter().any(|(list, _)| !list.is_empty())
+    }
+
     /// All hosts hear of it. Whose queue pair it is not takes no notice.
     pub fn tell(&mut self, trouble: Trouble) {
         for (list, event) in &mut self.trouble {

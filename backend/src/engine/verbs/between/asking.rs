@@ -337,6 +337,13 @@ fn look_ahead(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQu
     count
 }
 
+/// Whether something of the queue pair is on its way, or may be before it is visited again: when that is over, it says so itself.
+fn may_send(nic: &Nic, qp: &Qp) -> bool {
+    let works = matches!(qp.state(), QpState::Rts | QpState::Sqd | QpState::Sqe);
+    let is_quiet = qp.end().is_none_or(|end| end.is_quiet());
+    works && (nic.is_running() || !is_quiet)
+}
+
 impl Pairs {
     /// Another one, for a queue pair of this host that sends to one of the peer's.
     fn add(&mut self, nic: &Arc<Nic>, qp: &Arc<Qp>) -> Arc<Pair> {
@@ -353,8 +360,7 @@ impl Pairs {
         let known = self.asking.get(&note.pair());
         let there =
             known.and_then(|asking| Some((asking.pair.upgrade()?, asking.nic.upgrade()?, asking.qp.upgrade()?)));
-        let sends =
-            there.as_ref().is_some_and(|(.., qp)| matches!(qp.state(), QpState::Rts | QpState::Sqd | QpState::Sqe));
+        let sends = there.as_ref().is_some_and(|(_, nic, qp)| may_send(nic, qp));
         if let Note::Paired { pair, end: Err(Apart::NotThere) } = note
             && !sends
         {
