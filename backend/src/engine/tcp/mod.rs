@@ -28,4 +28,4 @@ pub(super) use datagram::send as send_datagram;
 pub use links::{Links, Tell};
 pub(super) use links::{flush, is_wanted, next_timer, poll, with_links};
 pub(super) use reap::settled;
-pub(super) use run::{open_of, run};
+pub(super) use run::{has_gid, open_of, run};

@@ -39,7 +39,7 @@ pub(in super::super) fn run(
         return None;
     }
     if let Some(remote) = &mut send.remote
-        && !may_send(nic, qp, remote)
+        && !has_gid(nic, qp, remote.source, &mut remote.gid_epoch)
     {
         // As to a peer that does not answer; what is under way ends first.
         return (send.handed_over() > 0).then_some(Next::At(ctx.now + WITHOUT_GID));
@@ -66,16 +66,16 @@ pub(in super::super) fn run(
     Some(next)
 }
 
-/// Whether the QP has its GID still.
-fn may_send(nic: &Nic, qp: &Qp, remote: &mut RemoteFlow) -> bool {
-    let epoch = nic.gid_epoch();
-    if remote.gid_epoch == epoch {
+/// Whether the QP has this GID still; it is looked for when its virtual NIC's have changed since `epoch`, which is [`Nic::gid_epoch`] of then.
+pub(in super::super) fn has_gid(nic: &Nic, qp: &Qp, source: Gid, epoch: &mut u64) -> bool {
+    let now = nic.gid_epoch();
+    if *epoch == now {
         return true;
     }
     let index = qp.attrs.lock().attr.av.sgid_index.get();
-    let has_it = nic.gids.load().get(index.into()) == Some(remote.source);
+    let has_it = nic.gids.load().get(index.into()) == Some(source);
     if has_it {
-        remote.gid_epoch = epoch;
+        *epoch = now;
     }
     has_it
 }

@@ -110,13 +110,7 @@ fn run_between(
     let on_nic = send.nic.as_ref().map_or(0, |queue| queue.posted.len());
     if send.handed_over() as usize > on_nic {
         // Messages that are on their way otherwise come first. What is in hand has the last of them bring us back.
-        if send.job.is_none() {
-            match serve::fetch(ctx, qp, send) {
-                Ok(job) => send.job = job.inspect(|_| ctx.count_op()),
-                Err(reason) => return Some(serve::give_up(nic, qp, reason)),
-            }
-        }
-        return Some(Next::Idle);
+        return Some(between::take_in_hand(ctx, nic, qp, send).err().unwrap_or(Next::Idle));
     }
     let next = post(ctx, nic, qp, send, Far::There, alone);
     send.publish();

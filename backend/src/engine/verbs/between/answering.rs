@@ -9,7 +9,7 @@ use freeflow_tcp::{Link, Nanos};
 use virtio_rdma::ib::Access;
 
 use super::super::{poll, stage};
-use super::Pairs;
+use super::{MOST_WANTED, Pairs};
 use crate::engine::complete::note_limit;
 use crate::engine::context::Context;
 use crate::engine::{Engine, cost, rc, tcp};
@@ -17,9 +17,6 @@ use crate::overlay::{Gid, NicId};
 use crate::qp::Taken;
 use crate::verbs::{Member, Target, Wish};
 use crate::wqe::Sge;
-
-/// Messages that one note may ask receives for: its masks have as many bits.
-const MOST_WANTED: u64 = 64;
 
 /// A queue pair of this host that the peer's sends to.
 #[derive(Debug)]
@@ -33,14 +30,6 @@ pub(super) struct Answering {
     given: u64,
     /// The last question that was answered so that the messages it was for go without the NIC, and the answer.
     declined: Option<(u64, Note)>,
-}
-
-/// Why no receive was given to the NIC.
-enum Withheld {
-    NotReady(Nanos),
-    NotForNic,
-    /// It has as many as it takes, or the queue pair is about to be flushed: the peer asks again.
-    Later,
 }
 
 impl Answering {
@@ -191,13 +180,8 @@ impl Pairs {
             let bit = 1 << (answering.given % MOST_WANTED);
             match give(ctx, answering, wanted.bare & bit != 0, wanted.solicited & bit != 0) {
                 Ok(()) => answering.given += 1,
-                Err(Withheld::Later) => break,
-                Err(Withheld::NotReady(wait)) => {
-                    short = Some(Short::NotReady(wait));
-                    break;
-                }
-                Err(Withheld::NotForNic) => {
-                    short = Some(Short::NotForNic);
+                Err(why) => {
+                    short = why;
                     break;
                 }
             }
@@ -217,12 +201,15 @@ impl Pairs {
 const REMOTE: Access = Access::REMOTE_READ.union(Access::REMOTE_WRITE).union(Access::REMOTE_ATOMIC);
 
 /// Gives the NIC the next receive, for a message that puts nothing there if it is `bare`.
-fn give(ctx: &mut Context, answering: &Answering, bare: bool, solicited: bool) -> Result<(), Withheld> {
+///
+/// # Errors
+/// Why not; `None` if it has as many as it takes, or the queue pair is about to be flushed: the peer asks again.
+fn give(ctx: &mut Context, answering: &Answering, bare: bool, solicited: bool) -> Result<(), Option<Short>> {
     let Member { nic, qp, end } = &answering.member;
     // As long as it is held nobody finds that there is none.
     let on_nic = end.recvs();
     if !on_nic.has_room() || !answering.is_ready() || !answering.is_connected() {
-        return Err(Withheld::Later);
+        return Err(None);
     }
     ctx.charge(cost::WQE);
     let mut job = ctx.new_job();
@@ -235,7 +222,7 @@ fn give(ctx: &mut Context, answering: &Answering, bare: bool, solicited: bool) -
             let given = if for_nic {
                 post(ctx, answering, on_nic, &job.recv, solicited, &sges)
             } else {
-                Err(Withheld::NotForNic)
+                Err(Some(Short::NotForNic))
             };
             if !for_nic {
                 qp.recv.lock().put_back(std::mem::take(&mut job.recv));
@@ -245,10 +232,10 @@ fn give(ctx: &mut Context, answering: &Answering, bare: bool, solicited: bool) -
         }
         Taken::Empty | Taken::TooShort => {
             let wait = rc::rnr_timer(qp.attrs.lock().attr.min_rnr_timer);
-            Err(Withheld::NotReady(Nanos(wait.as_nanos() as u64)))
+            Err(Some(Short::NotReady(Nanos(wait.as_nanos() as u64))))
         }
         // The message that it is for is told.
-        Taken::Malformed | Taken::Broken(_) => Err(Withheld::NotForNic),
+        Taken::Malformed | Taken::Broken(_) => Err(Some(Short::NotForNic)),
     };
     ctx.recycle(job);
     result
@@ -261,10 +248,10 @@ fn post(
     recv: &crate::wqe::Recv,
     solicited: bool,
     sges: &[Sge],
-) -> Result<(), Withheld> {
+) -> Result<(), Option<Short>> {
     let Member { nic, qp, end } = &answering.member;
     on_nic.post(recv, solicited, sges).map_err(|_| {
         poll::give_up(&ctx.engine, nic, qp, end);
-        Withheld::Later
+        None
     })
 }

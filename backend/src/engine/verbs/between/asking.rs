@@ -9,12 +9,13 @@ use freeflow_tcp::frame::{Apart, FlowId, NicEnd, Note, PairId, Short, Wanted};
 use virtio_rdma::ib::{QpState, QpType, SendFlags};
 
 use super::super::stage::{self, Ask, Staged};
-use super::{Asking, Pairs};
+use super::{Asking, MOST_WANTED, Pairs};
 use crate::engine::context::Context;
 use crate::engine::rc;
 use crate::engine::serve::{self, Next};
 use crate::engine::tcp::{self, Tell};
 use crate::nic::Nic;
+use crate::overlay::Gid;
 use crate::qp::{Asked, Between, NicQueue, Qp, SendQueue, WaitKind};
 use crate::verbs::grant::NicAddress;
 use crate::verbs::{Member, Pair, Target, Use, Wish};
@@ -28,8 +29,6 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const SHORT: Duration = Duration::from_micros(100);
 /// How long messages do without the NIC whose receives are not for it.
 const ALOOF: Duration = Duration::from_millis(50);
-/// Messages that it asks receives for at a time.
-const MOST_WANTED: u64 = 64;
 
 /// How a queue pair reaches its peer on another host.
 pub(in super::super) enum Reach {
@@ -63,7 +62,7 @@ pub(in super::super) fn pairing(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>,
         queue.between = begin(ctx, nic, qp, queue);
     }
     let Some(between) = &mut queue.between else { return Reach::Apart("no link to the peer's host") };
-    if !has_gid(nic, qp, between) {
+    if !tcp::has_gid(nic, qp, Gid(between.open.source), &mut between.gid_epoch) {
         return Reach::Apart("it has lost its GID");
     }
     match between.pair.end() {
@@ -82,19 +81,6 @@ pub(in super::super) fn pairing(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>,
             Reach::UnderWay
         }
     }
-}
-
-fn has_gid(nic: &Nic, qp: &Qp, between: &mut Between) -> bool {
-    let epoch = nic.gid_epoch();
-    if between.gid_epoch == epoch {
-        return true;
-    }
-    let index = qp.attrs.lock().attr.av.sgid_index.get();
-    let has_it = nic.gids.load().get(index.into()).is_some_and(|gid| gid.0 == between.open.source);
-    if has_it {
-        between.gid_epoch = epoch;
-    }
-    has_it
 }
 
 /// Gives it a pair on a link to its peer's host, and asks that host for the peer's end.
@@ -275,13 +261,22 @@ fn ask_for_receives(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut 
     Some(Next::At(now + AGAIN))
 }
 
+/// Has the next work request in hand: the completion of those before it, or time, brings its queue pair back then.
+///
+/// # Errors
+/// What to do if the ring makes no sense.
+pub(in super::super) fn take_in_hand(ctx: &mut Context, nic: &Nic, qp: &Qp, send: &mut SendQueue) -> Result<(), Next> {
+    if send.job.is_none() {
+        let fetched = serve::fetch(ctx, qp, send).map_err(|reason| serve::give_up(nic, qp, reason))?;
+        send.job = fetched.inspect(|_| ctx.count_op());
+    }
+    Ok(())
+}
+
 /// The peer's NIC has receives for messages that cannot go there now, nor otherwise: as if the peer did not answer.
 pub(in super::super) fn stall(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Next {
-    if send.job.is_none() {
-        match serve::fetch(ctx, qp, send) {
-            Ok(job) => send.job = job.inspect(|_| ctx.count_op()),
-            Err(reason) => return serve::give_up(nic, qp, reason),
-        }
+    if let Err(next) = take_in_hand(ctx, nic, qp, send) {
+        return next;
     }
     if send.handed_over() > 0 {
         return Next::At(ctx.now + AGAIN);

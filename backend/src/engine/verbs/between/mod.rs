@@ -18,7 +18,7 @@ use freeflow_tcp::host::QpKey;
 use rustc_hash::FxHashMap;
 
 use self::answering::Answering;
-pub(super) use self::asking::{Reach, ask, is_elsewhere, pairing, remote, say_held, stall, take_receive};
+pub(super) use self::asking::{Reach, ask, is_elsewhere, pairing, remote, say_held, stall, take_in_hand, take_receive};
 use crate::engine::Engine;
 use crate::engine::context::Context;
 use crate::engine::tcp::Tell;
@@ -27,6 +27,9 @@ use crate::qp::Qp;
 use crate::tcp::{PeerId, Peering};
 use crate::verbs::Pair;
 use crate::verbs::grant::Recalls;
+
+/// Messages that one note may ask receives for: its masks have as many bits.
+const MOST_WANTED: u64 = 64;
 
 /// What a link has of such queue pairs.
 #[derive(Debug)]
