@@ -137,8 +137,6 @@ impl Mesh {
         for (host, peer) in [(one, other), (other, one)] {
             let router = &self.routers[host];
             router.addresses().set_numbers_of(peer_id(peer), Some(self.routers[peer].addresses().numbers()));
-            let named = tickets.iter().enumerate().map(|(link, ticket)| (*ticket, (peer_id(peer), link as u16)));
-            self.doors[host].tickets.lock().unwrap().extend(named);
             router.host().join(Peering {
                 peer: peer_id(peer),
                 name: format!("host{peer}").into(),
@@ -151,6 +149,9 @@ impl Mesh {
                 tickets: tickets.clone(),
                 dialer: Arc::new(Caller { router: Arc::downgrade(router), at: self.doors[peer].at }),
             });
+            // After that: a connection that comes before its link is there would be kept open here and answered by nobody.
+            let named = tickets.iter().enumerate().map(|(link, ticket)| (*ticket, (peer_id(peer), link as u16)));
+            self.doors[host].tickets.lock().unwrap().extend(named);
         }
     }
 }
