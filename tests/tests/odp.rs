@@ -292,6 +292,26 @@ fn requests_that_wait_end_with_their_region() {
 }
 
 #[test]
+fn many_that_wait_are_all_flushed() {
+    let bed = Bed::new(2);
+    let (guest_a, guest_b) = bed.two();
+    let waiting = |_| {
+        let (a, b) = Rc::pair(guest_a, guest_b, 64).unwrap();
+        let own = paged(&a.pd, 1);
+        a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(0)), &[own.sge(0, 8)])).unwrap();
+        own.next_fault(SOON).unwrap();
+        (a, b, own)
+    };
+    let pairs: Vec<_> = (0..100).map(waiting).collect();
+    for (a, ..) in &pairs {
+        a.qp.modify_state(QpState::Err).unwrap();
+    }
+    for (a, ..) in &pairs {
+        assert_eq!(a.cq.next().status(), WcStatus::WrFlushErr);
+    }
+}
+
+#[test]
 fn requests_that_wait_are_flushed_with_their_queue_pair() {
     let stage = Stage::new();
     stage.post(Op::Write(stage.b.mr.remote(0)), stage.own.sge(0, 8));

@@ -17,6 +17,16 @@ use crate::qp::Qp;
 /// Bits of a token that count a flow's messages. There are never so many of them under way.
 const MESSAGE_BITS: u32 = 20;
 
+/// What is to be done with the memory of a flow's messages.
+enum Standing {
+    /// It may be touched.
+    Works,
+    /// Its guest is stopped, or its queue pair has failed and its messages are about to be flushed: it is not for their memory to fail them.
+    Waits,
+    /// Of a life of the queue pair that is over.
+    Over,
+}
+
 /// What one life of a queue pair has posted.
 #[derive(Debug)]
 pub(super) struct Flow {
@@ -38,10 +48,15 @@ impl Flow {
         Self { nic, qp, incarnation, id, first: 0, jobs: VecDeque::new(), finished: VecDeque::new() }
     }
 
-    /// Whether its memory may be touched: it is the present life of the queue pair, which works.
-    pub fn is_live(&self) -> bool {
-        let works = matches!(self.qp.state(), QpState::Rts | QpState::Sqd);
-        works && self.qp.incarnation() == self.incarnation && self.nic.is_running()
+    /// What is to be done with its messages' memory now.
+    fn standing(&self) -> Standing {
+        let present = self.qp.incarnation() == self.incarnation;
+        match self.qp.state() {
+            _ if !self.nic.is_running() => Standing::Waits,
+            QpState::Rts | QpState::Sqd if present => Standing::Works,
+            QpState::Err if present => Standing::Waits,
+            _ => Standing::Over,
+        }
     }
 
     /// Names the next message.
@@ -65,14 +80,15 @@ impl Flow {
         self.jobs.get_mut(index).map(Box::as_mut)
     }
 
-    /// Appends where bytes of a message's own buffers are. Those of a guest that is stopped are waited for.
+    /// Appends where bytes of a message's own buffers are.
     pub fn reach(&mut self, ctx: &mut Context, token: Token, side: Side, bytes: Range<u64>) -> Result<(), Unreachable> {
-        if !self.nic.is_running() {
-            return Err(Unreachable::Paging);
+        match self.standing() {
+            Standing::Works => {}
+            Standing::Waits => return Err(Unreachable::Paging),
+            Standing::Over => return Err(GONE),
         }
         let index = self.index(token);
-        let live = self.is_live();
-        let job = self.jobs.get_mut(index).filter(|_| live).ok_or(GONE)?;
+        let job = self.jobs.get_mut(index).ok_or(GONE)?;
         reach_own(ctx, (&self.nic, &self.qp), job, side, bytes)
     }
 
