@@ -162,6 +162,22 @@ fn a_queue_pair_that_breaks_on_one_nic_fails_at_both_ends() {
     assert_eq!(write_over(&bed)[0].0, "verbs", "others are not concerned");
 }
 
+/// The NIC tells of the queue pair's end in two ways, and the one that says less may be heard first.
+#[test]
+fn a_receive_that_is_too_short_is_not_taken_for_one_that_was_flushed() {
+    let (_nic, bed) = bed(Script::default());
+    for _ in 0..100 {
+        let (a, b) = bed.pair(4096);
+        for id in 1..3 {
+            b.qp.post_recv(id, &[b.mr.sge(0, 9)]).unwrap();
+        }
+        a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 10)])).unwrap();
+        assert_eq!(a.cq.next().status(), WcStatus::RemInvReqErr);
+        let ends = [b.cq.next(), b.cq.next()].map(|wc| (wc.wr_id(), wc.status()));
+        assert_eq!(ends, [(1, WcStatus::LocLenErr), (2, WcStatus::WrFlushErr)]);
+    }
+}
+
 #[test]
 fn a_host_that_leaves_takes_its_connections_with_it() {
     let (nic, bed) = bed(Script::default());

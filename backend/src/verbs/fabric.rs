@@ -41,6 +41,17 @@ pub struct Fabric {
     wishes: Mutex<VecDeque<Wish>>,
     /// Written when there is another wish.
     wished: OwnedFd,
+    /// Queue pairs that the NIC says have failed.
+    failing: Mutex<Vec<Failing>>,
+}
+
+/// A queue pair that the NIC says has failed.
+#[derive(Debug)]
+pub struct Failing {
+    /// Whose it is.
+    pub member: Member,
+    /// How often it was looked at since.
+    pub looks: u32,
 }
 
 /// A queue pair wants to send to another over the NIC.
@@ -129,6 +140,7 @@ impl Fabric {
             next_end: AtomicU64::new(1),
             wishes: Mutex::default(),
             wished,
+            failing: Mutex::default(),
         })
     }
 
@@ -204,9 +216,19 @@ impl Fabric {
         std::mem::take(&mut *self.wishes.lock())
     }
 
-    /// Whether there are wishes.
-    pub fn has_wishes(&self) -> bool {
-        !self.wishes.lock().is_empty()
+    /// A queue pair has failed, as the NIC says.
+    pub fn note_failing(&self, member: Member) {
+        self.failing.lock().push(Failing { member, looks: 0 });
+    }
+
+    /// Looks at those that have failed; it stays with those for which this is true.
+    pub fn look_at_failing(&self, stays: impl FnMut(&mut Failing) -> bool) {
+        self.failing.lock().retain_mut(stays);
+    }
+
+    /// Whether there is something to look at again.
+    pub fn is_unsettled(&self) -> bool {
+        !self.wishes.lock().is_empty() || !self.failing.lock().is_empty()
     }
 
     /// Has whoever sees to wishes look again.

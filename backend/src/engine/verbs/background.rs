@@ -8,13 +8,17 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use virtio_rdma::ib::QpState;
+
 use super::super::Engine;
 use super::poll::give_up;
-use crate::verbs::fabric::Side;
-use crate::verbs::{ConnectError, Fabric, Target, Trouble, Wish};
+use crate::verbs::fabric::{Failing, Side};
+use crate::verbs::{ConnectError, Fabric, Member, Target, Trouble, Wish};
 
-/// How soon a wish is looked at again that could not be fulfilled yet.
+/// How soon a wish is looked at again that could not be fulfilled yet, and a queue pair that has failed.
 const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+/// How often the latter, until the NIC is not waited for any more.
+const LOOKS: u32 = 100;
 
 /// Starts the thread.
 pub(in super::super) fn spawn(engine: Arc<Engine>) -> io::Result<JoinHandle<()>> {
@@ -37,12 +41,13 @@ pub(in super::super) fn see_to(engine: &Engine, fabric: &Fabric) {
     for what in trouble {
         suffer(engine, fabric, what);
     }
+    fabric.look_at_failing(|failing| is_flushing(engine, failing));
 }
 
 fn wait(fabric: &Fabric) {
     let mut fds =
         [fabric.device().trouble_fd(), fabric.wished_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-    let limit = fabric.has_wishes().then_some(RETRY);
+    let limit = fabric.is_unsettled().then_some(RETRY);
     if let Err(error) = poll(&mut fds, limit.as_ref())
         && error != rustix::io::Errno::INTR
     {
@@ -76,13 +81,12 @@ fn fulfil(engine: &Engine, fabric: &Fabric, wish: Wish) {
     }
 }
 
-/// Whatever of a QP is on the NIC is flushed by us when its queue pair there breaks, since the NIC may not.
 fn suffer(engine: &Engine, fabric: &Fabric, what: Trouble) {
     log::warn!("the host's NIC {}: {what:?}", fabric.device().name());
     match what {
         Trouble::QueuePair(number) => {
             let broken = fabric.sides().filter_map(|side| side.member_of_qp(number));
-            broken.for_each(|it| give_up(engine, &it.nic, &it.qp, &it.end));
+            broken.for_each(|member| fabric.note_failing(member));
         }
         Trouble::Removed => {
             fabric.set_up(false);
@@ -92,4 +96,23 @@ fn suffer(engine: &Engine, fabric: &Fabric, what: Trouble) {
         Trouble::Port { up } => fabric.set_up(up),
         Trouble::CompletionQueue => {}
     }
+}
+
+/// Whether completions of a queue pair that has failed are still to come. One of them says why, if the NIC makes them, and the guest is to see that
+/// one; if it makes none, what it has is flushed by us.
+fn is_flushing(engine: &Engine, failing: &mut Failing) -> bool {
+    let Member { nic, qp, end } = &failing.member;
+    if end.is_destroyed() || end.incarnation != qp.incarnation() {
+        return false;
+    }
+    end.fail();
+    failing.looks += 1;
+    let flushed = end.is_quiet() && end.num_recvs() == 0;
+    if !flushed && failing.looks < LOOKS {
+        return true;
+    }
+    if !flushed || qp.state() != QpState::Err {
+        give_up(engine, nic, qp, end);
+    }
+    false
 }
