@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::apps::{App, Ends, Listens, Places, Run};
 use super::bed::Bed;
@@ -66,11 +66,15 @@ const fn ends(
 /// server is, whose output is in `/tmp/served`. What both printed.
 fn served(bed: &Bed, server: &str, ready: &str, client: &str) -> Result<String> {
     let (first, second) = (bed.guest(0)?, bed.guest(1)?);
+    let before = [bed.router.counters(0)?, bed.router.counters(1)?];
     let job = first.start_script(&format!("{server} >/tmp/served 2>&1; status=$?; cat /tmp/served; exit $status"))?;
     wait_until(first, ready)?;
     let (client, server) = (second.run(client, PATIENCE)?, job.wait(PATIENCE)?);
     let outputs = format!("server:\n{}\nclient:\n{}", server.output, client.output);
-    ensure!((server.status, client.status) == (0, 0), "status {} and {}\n{outputs}", server.status, client.status);
+    if (server.status, client.status) != (0, 0) {
+        let counted = [0, 1].map(|nic| bed.router.counted_since(nic, &before[nic]));
+        bail!("status {} and {}, counted {counted:?}\n{outputs}", server.status, client.status);
+    }
     Ok(outputs)
 }
 

@@ -124,6 +124,12 @@ impl RouterProcess {
         Ok(self.nics()?.swap_remove(nic).counters)
     }
 
+    /// What its counters have counted since they were these: for whoever wants to know why something failed.
+    pub fn counted_since(&self, nic: usize, before: &CounterValues) -> Result<Vec<(&'static str, u64)>> {
+        let now = self.counters(nic)?.named().into_iter().zip(before.named());
+        Ok(now.map(|((name, now), (_, before))| (name, now - before)).filter(|(_, change)| *change > 0).collect())
+    }
+
     /// Bytes that all virtual NICs have sent.
     pub fn sent_bytes(&self) -> Result<u64> {
         Ok(self.nics()?.iter().map(|nic| nic.counters.send_bytes).sum())
