@@ -98,10 +98,10 @@ fuzz asan: export RUSTC_BOOTSTRAP = 1
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 HOST_VARIABLE = $(shell echo $(HOST) | tr a-z- A-Z_)
 SECONDS := 60
-FUZZ := commands operations rings
+FUZZ := commands operations rings stream
 
 .PHONY: fuzz
-fuzz: setup ## Look for inputs that break the device: SECONDS=60 for each of FUZZ="commands operations rings" (needs cargo-fuzz)
+fuzz: setup ## Look for inputs that break the device: SECONDS=60 for each of FUZZ="commands operations rings stream" (needs cargo-fuzz)
 	@command -v cargo-fuzz >/dev/null || { echo "make fuzz: install it with: cargo install cargo-fuzz" >&2; exit 1; }
 	set -e; cd tests/fuzz; for target in $(FUZZ); do \
 		mkdir -p corpus-found/$$target; \

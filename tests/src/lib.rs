@@ -15,6 +15,8 @@
 pub mod attack;
 pub mod bed;
 pub mod bench;
+#[cfg(test)]
+mod clocks;
 pub mod e2e;
 pub mod fuzz;
 pub mod guest;

@@ -7,11 +7,15 @@ use std::time::{Duration, Instant};
 
 use freeflow_tcp::frame::{Frame, Hello, MAX_HEADER, Packet, VERSIONS};
 use freeflow_tests::bed::{Bed, Witness, eventually};
+use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr, Wc};
 use freeflow_tests::mesh::host_id;
 use freeflow_tests::router::{Hosts, RouterSpec};
 use virtio_rdma::ib::{QpState, WcStatus};
+
+/// Long enough for a message to have come if it were to come.
+const A_WHILE: Duration = Duration::from_millis(60);
 
 fn bed(nics: usize, cut: bool) -> Bed {
     let spec = RouterSpec { hosts: Hosts::Each { cut }, device: None, ..RouterSpec::of(nics) };
@@ -52,7 +56,7 @@ fn messages_survive_connections_that_break() {
 fn long_messages_survive_connections_that_break() {
     const LEN: usize = 32 << 20;
     let spec = RouterSpec { hosts: Hosts::Each { cut: true }, device: None, ..RouterSpec::of(2) };
-    let config = freeflow_tests::guest::GuestConfig { memory_size: 128 << 20, ..Default::default() };
+    let config = GuestConfig { memory_size: 128 << 20, ..Default::default() };
     let bed = Bed::guests(&spec, &config);
     let options = RcOptions { timeout: 18, retry_cnt: 7, ..RcOptions::default() };
     let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), LEN, &options).unwrap();
@@ -78,7 +82,7 @@ fn unreliable_messages_are_what_was_sent() {
     const LEN: usize = 64 << 10;
     const COUNT: usize = 200;
     let spec = RouterSpec { hosts: Hosts::Each { cut: false }, device: None, ..RouterSpec::of(2) };
-    let config = freeflow_tests::guest::GuestConfig { memory_size: 64 << 20, ..Default::default() };
+    let config = GuestConfig { memory_size: 64 << 20, ..Default::default() };
     let bed = Bed::guests(&spec, &config);
     let (a, b) =
         Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::uc(), COUNT * LEN, &RcOptions::default()).unwrap();
@@ -123,6 +127,38 @@ fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
     bed.router.mesh().pair(0, 1);
     let (c, d) = Rc::pair(guest_a, guest_b, 4096).unwrap();
     assert_eq!(write(&c, &d, 8), WcStatus::Success);
+}
+
+/// What was begun when a queue pair goes to SQD is finished; what was only looked at waits until it is back.
+#[test]
+fn a_drained_queue_pair_goes_on_where_it_was() {
+    const LEN: usize = 256 << 10;
+    const COUNT: usize = 48;
+    let spec = RouterSpec { hosts: Hosts::Each { cut: false }, device: None, ..RouterSpec::of(2) };
+    let config = GuestConfig { memory_size: 64 << 20, ..Default::default() };
+    let bed = Bed::guests(&spec, &config);
+    let (a, b) =
+        Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), COUNT * LEN, &RcOptions::default()).unwrap();
+    for round in 0..4u8 {
+        (0..COUNT).for_each(|n| a.mr.fill(n * LEN, LEN, n as u8 ^ round));
+        for n in 0..COUNT {
+            // More than may be on its way at once.
+            let sges = [a.mr.sge(n * LEN, LEN)];
+            a.qp.post(SendWr::new(n as u64, Op::Write(b.mr.remote(n * LEN)), &sges)).unwrap();
+        }
+        a.qp.modify_state(QpState::Sqd).unwrap();
+        let mut done = Vec::new();
+        eventually("the end of what was begun", Duration::from_secs(10), || {
+            std::thread::sleep(A_WHILE);
+            let before = done.len();
+            done.extend(a.cq.poll_many(COUNT));
+            done.len() == before
+        });
+        a.qp.modify_state(QpState::Rts).unwrap();
+        done.extend(a.cq.take(COUNT - done.len()));
+        assert!(done.iter().all(|wc| wc.status() == WcStatus::Success), "{done:?}");
+        assert!((0..COUNT).all(|n| b.mr.read(n * LEN, LEN) == vec![n as u8 ^ round; LEN]));
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What the fuzzer drives: each target turns bytes into something that guests do, and panics when the device does what it must not.
+//! What the fuzzer drives: each target turns bytes into something that guests, or other hosts, do, and panics when the device does what it must not.
 //!
 //! The programs for cargo-fuzz are in `tests/fuzz` and hold nothing but a call of these functions; `tests/tests/fuzz_corpus.rs` runs
 //! the committed inputs through them without a fuzzer. The device is stepped ([`crate::stepped`]), so that an input does the same each
@@ -7,10 +7,12 @@
 mod commands;
 mod operations;
 mod rings;
+mod stream;
 
 pub use commands::commands;
 pub use operations::operations;
 pub use rings::rings;
+pub use stream::stream;
 
 use freeflow_backend::Profile;
 
@@ -21,7 +23,8 @@ use crate::stepped::Stepped;
 pub type Target = fn(&[u8]);
 
 /// All targets.
-pub const TARGETS: [(&str, Target); 3] = [("commands", commands), ("operations", operations), ("rings", rings)];
+pub const TARGETS: [(&str, Target); 4] =
+    [("commands", commands), ("operations", operations), ("rings", rings), ("stream", stream)];
 
 /// Small limits, so that inputs can reach them.
 fn limits() -> Profile {
