@@ -26,8 +26,12 @@ use zerocopy::IntoBytes;
 const LONG: Duration = Duration::from_secs(10);
 /// Longest stop of a router: what it waits for a virtual NIC that is blocked, and some.
 const STOP: Duration = Duration::from_secs(15);
-/// Log lines of one virtual NIC in a moment: ten, and those of its start.
-const LINES: usize = 20;
+/// Most log lines of one virtual NIC in each window of its limit.
+const A_WINDOW: usize = 10;
+/// How long such a window is, at the least: the next begins with the first line that is wanted after it.
+const WINDOW: Duration = freeflow_backend::log_window::PER;
+/// Lines about one virtual NIC that nothing limits, since it has no part in them: those of its start.
+const OF_ITS_START: usize = 10;
 
 /// This many virtual NICs that all depend on one worker.
 fn on_one_worker(nics: usize) -> RouterSpec {
@@ -244,6 +248,7 @@ fn heads_beyond_the_queue_fill_no_log() {
 #[test]
 fn connecting_again_and_again_fills_no_log() {
     logs::collect();
+    let start = Instant::now();
     let bed = Bed::with(&on_one_worker(1), Placement::Contiguous);
     bed.guests[0].disconnect();
     for _ in 0..500 {
@@ -254,7 +259,11 @@ fn connecting_again_and_again_fills_no_log() {
     let name = format!("{}:", bed.router.name_of(0));
     bed.router.stop();
     let lines = logs::lines_with(&name);
-    assert!(lines.len() <= LINES, "{} lines: {lines:#?}", lines.len());
+    // The limit is one of each window, the first of which began with the virtual NIC. All is over within one, but on a machine
+    // that is busy or under a sanitizer.
+    let windows = 1 + (start.elapsed().as_millis() / WINDOW.as_millis()) as usize;
+    let most = OF_ITS_START + A_WINDOW * windows;
+    assert!(lines.len() <= most, "{} lines in {windows} windows: {lines:#?}", lines.len());
 }
 
 #[test]

@@ -113,9 +113,8 @@ fn statuses(end: &Rc, count: usize) -> Vec<(u64, WcStatus)> {
     end.cq.take(count).iter().map(|wc| (wc.wr_id(), wc.status())).collect()
 }
 
-fn write(id: u64, a: &Rc, b: &Rc) -> SendWr<'static> {
-    let sge = Box::leak(Box::new([a.mr.sge(0, 8)]));
-    SendWr::new(id, Op::Write(b.mr.remote(0)), sge)
+fn post_write(id: u64, a: &Rc, b: &Rc) {
+    a.qp.post(SendWr::new(id, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, 8)])).unwrap();
 }
 
 #[test]
@@ -147,7 +146,7 @@ fn a_region_can_go_while_the_nic_is_at_it() {
         bytes
     };
     a.mr.fill(0, 8, 0xee);
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     wait_posted(&nic, 1);
     b.mr.dereg().unwrap();
     nic.hold(false);
@@ -162,7 +161,7 @@ fn a_queue_pair_can_go_while_the_nic_has_its_work() {
     b.qp.post_recv(7, &[b.mr.sge(0, 8)]).unwrap();
     nic.hold(true);
     a.qp.post(SendWr::new(1, Op::Send, &[a.mr.sge(0, 8)])).unwrap();
-    a.qp.post(write(2, &a, &b)).unwrap();
+    post_write(2, &a, &b);
     wait_posted(&nic, 2);
     let Rc { qp, cq, mr: _mr, pd: _pd } = a;
     drop(qp);
@@ -196,11 +195,11 @@ fn what_the_nic_has_is_flushed_before_what_it_has_not() {
 fn a_guest_that_stops_is_left_alone_by_the_nic() {
     let (nic, bed) = bed(Script::default());
     let (a, b) = bed.pair(4096);
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     nic.hold(true);
     a.mr.fill(0, 8, 0xee);
-    a.qp.post(write(2, &a, &b)).unwrap();
+    post_write(2, &a, &b);
     wait_posted(&nic, 2);
     // The NIC does nothing for so long that it is not waited for.
     let bases = bed.guests[1].stop_queues().unwrap();
@@ -215,7 +214,7 @@ fn a_guest_that_stops_is_left_alone_by_the_nic() {
 /// A connected pair, with a SEND and its receive on a NIC that does nothing.
 fn with_a_send_on_the_nic(nic: &FakeNic, bed: &Bed) -> (Rc, Rc) {
     let (a, b) = bed.pair(4096);
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
     nic.hold(true);
@@ -275,7 +274,7 @@ fn a_small_nic() {
     a.qp.post(SendWr::new(1, Op::Write(fourth.remote(0)), &[a.mr.sge(0, 8)])).unwrap();
     a.cq.next().ok();
     assert_eq!((nic.counts().mrs, nic.counts().sent), (3, 0));
-    a.qp.post(write(2, &a, &b)).unwrap();
+    post_write(2, &a, &b);
     a.cq.next().ok();
     assert_eq!(nic.counts().sent, 1);
     let _second = bed.pair(64);
@@ -318,7 +317,7 @@ fn registrations_may_take_their_time() {
         let slow = scope.spawn(|| (0..10).map(|_| a.pd.reg_new(4096).unwrap()).collect::<Vec<_>>());
         let mut rounds = 0u32;
         while !slow.is_finished() {
-            b.qp.post(write(1, &b, &a)).unwrap();
+            post_write(1, &b, &a);
             b.cq.next().ok();
             rounds += 1;
         }
@@ -339,7 +338,7 @@ fn unreliable_messages_go_through_the_nic() {
             a.cq.next().ok();
             assert_eq!((b.cq.next().ok().wr_id(), b.mr.read(8, 8)), (id, b"datagram".to_vec()));
         }
-        a.qp.post(write(1, &a, &b)).unwrap();
+        post_write(1, &a, &b);
         a.cq.next().ok();
         eventually("the WRITE", SOON, || b.mr.read(0, 8) == b"datagram");
         assert_eq!(nic.counts().sent, 101);
@@ -402,7 +401,7 @@ fn receives_of_lost_messages_are_not_lost() {
     let (nic, bed) = bed(Script::default());
     let (x, y) = bed.two();
     let (a, b) = Rc::pair_with(x, y, &QpSpec::uc(), 4096, &RcOptions::default()).unwrap();
-    b.qp.post(write(1, &b, &a)).unwrap();
+    post_write(1, &b, &a);
     b.cq.next().ok();
     nic.hold(true);
     for id in 10..13 {
@@ -472,12 +471,12 @@ fn workers_sleep_while_the_nic_is_at_work() {
     for script in scripts() {
         let (nic, bed) = bed(script);
         let (a, b) = bed.pair(4096);
-        a.qp.post(write(1, &a, &b)).unwrap();
+        post_write(1, &a, &b);
         a.cq.next().ok();
         for id in 2..20 {
             nic.hold(true);
             let before = sleeps(&bed);
-            a.qp.post(write(id, &a, &b)).unwrap();
+            post_write(id, &a, &b);
             eventually("sleep", SOON, || sleeps(&bed) > before);
             nic.hold(false);
             assert_eq!(statuses(&a, 1), [(id, WcStatus::Success)]);
@@ -490,12 +489,12 @@ fn workers_sleep_while_the_nic_is_at_work() {
 fn what_completes_as_a_worker_goes_to_sleep_is_seen() {
     let (nic, bed) = bed(Script::default());
     let (a, b) = bed.pair(4096);
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     for id in 2..20 {
         wait_asleep(&bed);
         nic.hold(true);
-        a.qp.post(write(id, &a, &b)).unwrap();
+        post_write(id, &a, &b);
         wait_asleep(&bed);
         nic.hold_until_armed();
         assert_eq!(statuses(&a, 1), [(id, WcStatus::Success)]);
@@ -506,7 +505,7 @@ fn what_completes_as_a_worker_goes_to_sleep_is_seen() {
 fn what_breaks_is_heard_of_while_all_sleep() {
     let (nic, bed) = bed(Script::default());
     let (a, b) = bed.pair(4096);
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     b.qp.post_recv(3, &[b.mr.sge(0, 8)]).unwrap();
     wait_asleep(&bed);
@@ -521,15 +520,15 @@ fn what_breaks_is_heard_of_while_all_sleep() {
 fn others_go_on_while_queue_pairs_are_connected() {
     let (nic, bed) = bed(Script::default());
     let (a, b) = bed.pair(4096);
-    a.qp.post(write(0, &a, &b)).unwrap();
+    post_write(0, &a, &b);
     a.cq.next().ok();
     let others: Vec<_> = (0..4).map(|_| bed.pair(64)).collect();
     nic.hold_connecting(true);
     for (x, y) in &others {
-        x.qp.post(write(1, x, y)).unwrap();
+        post_write(1, x, y);
     }
     for _ in 0..100 {
-        a.qp.post(write(2, &a, &b)).unwrap();
+        post_write(2, &a, &b);
         a.cq.next().ok();
     }
     assert!(others.iter().all(|(x, _)| x.cq.poll().is_none()));
@@ -545,7 +544,7 @@ fn the_nic_retries_as_the_guest_says() {
     let (x, y) = bed.two();
     let options = RcOptions { timeout: 9, retry_cnt: 3, ..RcOptions::default() };
     let (a, b) = Rc::pair_with(x, y, &QpSpec::rc(), 64, &options).unwrap();
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     let told: Vec<_> = nic.sending().iter().map(|sending| (sending.timeout, sending.retry_cnt)).collect();
     assert_eq!(told, [(9, 3)], "one has sent");
@@ -559,11 +558,11 @@ fn what_the_nic_does_not_connect_goes_without_it() {
         nic.refuse_connection(after);
         let (a, b) = bed.pair(64);
         for id in 0..2 {
-            a.qp.post(write(id, &a, &b)).unwrap();
+            post_write(id, &a, &b);
             a.cq.next().ok();
         }
         assert_eq!(nic.counts().sent, 0);
-        b.qp.post(write(2, &b, &a)).unwrap();
+        post_write(2, &b, &a);
         b.cq.next().ok();
         assert_eq!(nic.counts().sent, 1 - after, "both can still be connected if neither is");
     }
@@ -640,7 +639,7 @@ fn what_goes_another_way_is_counted_and_told() {
     let (a, b) = bed.pair(4096);
     let why = || bed.router.router().qps().into_iter().find(|qp| qp.qpn == a.qp.number()).and_then(|qp| qp.why);
     assert_eq!(why(), None, "the peer has not been looked for");
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     assert_eq!((why().as_deref(), copied(&bed, 0)), (Some("both are on the host's NIC"), (0, 0)));
     let off_nic = b.pd.reg_new(4096).unwrap();
@@ -751,7 +750,7 @@ fn reconnect(a: &Rc, b: &Rc) {
 fn a_receive_on_the_nic_does_not_complete_in_the_next_life() {
     let (nic, bed) = bed(Script::default());
     let (a, b) = bed.pair(4096);
-    a.qp.post(write(1, &a, &b)).unwrap();
+    post_write(1, &a, &b);
     a.cq.next().ok();
     nic.hold(true);
     b.qp.post_recv(100, &[b.mr.sge(0, 8)]).unwrap();
