@@ -7,6 +7,7 @@
 //! say. Whoever takes access away here has still to wait for those who looked it up before, see [`crate::engine::quiesce`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use virtio_rdma::ib::Access;
@@ -367,6 +368,11 @@ impl KeyTable {
             entries.give(index, now.as_ref());
         }
         Some(before)
+    }
+
+    /// Waits until all hosts that were told of keys have heard which give no access any more ([`Revocations::wait_heard`]).
+    pub fn wait_heard(&self, limit: Duration) -> bool {
+        self.revocations.wait_heard(limit)
     }
 
     /// Removes all, for the caller to free once no worker uses them.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_rdma::ctrl::{
     AllocMr, AllocMw, MW_TYPE_1, MW_TYPE_2, ObjectResponse, REG_DMA, REG_ON_DEMAND, REREG_ACCESS, REREG_PD,
@@ -14,6 +15,9 @@ use super::{Answer, Control, Refusal, answer, nothing};
 use crate::key_table::{WindowKind, index};
 use crate::mr::{Layout, LayoutError, Mr, check_access, check_range};
 use crate::on_demand::OnDemand;
+
+/// How long other hosts are waited for that were told of a region that goes.
+const HEARD_WITHIN: Duration = Duration::from_millis(500);
 
 /// Regions that exist, working or not, and the number of windows.
 #[derive(Debug, Default)]
@@ -226,7 +230,7 @@ impl Control {
             self.leave_pd(old_pd);
             self.enter_pd(new_pd);
         }
-        self.engine.quiesce().wait();
+        self.wait_unused();
         // Freed here and not by a worker, which may have been the last to use it.
         drop(before);
         Ok(nothing())
@@ -276,9 +280,18 @@ impl Control {
             self.regions.extents -= region.extents;
             self.leave_pd(region.pdn);
         }
-        self.engine.quiesce().wait();
+        self.wait_unused();
         drop((region, live));
         Ok(nothing())
+    }
+
+    /// Returns when nobody uses what a region's key stood for. Without an answer of another host this is the NIC's to see to: it refuses
+    /// its key.
+    fn wait_unused(&self) {
+        self.engine.quiesce().wait();
+        if !self.nic.keys.wait_heard(HEARD_WITHIN) {
+            self.nic.warn(format_args!("a host has not answered that a region is gone"));
+        }
     }
 
     /// Changes a region; if that succeeds, what the data path sees follows.

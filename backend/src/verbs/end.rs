@@ -70,6 +70,27 @@ pub struct PostedRecv {
     pub solicited: bool,
 }
 
+/// A receive that the NIC is done with. It counts as one that the NIC has until it is dropped: when the guest has its completion.
+#[derive(Debug)]
+pub struct Completing<'a> {
+    end: &'a End,
+    recv: PostedRecv,
+}
+
+impl std::ops::Deref for Completing<'_> {
+    type Target = PostedRecv;
+
+    fn deref(&self) -> &PostedRecv {
+        &self.recv
+    }
+}
+
+impl Drop for Completing<'_> {
+    fn drop(&mut self) {
+        self.end.recvs.lock().completing -= 1;
+    }
+}
+
 /// Receives of an end that are on the NIC, locked.
 #[derive(Debug)]
 pub struct Recvs<'a> {
@@ -150,6 +171,8 @@ pub struct End {
 #[derive(Debug, Default)]
 struct PostedRecvs {
     list: VecDeque<PostedRecv>,
+    /// Those that were there before, whose completions are being written.
+    completing: usize,
     /// Of an unreliable end: the guest's SGEs of all of them, with how many each has.
     sges: VecDeque<Sge>,
     counts: VecDeque<usize>,
@@ -164,8 +187,8 @@ impl PostedRecvs {
 
     /// As the guest posted them.
     fn take(&mut self) -> Vec<Recv> {
-        let Self { list, sges, counts } = std::mem::take(self);
-        let mut sges = sges.into_iter();
+        let (list, counts) = (std::mem::take(&mut self.list), std::mem::take(&mut self.counts));
+        let mut sges = std::mem::take(&mut self.sges).into_iter();
         let whole = |(posted, count): (PostedRecv, usize)| {
             let mut recv = Recv { wr_id: posted.wr_id, ..Recv::default() };
             sges.by_ref().take(count).for_each(|sge| recv.sges.push(sge));
@@ -336,16 +359,19 @@ impl End {
         Recvs { end: self, all: self.recvs.lock() }
     }
 
-    /// Receives that are on the NIC.
+    /// Receives that are on the NIC, or whose completions the guest does not have yet.
     pub fn num_recvs(&self) -> usize {
-        self.recvs.lock().list.len()
+        let recvs = self.recvs.lock();
+        recvs.list.len() + recvs.completing
     }
 
     /// A receive has completed: which. They do so in order.
-    pub fn take_recv(&self) -> Option<PostedRecv> {
-        let recv = self.recvs.lock().pop()?;
+    pub fn take_recv(&self) -> Option<Completing<'_>> {
+        let mut recvs = self.recvs.lock();
+        let recv = recvs.pop()?;
+        recvs.completing += 1;
         self.side.0.finished(1);
-        Some(recv)
+        Some(Completing { end: self, recv })
     }
 
     /// Destroys an unreliable one: receives whose messages were lost, as the guest posted them.
@@ -474,8 +500,11 @@ mod tests {
         assert!(end.post_send(&list).is_err() && recv(1).is_err());
         end.destroy();
         assert!(end.post_send(&list).is_err() && recv(2).is_err());
-        let flushed: Vec<_> = std::iter::from_fn(|| end.take_recv()).map(|recv| recv.wr_id).collect();
-        assert_eq!(flushed, [1, 2], "each once, in order");
+        let flushed: Vec<_> = std::iter::from_fn(|| end.take_recv()).collect();
+        assert!(flushed.iter().map(|recv| recv.wr_id).eq([1, 2]), "each once, in order");
+        assert_eq!(end.num_recvs(), 2, "the guest has no completion yet");
+        drop(flushed);
+        assert_eq!(end.num_recvs(), 0);
         assert!(!side.is_busy());
     }
 

@@ -7,10 +7,11 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use crossbeam_queue::SegQueue;
 use freeflow_tcp::frame::PairId;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use virtio_rdma::ib::Access;
 
 use super::device::MemoryRegion;
@@ -63,9 +64,50 @@ pub struct Grant {
     told: Mutex<Vec<(Arc<Recalls>, PairId, u32)>>,
 }
 
-/// Keys that other hosts were told of and that stand for nothing any more, to be said by the worker that has the link.
+/// Revocations that hosts which were told of the keys have not heard of yet.
+#[derive(Debug, Default)]
+struct Unheard {
+    owed: Mutex<Owed>,
+    fewer: Condvar,
+}
+
+/// Answers that are to come.
+#[derive(Debug, Default)]
+struct Owed {
+    count: usize,
+    /// One did not come in time: none is waited for until all have come, or those who owe them are gone.
+    late: bool,
+}
+
+/// A key that another host was told of and that stands for nothing any more. It counts as not heard of until it is dropped.
+#[derive(Debug)]
+pub struct Recall {
+    /// Which queue pair of that host was told.
+    pub pair: PairId,
+    /// Of what.
+    pub key: u32,
+    unheard: Arc<Unheard>,
+}
+
+impl Recall {
+    fn new(pair: PairId, key: u32, unheard: &Arc<Unheard>) -> Self {
+        unheard.owed.lock().count += 1;
+        Self { pair, key, unheard: unheard.clone() }
+    }
+}
+
+impl Drop for Recall {
+    fn drop(&mut self) {
+        let mut owed = self.unheard.owed.lock();
+        owed.count -= 1;
+        owed.late &= owed.count > 0;
+        self.unheard.fewer.notify_all();
+    }
+}
+
+/// Those of a link, to be said by the worker that has it.
 pub struct Recalls {
-    keys: SegQueue<(PairId, u32)>,
+    keys: SegQueue<Recall>,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -81,13 +123,13 @@ impl Recalls {
         Self { keys: SegQueue::new(), wake: Box::new(wake) }
     }
 
-    fn push(&self, pair: PairId, key: u32) {
-        self.keys.push((pair, key));
+    fn push(&self, recall: Recall) {
+        self.keys.push(recall);
         (self.wake)();
     }
 
     /// The next one.
-    pub fn pop(&self) -> Option<(PairId, u32)> {
+    pub fn pop(&self) -> Option<Recall> {
         if self.keys.is_empty() { None } else { self.keys.pop() }
     }
 
@@ -152,24 +194,37 @@ impl GrantBudget {
 /// How often access was taken away from a virtual NIC's keys that the host's NIC has too. As long as that has not happened again, who
 /// remembers a grant need not look at it.
 #[derive(Debug, Default)]
-pub struct Revocations(AtomicU64);
+pub struct Revocations {
+    count: AtomicU64,
+    unheard: Arc<Unheard>,
+}
 
 impl Revocations {
     /// How many there have been. Asked for before what is remembered is used.
     #[inline]
     pub fn count(&self) -> u64 {
-        self.0.load(Ordering::Acquire)
+        self.count.load(Ordering::Acquire)
     }
 
     /// This grant gives access to nothing any more. Whoever has found it valid before may still be using it, until their quantum ends.
     pub fn revoke(&self, grant: &Grant) {
         grant.revoked.store(true, Ordering::Release);
         // After that: who sees the new count sees the mark.
-        self.0.fetch_add(1, Ordering::Release);
+        self.count.fetch_add(1, Ordering::Release);
         let told = std::mem::take(&mut *grant.told.lock());
         for (recalls, pair, key) in told {
-            recalls.push(pair, key);
+            recalls.push(Recall::new(pair, key, &self.unheard));
         }
+    }
+
+    /// Waits until all hosts that were told of what was revoked have heard that, or for so long. One that has not answered in time once is not
+    /// waited for again: it is gone, most likely, and a guest that ends has many regions. False the first time.
+    pub fn wait_heard(&self, limit: Duration) -> bool {
+        let mut owed = self.unheard.owed.lock();
+        let heard = |owed: &mut Owed| owed.count == 0 || owed.late;
+        let waited = self.unheard.fewer.wait_while_for(&mut owed, |owed| !heard(owed), limit);
+        owed.late |= waited.timed_out();
+        !waited.timed_out()
     }
 }
 
@@ -458,8 +513,34 @@ mod tests {
         assert!(recalls.is_empty());
         revocations.revoke(&grant);
         let told: Vec<_> = std::iter::from_fn(|| recalls.pop()).collect();
-        assert_eq!((told, woken.load(Ordering::Relaxed)), (vec![(PairId(1), 5), (PairId(2), 5)], 2), "each once");
+        let whom: Vec<_> = told.iter().map(|recall| (recall.pair, recall.key)).collect();
+        assert_eq!((whom, woken.load(Ordering::Relaxed)), (vec![(PairId(1), 5), (PairId(2), 5)], 2), "each once");
         assert!(grant.tell(&recalls, PairId(3), 5).is_none(), "it is revoked");
+    }
+
+    #[test]
+    fn who_has_not_heard_is_waited_for_but_not_for_ever() {
+        let (revocations, grant, recalls) = (Revocations::default(), region(), Arc::new(Recalls::new(|| ())));
+        assert!(revocations.wait_heard(Duration::ZERO), "nobody was told");
+        grant.tell(&recalls, PairId(1), 5).unwrap();
+        grant.tell(&recalls, PairId(2), 5).unwrap();
+        revocations.revoke(&grant);
+        let first = recalls.pop();
+        drop(recalls.pop());
+        assert!(!revocations.wait_heard(Duration::from_millis(1)));
+        assert!(revocations.wait_heard(Duration::MAX), "nobody waits for the same twice");
+        drop(first);
+        let another = region();
+        another.tell(&recalls, PairId(1), 5).unwrap();
+        revocations.revoke(&another);
+        let first = recalls.pop();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| revocations.wait_heard(Duration::from_secs(10)));
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(!waiting.is_finished());
+            drop(first);
+            assert!(waiting.join().unwrap());
+        });
     }
 
     #[test]

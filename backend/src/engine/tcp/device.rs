@@ -14,11 +14,14 @@ use crate::engine::context::{Budget, Context, Remote, Side, Unreachable};
 use crate::engine::{cost, rc};
 use crate::mem;
 use crate::overlay::Gid;
+use crate::qp::Qp;
 use crate::tcp::PeerId;
 use crate::wqe::Op;
 
 /// How soon a page that is missing is looked for again.
 pub(super) const PAGE_LOOK: Nanos = Nanos::from_micros(100);
+/// How soon a message is tried again that came over TCP while the NIC's completions of those before it were not looked at.
+const NIC_LOOK: Nanos = Nanos::from_micros(10);
 /// How soon a message is tried again whose receive was flushed: its queue pair has failed, and the peer will see that.
 const FLUSHED_LOOK: Nanos = Nanos::from_millis(1);
 
@@ -248,6 +251,11 @@ impl Device<'_> {
     }
 }
 
+/// Whether receives of messages that came before over the NIC are still to be completed: their sender heard of their end before we did.
+fn is_filled_by_nic(qp: &Qp) -> bool {
+    qp.end().is_some_and(|end| end.num_recvs() > 0)
+}
+
 /// Has the receive of a message in hand, if it has one. False if that was flushed.
 fn hold(answering: &mut Answering, key: QpKey, in_hand: &mut Vec<QpKey>) -> bool {
     let before = answering.in_hand;
@@ -302,6 +310,9 @@ impl Host for Device<'_> {
         self.ctx.charge(cost::WQE);
         let Answering { to, job, .. } = answering;
         answering::describe(request, job);
+        if job.wqe.op.takes_receive() && is_filled_by_nic(&to.qp) {
+            return Verdict::Later(NIC_LOOK);
+        }
         // Without a budget all is checked now: its bytes may come much later.
         match connected::admit(self.ctx, to, job, &mut Budget::empty(), 0) {
             Ok(Admission::Accepted) => {

@@ -193,7 +193,7 @@ impl Line {
             any |= self.receive(index, now, epoll, ctx);
         }
         self.tables.rest();
-        any |= self.pairs.hear(&mut self.tables.notes, &mut self.link, ctx, tell);
+        any |= self.pairs.hear(&mut self.tables.notes, &mut self.link, now, ctx, tell);
         self.see_to_events(epoll);
         if now >= self.sweep_at {
             self.sweep(now);
@@ -306,7 +306,7 @@ impl Line {
 
     /// When it is to be looked at.
     pub fn timer(&self) -> Option<Nanos> {
-        [self.link.timer(), self.page_timer()].into_iter().flatten().min()
+        [self.link.timer(), self.page_timer(), self.pairs.timer()].into_iter().flatten().min()
     }
 
     /// When a page is to be looked for; after [`leave`](Self::leave) nothing else is waited for.

@@ -9,16 +9,18 @@
 
 mod answering;
 mod asking;
+mod recalled;
 
 use std::sync::{Arc, Weak};
 
-use freeflow_tcp::Link;
 use freeflow_tcp::frame::{Note, PairId};
 use freeflow_tcp::host::QpKey;
+use freeflow_tcp::{Link, Nanos};
 use rustc_hash::FxHashMap;
 
 use self::answering::Answering;
 pub(super) use self::asking::{Reach, ask, is_elsewhere, pairing, remote, say_held, stall, take_in_hand, take_receive};
+use self::recalled::Recalled;
 use crate::engine::Engine;
 use crate::engine::context::Context;
 use crate::engine::tcp::Tell;
@@ -47,6 +49,8 @@ pub struct Pairs {
     by_qp: FxHashMap<QpKey, PairId>,
     /// Keys that the peer is to forget.
     recalls: Arc<Recalls>,
+    /// Those of which it was told so.
+    recalled: Recalled,
 }
 
 /// A queue pair of this host that sends.
@@ -60,8 +64,18 @@ struct Asking {
 impl Pairs {
     /// Of a link to this peer.
     pub fn new(peering: &Peering, link: u16, recalls: Arc<Recalls>) -> Self {
-        let (asking, answering, by_qp) = Default::default();
-        Self { peer: peering.peer, host: peering.name.clone(), link, next: 0, asking, answering, by_qp, recalls }
+        let (asking, answering, by_qp, recalled) = Default::default();
+        Self {
+            peer: peering.peer,
+            host: peering.name.clone(),
+            link,
+            next: 0,
+            asking,
+            answering,
+            by_qp,
+            recalls,
+            recalled,
+        }
     }
 
     /// Whether something is to be said that nobody will wake the worker for.
@@ -69,8 +83,20 @@ impl Pairs {
         !self.recalls.is_empty()
     }
 
+    /// When something is to be said again.
+    pub fn timer(&self) -> Option<Nanos> {
+        self.recalled.timer()
+    }
+
     /// Hears what the peer has said, and says what it must know. `tell` is told of queue pairs that are to be visited. True if there was something.
-    pub fn hear(&mut self, notes: &mut Vec<Note>, link: &mut Link, ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
+    pub fn hear(
+        &mut self,
+        notes: &mut Vec<Note>,
+        link: &mut Link,
+        now: Nanos,
+        ctx: &mut Context,
+        tell: &mut Tell<'_>,
+    ) -> bool {
         let mut any = !notes.is_empty();
         for note in notes.drain(..) {
             match note {
@@ -78,17 +104,17 @@ impl Pairs {
                 Note::Key { pair, key } => self.on_key(pair, key, link),
                 Note::Held { pair } => self.on_held(pair),
                 Note::Wanted(wanted) => self.on_wanted(&wanted, link, ctx),
-                // Who was told does not use it any more. Nobody waits for that: the NIC refuses the key by itself.
-                Note::Revoked { .. } => {}
+                Note::Revoked { pair, key } => self.recalled.answered(pair, key),
                 Note::Paired { .. } | Note::Grant { .. } | Note::Given { .. } | Note::Revoke { .. } => {
                     self.on_answer(note, ctx.now, link, tell);
                 }
             }
         }
-        while let Some((pair, key)) = self.recalls.pop() {
+        while let Some(recall) = self.recalls.pop() {
             any = true;
-            link.say(Note::Revoke { pair, key });
+            self.recalled.say(recall, now, link);
         }
+        self.recalled.say_again(now, link);
         any
     }
 
@@ -112,5 +138,7 @@ impl Pairs {
             }
         }
         self.by_qp.clear();
+        self.recalled = Recalled::default();
+        while self.recalls.pop().is_some() {}
     }
 }
