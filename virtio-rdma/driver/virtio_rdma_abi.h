@@ -1,10 +1,11 @@
-/* SPDX-License-Identifier: MIT OR GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0 OR MIT */
 /*
  * The Freeflow virtio RDMA device, as the driver sees it.
  *
  * The twin of the Rust crate in this folder's parent; its tests/c_header.rs proves
  * that the two agree field by field. docs/device.md says what everything means.
- * All fields are little-endian. Reserved fields are zero.
+ * All fields are little-endian. Reserved fields are zero. Comments name constants
+ * without their VIRTIO_RDMA_.
  */
 #ifndef VIRTIO_RDMA_ABI_H
 #define VIRTIO_RDMA_ABI_H
@@ -147,8 +148,8 @@ enum {
 /* The configuration space */
 struct virtio_rdma_config {
 	__le32 magic;	/* MAGIC; a driver refuses a device without it */
-	__le16 version;	/* crate::ABI_VERSION; a driver refuses one that it does not know */
-	/* Port status, see LINK_UP. A change would raise an interrupt; none happens yet */
+	__le16 version;	/* ABI_VERSION; a driver refuses one that it does not know */
+	/* Port status, CONFIG_LINK_UP. A change would raise an interrupt; none happens yet */
 	__le16 status;
 	/* Number of event virtqueues, at least 1: one for each completion vector */
 	__le16 num_event_queues;
@@ -164,14 +165,14 @@ struct virtio_rdma_config {
 
 /* Starts every request */
 struct virtio_rdma_ctrl_hdr {
-	__le16 opcode;	/* An Opcode */
+	__le16 opcode;	/* A CMD_ */
 	__le16 flags;
 	__le32 length;	/* Bytes of the whole request, this header included */
 };
 
 /* Starts every response */
 struct virtio_rdma_ctrl_resp {
-	__le32 status;	/* A Status */
+	__le32 status;	/* A STATUS_ */
 	/* Bytes of the whole response, this header included; just this header unless the
 	 * status is OK
 	 */
@@ -205,7 +206,7 @@ struct virtio_rdma_object_resp {
 /* Response of `QUERY_DEVICE`: the profile of this virtual NIC, fixed while it exists */
 struct virtio_rdma_device_attr {
 	__le64 max_mr_size;	/* Most bytes in one memory region */
-	__le32 access_flags;	/* Bits of crate::ib::Access that regions may have */
+	__le32 access_flags;	/* Bits of enum ib_access_flags that regions may have */
 	__le32 max_qp;	/* Most queue pairs */
 	__le32 max_qp_wr;	/* Most work requests outstanding in one send or receive queue */
 	__le32 max_sge;	/* Most SGEs of a send or receive work request */
@@ -219,8 +220,8 @@ struct virtio_rdma_device_attr {
 	__le32 max_gids;	/* Entries of the GID table */
 	/* Most READs and atomics outstanding for a QP as initiator or responder */
 	__le32 max_rd_atomic;
-	__le32 qp_types;	/* Bit set of crate::ib::QpType numbers that can be created */
-	__le32 ring_formats;	/* Bit set of crate::ring::Format numbers accepted for rings */
+	__le32 qp_types;	/* Bit for each enum ib_qp_type that can be created */
+	__le32 ring_formats;	/* Bit for each FORMAT_ that rings may have */
 	__le32 max_srq;	/* Most shared receive queues; zero while they are not offered */
 	__le32 max_mw;	/* Most memory windows; zero while they are not offered */
 	__le32 max_mcast_grp;	/* Most multicast groups; zero while they are not offered */
@@ -235,7 +236,7 @@ struct virtio_rdma_device_attr {
 
 /* `SET_AREA`: shares an area with the device, until RESET */
 struct virtio_rdma_set_area {
-	__le16 kind;	/* An AreaKind */
+	__le16 kind;	/* An AREA_ */
 	__le16 index;	/* Which one, where there are several of a kind */
 	__le32 num_extents;	/* Number of extents that follow */
 };
@@ -257,7 +258,7 @@ struct virtio_rdma_del_gid {
 /* `REG_MR`: registers memory */
 struct virtio_rdma_reg_mr {
 	__le32 pdn;	/* Protection domain */
-	__le32 access;	/* Access bits */
+	__le32 access;	/* Bits of enum ib_access_flags */
 	/* Address that work requests use for the first byte; 0 for zero-based regions */
 	__le64 iova;
 	__le64 length;	/* Bytes */
@@ -294,7 +295,7 @@ struct virtio_rdma_reg_wr {
 	__le64 iova;	/* Address that work requests use for the first byte */
 	__le64 length;	/* Bytes */
 	__le32 key;	/* New key: that of the region but for the low byte */
-	__le32 access;	/* Access bits */
+	__le32 access;	/* Bits of enum ib_access_flags */
 	__le32 num_extents;	/* Number of extents */
 	__le32 reserved;
 };
@@ -317,16 +318,16 @@ struct virtio_rdma_rereg_mr {
 	__le32 key;	/* Key of the region */
 	__le32 flags;	/* Which of the following to replace */
 	__le32 pdn;	/* Protection domain */
-	__le32 access;	/* Access bits */
+	__le32 access;	/* Bits of enum ib_access_flags */
 	__le64 iova;	/* Address of the first byte */
 	__le64 length;	/* Bytes */
 	__le32 num_extents;	/* Number of extents that follow */
 	__le32 reserved;
 };
 
-/* One ring in guest memory, see crate::ring */
+/* One ring in guest memory: struct rxe_queue_buf, then its elements */
 struct virtio_rdma_ring_desc {
-	__u8 format;	/* A Format */
+	__u8 format;	/* A FORMAT_ */
 	__u8 reserved[3];
 	/* Number of elements, a power of two; one of them always stays empty. Zero: no ring */
 	__le32 entries;
@@ -351,7 +352,7 @@ struct virtio_rdma_resize_cq {
 /* `CREATE_QP` */
 struct virtio_rdma_create_qp {
 	__le32 pdn;	/* Protection domain */
-	__u8 qp_type;	/* A QpType */
+	__u8 qp_type;	/* An enum ib_qp_type */
 	__u8 sq_sig_all;	/* 1: every send work request makes a completion */
 	__le16 flags;	/* QP_KERNEL: only the kernel writes the rings */
 	__le32 send_cqn;	/* CQ of the send queue */
@@ -388,7 +389,7 @@ struct virtio_rdma_av {
 
 /* Attributes of a QP, with the meaning and units of `struct ib_qp_attr` */
 struct virtio_rdma_qp_attr {
-	__u8 qp_state;	/* A QpState */
+	__u8 qp_state;	/* An enum ib_qp_state */
 	__u8 cur_qp_state;	/* The state the caller believes the QP to be in */
 	__u8 path_mtu;	/* An enum ib_mtu */
 	__u8 sq_draining;	/* 1 while the send queue drains */
@@ -396,7 +397,7 @@ struct virtio_rdma_qp_attr {
 	__le32 rq_psn;	/* PSN expected first by the receive queue, 24 bits */
 	__le32 sq_psn;	/* PSN of the send queue's first packet, 24 bits */
 	__le32 dest_qpn;	/* The peer's QP number, 24 bits */
-	__le32 access_flags;	/* Remote access allowed by the QP, Access bits */
+	__le32 access_flags;	/* Remote access allowed by the QP, enum ib_access_flags */
 	__le16 pkey_index;	/* P_Key table index, 0 */
 	__u8 port_num;	/* Port, 1 */
 	__u8 max_rd_atomic;	/* READs and atomics outstanding as initiator */
@@ -413,7 +414,7 @@ struct virtio_rdma_qp_attr {
 /* `MODIFY_QP` (IBA 11.2.5.2) */
 struct virtio_rdma_modify_qp {
 	__le32 qpn;	/* QP number */
-	__le32 attr_mask;	/* QpMask bits: which attributes count */
+	__le32 attr_mask;	/* Bits of enum ib_qp_attr_mask: which attributes count */
 	struct virtio_rdma_qp_attr attr;	/* The attributes */
 };
 
@@ -469,7 +470,7 @@ struct virtio_rdma_ah {
 
 /* One event */
 struct virtio_rdma_event {
-	__le16 kind;	/* An EventType */
+	__le16 kind;	/* An EVENT_ */
 	__le16 write;	/* Of a page fault, 1 if the pages are to be written; else zero */
 	/* Number of the object: a CQ number, QP number, SRQ number, key or port, by kind */
 	__le32 number;

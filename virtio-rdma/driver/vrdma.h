@@ -188,7 +188,7 @@ struct vrdma_mr {
 	struct virtio_rdma_extent *extents;	/* of a region for fast registration */
 	u32 num_extents;
 	u32 max_extents;
-	struct vrdma_odp *odp;	/* of a region with on-demand paging, which has no umem of its own */
+	struct vrdma_odp *odp;		/* with on-demand paging; it has the umem then */
 };
 
 struct vrdma_mw {

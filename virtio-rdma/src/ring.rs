@@ -228,7 +228,7 @@ wire! {
         opcode: U32,
         /// Zero.
         vendor_err: U32,
-        /// Bytes received or read.
+        /// Bytes of the message, for every opcode; nothing is meant by it in an error.
         byte_len: U32,
         /// Immediate data, big-endian.
         imm_data: U32,
