@@ -46,6 +46,7 @@ unit: setup ## Unit tests and the in-process guest against the real device, on o
 	$(CARGO) test --workspace --quiet
 	FREEFLOW_TEST_PATH=tcp $(CARGO) test -p freeflow-tests --quiet --test rc --test uc --test ud --test atomics --test srq --test windows --test mcast --test gsi --test odp --test model
 	FREEFLOW_TEST_PATH=cut $(CARGO) test -p freeflow-tests --quiet --test rc --test atomics --test srq --test model
+	FREEFLOW_TEST_PATH=bad $(CARGO) test -p freeflow-tests --quiet --test srq --test uc --test ud --test windows
 	FREEFLOW_TEST_PATH=fabric $(CARGO) test -p freeflow-tests --quiet --test rc --test atomics --test srq --test lifecycle --test model
 
 .PHONY: unit-nic
@@ -55,18 +56,21 @@ unit-nic: setup ## The in-process tests over a fake RDMA NIC that works at once,
 	FREEFLOW_TEST_PATH=fabric $(CARGO) test -p freeflow-tests --quiet
 
 .PHONY: unit-tcp
-unit-tcp: setup ## The in-process tests with a host for each virtual NIC, and with connections that break (minutes)
+unit-tcp: setup ## The in-process tests with a host for each virtual NIC, and with connections that break or are bad (minutes)
 	FREEFLOW_TEST_PATH=tcp $(CARGO) test -p freeflow-tests --quiet
 	for suite in $(RELIABLE); do FREEFLOW_TEST_PATH=cut $(CARGO) test -p freeflow-tests --quiet --test $$suite || exit 1; done
+	for suite in $(PATIENT); do FREEFLOW_TEST_PATH=bad $(CARGO) test -p freeflow-tests --quiet --test $$suite || exit 1; done
 
 .PHONY: faults
-faults: setup ## Connections between hosts that break under load for minutes, every byte compared (FAULT_OPS=n)
-	FREEFLOW_TEST_PATH=cut FREEFLOW_OPS=$(FAULT_OPS) $(CARGO) test -p freeflow-tests --test model -- --nocapture
+faults: setup ## Connections between hosts that break, and a bad network, under load for minutes, every byte compared (FAULT_OPS=n)
+	for network in cut bad; do FREEFLOW_TEST_PATH=$$network FREEFLOW_OPS=$(FAULT_OPS) $(CARGO) test -p freeflow-tests --test model -- --nocapture || exit 1; done
 	$(CARGO) test -p freeflow-tests --test tcp
 	FREEFLOW_SCHEDULES=100000 $(CARGO) test -p freeflow-tcp
 FAULT_OPS := 300000
 # Suites of reliable connections.
 RELIABLE := rc atomics srq windows words fast_reg model
+# And those whose tests do not give up early.
+PATIENT := $(RELIABLE) uc ud gsi mcast odp errors events objects resize
 
 .PHONY: guests
 guests: images ## Unmodified software in real guests

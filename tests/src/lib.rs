@@ -24,6 +24,7 @@ pub mod logs;
 pub mod mesh;
 pub mod netns;
 pub mod page;
+pub mod relay;
 pub mod rng;
 pub mod router;
 pub mod stepped;

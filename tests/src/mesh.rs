@@ -15,6 +15,8 @@ use freeflow_router::overlay::Elsewhere;
 use freeflow_tcp::frame::{Frame, MAX_HEADER, Packet};
 use freeflow_tcp::{Limits, Nanos};
 
+use crate::relay::Relay;
+
 /// Connections of each link.
 const LANES: u16 = 2;
 
@@ -24,6 +26,19 @@ pub struct Mesh {
     routers: Vec<Arc<Router>>,
     doors: Vec<Door>,
     cutter: Option<Cutter>,
+    /// In front of the doors.
+    relays: Vec<Relay>,
+}
+
+/// What connections between hosts are like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// As those of this machine.
+    Good,
+    /// They break all the time, and are made again.
+    Cut,
+    /// They are slow, and now and then nothing comes for a while.
+    Bad,
 }
 
 /// Where a host takes connections.
@@ -85,12 +100,14 @@ fn peer_id(host: usize) -> PeerId {
 }
 
 impl Mesh {
-    /// Has all routers join each other. With `cut` their connections break all the time, and are made again.
-    pub fn join(routers: Vec<Arc<Router>>, cut: bool) -> Self {
+    /// Has all routers join each other.
+    pub fn join(routers: Vec<Arc<Router>>, network: Network) -> Self {
         let doors: Vec<_> = routers.iter().map(|router| Door::open(router).expect("a port on loopback")).collect();
         let streams = || doors.iter().map(|door| door.streams.clone()).collect();
-        let cutter = cut.then(|| Cutter::start(streams()));
-        let mesh = Self { routers, doors, cutter };
+        let cutter = (network == Network::Cut).then(|| Cutter::start(streams()));
+        let relayed = doors.iter().filter(|_| network == Network::Bad);
+        let relays = relayed.map(|door| Relay::to(door.at).expect("a port on loopback")).collect();
+        let mesh = Self { routers, doors, cutter, relays };
         for host in 0..mesh.routers.len() {
             mesh.tell_addresses(host);
             for other in host + 1..mesh.routers.len() {
@@ -103,6 +120,16 @@ impl Mesh {
     /// Connections that were broken so far.
     pub fn cuts(&self) -> usize {
         self.cutter.as_ref().map_or(0, |cutter| cutter.count.load(Ordering::Relaxed))
+    }
+
+    /// Pieces of what was sent that were late as if they had been lost on the way, so far.
+    pub fn losses(&self) -> usize {
+        self.relays.iter().map(Relay::losses).sum()
+    }
+
+    /// Where others reach a host.
+    fn way_to(&self, host: usize) -> SocketAddr {
+        self.relays.get(host).map_or(self.doors[host].at, Relay::at)
     }
 
     /// One host loses another, which knows nothing of it.
@@ -147,7 +174,7 @@ impl Mesh {
                 lanes: LANES,
                 limits: patient(),
                 tickets: tickets.clone(),
-                dialer: Arc::new(Caller { router: Arc::downgrade(router), at: self.doors[peer].at }),
+                dialer: Arc::new(Caller { router: Arc::downgrade(router), at: self.way_to(peer) }),
             });
             // After that: a connection that comes before its link is there would be kept open here and answered by nobody.
             let named = tickets.iter().enumerate().map(|(link, ticket)| (*ticket, (peer_id(peer), link as u16)));
@@ -170,6 +197,7 @@ impl Drop for Mesh {
             let others = (0..self.routers.len()).filter(|other| *other != host);
             others.for_each(|other| router.host().leave(peer_id(other)));
         }
+        self.relays.clear();
         self.doors.iter_mut().for_each(Door::close);
     }
 }

@@ -17,7 +17,7 @@ use freeflow_router::config::{Config, EngineSettings, NicSettings};
 use crate::bed::eventually;
 use crate::guest::verbs::ip_gid;
 use crate::guest::{Gid, Guest, GuestConfig};
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, Network};
 
 pub use freeflow_backend::Objects;
 pub use freeflow_router::Router;
@@ -80,7 +80,7 @@ impl RouterSpec {
     /// The same, each virtual NIC on a host of its own, whose NICs are on a network with this one.
     #[must_use]
     pub fn between(self, nic: Arc<FakeNic>) -> Self {
-        Self { hosts: Hosts::Each { cut: false }, ..self.over(nic) }
+        Self { hosts: Hosts::Each(Network::Good), ..self.over(nic) }
     }
 
     /// The NIC of a host. Those of several hosts are on the same network.
@@ -118,14 +118,16 @@ impl RouterSpec {
 }
 
 /// What the environment says: `FREEFLOW_TEST_PATH=verbs` has tests go over a fake NIC that executes at once, `=shuffled` over one that does so
-/// late and in another order each time; `=tcp`, `=cut` and `=fabric` [between hosts](is_spread), the last over NICs that are fake, with `=fabric:rxe0` over this one of the machine, opened once for each host; `=nic` over one that this machine has, `=nic:rxe0` over this one.
+/// late and in another order each time; `=tcp`, `=cut`, `=bad` and `=fabric` [between hosts](is_spread), the last over NICs that are fake, with `=fabric:rxe0` over this one of the machine, opened once for each host; `=nic` over one that this machine has, `=nic:rxe0` over this one.
 pub fn device_of_tests() -> Option<Arc<dyn Device>> {
     let script = match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
         Ok("verbs" | "fabric") => Script::default(),
         Ok("shuffled") => Script::shuffled(u64::from(COUNT.load(Relaxed)) ^ u64::from(std::process::id()) << 32),
         Ok(other) if other.starts_with("nic") || other.starts_with("fabric:") => return Some(device_of_host(other)),
-        Ok("local" | "tcp" | "cut") => return None,
-        Ok(other) => panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, cut, fabric, verbs, shuffled or nic"),
+        Ok("local" | "tcp" | "cut" | "bad") => return None,
+        Ok(other) => {
+            panic!("FREEFLOW_TEST_PATH is {other:?}, not local, tcp, cut, bad, fabric, verbs, shuffled or nic")
+        }
         _ => return None,
     };
     Some(Arc::new(FakeNic::new(script)))
@@ -142,16 +144,20 @@ pub fn nic_is_late() -> bool {
     std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "shuffled")
 }
 
-/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`, `=cut` where connections break all the time, `=fabric` where
-/// hosts have NICs on the same network.
+/// Whether each virtual NIC of a test is on a host of its own: `FREEFLOW_TEST_PATH=tcp`, `=cut` and `=bad` for what is [between
+/// them](network_of_tests), `=fabric` where hosts have NICs on the same network.
 pub fn is_spread() -> bool {
     std::env::var("FREEFLOW_TEST_PATH")
-        .is_ok_and(|path| ["tcp", "cut", "fabric"].contains(&path.as_str()) || path.starts_with("fabric:"))
+        .is_ok_and(|path| ["tcp", "cut", "bad", "fabric"].contains(&path.as_str()) || path.starts_with("fabric:"))
 }
 
-/// Whether connections between them break all the time.
-pub fn is_cut() -> bool {
-    std::env::var("FREEFLOW_TEST_PATH").is_ok_and(|path| path == "cut")
+/// What is between hosts then.
+pub fn network_of_tests() -> Network {
+    match std::env::var("FREEFLOW_TEST_PATH").as_deref() {
+        Ok("cut") => Network::Cut,
+        Ok("bad") => Network::Bad,
+        _ => Network::Good,
+    }
 }
 
 /// Where virtual NICs are.
@@ -159,17 +165,14 @@ pub fn is_cut() -> bool {
 pub enum Hosts {
     /// All on one host.
     One,
-    /// Each on one of its own.
-    Each {
-        /// Connections between them break all the time, and are made again.
-        cut: bool,
-    },
+    /// Each on one of its own, with this between them.
+    Each(Network),
 }
 
 impl Hosts {
     /// What the environment says.
     fn of_tests() -> Self {
-        if is_spread() { Self::Each { cut: is_cut() } } else { Self::One }
+        if is_spread() { Self::Each(network_of_tests()) } else { Self::One }
     }
 }
 
@@ -191,8 +194,10 @@ impl TestRouter {
         let hosts = if spec.hosts == Hosts::One { vec![config] } else { spread(config) };
         let start = |(host, config)| Router::start_on(config, spec.device_of(host)).expect("the router starts");
         let routers: Vec<_> = hosts.iter().enumerate().map(start).map(Arc::new).collect();
-        let cut = spec.hosts == Hosts::Each { cut: true };
-        let mesh = (routers.len() > 1).then(|| Mesh::join(routers.clone(), cut));
+        let mesh = match spec.hosts {
+            Hosts::Each(network) if routers.len() > 1 => Some(Mesh::join(routers.clone(), network)),
+            _ => None,
+        };
         Self { mesh, routers, id, dir }
     }
 

@@ -8,6 +8,7 @@ use freeflow_backend::verbs::fake::{FakeNic, Script};
 use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{MrSpec, Op, Rc, Remote, SendWr, Wc};
+use freeflow_tests::mesh::Network;
 use freeflow_tests::rng::Rng;
 use freeflow_tests::router::{Hosts, RouterSpec};
 use virtio_rdma::ctrl::Status;
@@ -183,9 +184,9 @@ fn a_receive_that_is_too_short_is_not_taken_for_one_that_was_flushed() {
 /// connections.
 #[test]
 fn a_region_that_changes_is_what_it_is_now_to_the_other_host() {
-    for cut in [false, true] {
+    for network in [Network::Good, Network::Cut] {
         let spec = RouterSpec {
-            hosts: Hosts::Each { cut },
+            hosts: Hosts::Each(network),
             ..RouterSpec::of(2).over(Arc::new(FakeNic::new(Script::default())))
         };
         let bed = Bed::with(&spec, Placement::Contiguous);

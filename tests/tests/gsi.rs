@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use freeflow_tests::bed::Bed;
+use freeflow_tests::bed::{Bed, eventually};
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, SendWr};
 use freeflow_tests::guest::{Gid, Guest};
@@ -14,6 +14,7 @@ use virtio_rdma::ring::GRH_SIZE;
 
 /// Long enough for a datagram to have come if it were to come.
 const A_WHILE: Duration = Duration::from_millis(60);
+const SOON: Duration = Duration::from_secs(20);
 
 fn end(guest: &Guest, spec: QpSpec, qkey: u32) -> Rc {
     let end = Rc::new(guest, spec, 8192).unwrap();
@@ -121,7 +122,9 @@ fn before_it_is_ready_nothing_comes() {
     let (a, b) = bed.two();
     let from = gsi(a);
     let to = Rc::new(b, QpSpec::gsi(), 8192).unwrap();
+    let dropped = || [0, 1].map(|nic| bed.router.status(nic).counters.messages_dropped).iter().sum::<u64>();
     send(&from, gid(&to), GSI_QPN, GSI_QKEY);
+    eventually("loss", SOON, || dropped() == 1);
     to.qp.to_ud(GSI_QKEY).unwrap();
     to.qp.post_recv(9, &[to.mr.sge(4096, 4096)]).unwrap();
     assert!(to.cq.poll_for(A_WHILE).is_none());

@@ -10,15 +10,15 @@ use freeflow_tests::bed::{Bed, Witness, eventually};
 use freeflow_tests::guest::GuestConfig;
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr, Wc};
-use freeflow_tests::mesh::host_id;
+use freeflow_tests::mesh::{Network, host_id};
 use freeflow_tests::router::{Hosts, RouterSpec};
 use virtio_rdma::ib::{QpState, WcStatus};
 
 /// Long enough for a message to have come if it were to come.
 const A_WHILE: Duration = Duration::from_millis(60);
 
-fn bed(nics: usize, cut: bool) -> Bed {
-    let spec = RouterSpec { hosts: Hosts::Each { cut }, device: None, ..RouterSpec::of(nics) };
+fn bed(nics: usize, network: Network) -> Bed {
+    let spec = RouterSpec { hosts: Hosts::Each(network), device: None, ..RouterSpec::of(nics) };
     Bed::with(&spec, Placement::Contiguous)
 }
 
@@ -29,7 +29,7 @@ fn write(a: &Rc, b: &Rc, len: usize) -> WcStatus {
 
 #[test]
 fn the_way_is_told() {
-    let bed = bed(2, false);
+    let bed = bed(2, Network::Good);
     let (a, b) = bed.pair(4096);
     a.mr.write(0, b"over there");
     assert_eq!(write(&a, &b, 10), WcStatus::Success);
@@ -42,7 +42,7 @@ fn the_way_is_told() {
 /// Every byte is compared by the witnesses, and by `FREEFLOW_TEST_PATH=cut` of all other suites.
 #[test]
 fn messages_survive_connections_that_break() {
-    let bed = bed(3, true);
+    let bed = bed(3, Network::Cut);
     // A connection that breaks several times before it has worked once is tried again later and later: for two seconds all in all.
     let options = RcOptions { timeout: 16, retry_cnt: 7, ..RcOptions::default() };
     let start = |(a, b): (usize, usize)| Witness::start_with(&bed.guests[a], &bed.guests[b], &options);
@@ -55,7 +55,7 @@ fn messages_survive_connections_that_break() {
 #[test]
 fn long_messages_survive_connections_that_break() {
     const LEN: usize = 32 << 20;
-    let spec = RouterSpec { hosts: Hosts::Each { cut: true }, device: None, ..RouterSpec::of(2) };
+    let spec = RouterSpec { hosts: Hosts::Each(Network::Cut), device: None, ..RouterSpec::of(2) };
     let config = GuestConfig { memory_size: 128 << 20, ..Default::default() };
     let bed = Bed::guests(&spec, &config);
     let options = RcOptions { timeout: 18, retry_cnt: 7, ..RcOptions::default() };
@@ -76,12 +76,24 @@ fn long_messages_survive_connections_that_break() {
     }
 }
 
+/// What is late, and what is lost on the way and sent again by TCP, is waited for; `FREEFLOW_TEST_PATH=bad` has other suites over such a network.
+#[test]
+fn messages_survive_a_bad_network() {
+    let bed = bed(3, Network::Bad);
+    // As long as a segment that is sent again may take.
+    let options = RcOptions { timeout: 16, retry_cnt: 7, ..RcOptions::default() };
+    let start = |(a, b): (usize, usize)| Witness::start_with(&bed.guests[a], &bed.guests[b], &options);
+    let witnesses: Vec<_> = [(0, 1), (1, 2), (2, 0)].map(start).into();
+    eventually("losses", Duration::from_mins(1), || bed.router.mesh().losses() >= 5);
+    witnesses.into_iter().for_each(Witness::finish);
+}
+
 /// An unreliable message is complete when it is sent, and its memory is written to again at once: what arrives is what was sent.
 #[test]
 fn unreliable_messages_are_what_was_sent() {
     const LEN: usize = 64 << 10;
     const COUNT: usize = 200;
-    let spec = RouterSpec { hosts: Hosts::Each { cut: false }, device: None, ..RouterSpec::of(2) };
+    let spec = RouterSpec { hosts: Hosts::Each(Network::Good), device: None, ..RouterSpec::of(2) };
     let config = GuestConfig { memory_size: 64 << 20, ..Default::default() };
     let bed = Bed::guests(&spec, &config);
     let (a, b) =
@@ -109,7 +121,7 @@ fn unreliable_messages_are_what_was_sent() {
 
 #[test]
 fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
-    let bed = bed(2, false);
+    let bed = bed(2, Network::Good);
     let (guest_a, guest_b) = bed.two();
     // For ever, were it not for the host that leaves.
     let options = RcOptions { timeout: 0, rnr_retry: 7, ..RcOptions::default() };
@@ -134,7 +146,7 @@ fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
 fn a_drained_queue_pair_goes_on_where_it_was() {
     const LEN: usize = 256 << 10;
     const COUNT: usize = 48;
-    let spec = RouterSpec { hosts: Hosts::Each { cut: false }, device: None, ..RouterSpec::of(2) };
+    let spec = RouterSpec { hosts: Hosts::Each(Network::Good), device: None, ..RouterSpec::of(2) };
     let config = GuestConfig { memory_size: 64 << 20, ..Default::default() };
     let bed = Bed::guests(&spec, &config);
     let (a, b) =
@@ -163,7 +175,7 @@ fn a_drained_queue_pair_goes_on_where_it_was() {
 
 #[test]
 fn a_host_that_is_cut_off_is_waited_for_as_long_as_the_queue_pair_says() {
-    let bed = bed(2, false);
+    let bed = bed(2, Network::Good);
     let options = RcOptions { timeout: 8, retry_cnt: 2, ..RcOptions::default() };
     let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), 4096, &options).unwrap();
     assert_eq!(write(&a, &b, 8), WcStatus::Success);
@@ -175,7 +187,7 @@ fn a_host_that_is_cut_off_is_waited_for_as_long_as_the_queue_pair_says() {
 /// What a peer says that has a ticket, and nothing good in mind.
 #[test]
 fn a_peer_that_talks_nonsense_disturbs_nobody() {
-    let bed = bed(3, false);
+    let bed = bed(3, Network::Good);
     let witness = Witness::start(&bed.guests[1], &bed.guests[2]);
     // Host 2 takes connections of host 0.
     let (at, ticket) = bed.router.mesh().door_of(2, 0);

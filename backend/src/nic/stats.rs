@@ -66,7 +66,8 @@ counters! {
     rate_waits,
     /// Pages of on-demand regions that the guest was asked for.
     page_faults,
-    /// Datagrams dropped: no such destination, `Q_Key`, or receive.
+    /// Datagrams and unreliable messages dropped: no such destination, `Q_Key`, or receive. Counted by the sender on one host, by the receiver where that is on
+    /// another one and known there.
     messages_dropped,
     /// Events given to the guest.
     events,

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use freeflow_tcp::frame::Datagram as Carried;
 use freeflow_tcp::host::Token;
 use virtio_rdma::ib::{MULTICAST_QPN, SendFlags};
+use virtio_rdma::ring::GRH_SIZE;
 
 use super::links::with_links;
 use crate::engine::context::Context;
-use crate::engine::ud::{self, Route};
+use crate::engine::job::Job;
+use crate::engine::ud::{self, Offered, Route};
 use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::qp::Qp;
@@ -53,13 +55,24 @@ fn target(ctx: &Context, from: PeerId, carried: &Carried) -> Option<Target> {
         return groups.members(destination).map(Target::Group);
     }
     let nic = ctx.engine.nic(overlay.find(&tenant, destination)?).filter(|nic| nic.is_running())?;
-    let qp = nic.qp(carried.destination_qpn)?;
-    ud::accepts(&qp, carried.qkey).then_some(Target::One(nic, qp))
+    let qp = nic.qp(carried.destination_qpn).filter(|qp| ud::accepts(qp, carried.qkey));
+    if qp.is_none() {
+        nic.counters.messages_dropped.add(1);
+    }
+    Some(Target::One(nic, qp?))
 }
 
 /// Whether anybody takes it.
 pub(super) fn is_wanted(ctx: &Context, from: PeerId, carried: &Carried) -> bool {
     target(ctx, from, carried).is_some()
+}
+
+/// Offers it to a queue pair, which may have no receive for it.
+fn offer(ctx: &mut Context, sender: u32, (nic, qp): (&Arc<Nic>, &Arc<Qp>), job: &mut Job, header: &[u8; GRH_SIZE]) {
+    let Op::Datagram { imm, .. } = job.wqe.op else { return };
+    if ud::offer(ctx, sender, (nic, qp), job, header, imm) != Offered::Delivered {
+        nic.counters.messages_dropped.add(1);
+    }
 }
 
 /// Gives it to those it is for, if they can take it at once. The payload's memory comes back.
@@ -76,12 +89,12 @@ pub(super) fn deliver(ctx: &mut Context, from: PeerId, carried: &Carried, payloa
     ctx.src.clear();
     match target {
         Target::One(nic, qp) => {
-            ud::offer(ctx, carried.source_qpn, (&nic, &qp), &mut job, &header, imm);
+            offer(ctx, carried.source_qpn, (&nic, &qp), &mut job, &header);
         }
         Target::Group(members) => {
             for member in members.iter() {
                 if !member.has_left() && member.nic.is_running() && ud::accepts(&member.qp, carried.qkey) {
-                    ud::offer(ctx, carried.source_qpn, (&member.nic, &member.qp), &mut job, &header, imm);
+                    offer(ctx, carried.source_qpn, (&member.nic, &member.qp), &mut job, &header);
                 }
             }
         }

@@ -8,7 +8,8 @@ use virtio_rdma::ib::{Access, QpMask, QpState, QpType};
 use super::{Cq, Mr, Pd, Qp, QpSpec};
 use crate::guest::ctrl::Response;
 use crate::guest::{Gid, Guest, Result};
-use crate::router::is_cut;
+use crate::mesh::Network;
+use crate::router::network_of_tests;
 
 /// The GID of an address.
 pub fn ip_gid(ip: IpAddr) -> Gid {
@@ -42,7 +43,7 @@ impl Default for RcOptions {
         Self {
             gid_index: 0,
             // Half a second in all; four where connections break all the time.
-            timeout: if is_cut() { 17 } else { 14 },
+            timeout: if network_of_tests() == Network::Good { 14 } else { 17 },
             retry_cnt: 7,
             rnr_retry: 7,
             min_rnr_timer: 1,
