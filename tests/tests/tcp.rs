@@ -119,6 +119,27 @@ fn unreliable_messages_are_what_was_sent() {
     }
 }
 
+/// Its peers' messages wait for it, and come when it runs again.
+#[test]
+fn a_guest_that_is_paused_is_waited_for() {
+    let bed = bed(2, Network::Bad);
+    let options = RcOptions { timeout: 18, retry_cnt: 7, ..RcOptions::default() };
+    let (a, b) = Rc::pair_with(&bed.guests[0], &bed.guests[1], &QpSpec::rc(), 4096, &options).unwrap();
+    for paused in [1, 0, 1, 0] {
+        for (from, to) in [(&a, &b), (&b, &a)] {
+            from.qp.post(SendWr::new(1, Op::Write(to.mr.remote(2048)), &[from.mr.sge(0, 2048)])).unwrap();
+            from.qp.post(SendWr::new(2, Op::Read(to.mr.remote(0)), &[from.mr.sge(1024, 1024)])).unwrap();
+        }
+        let bases = bed.guests[paused].stop_queues().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        bed.guests[paused].start_queues_at(&bases).unwrap();
+        for end in [&a, &b] {
+            let ends: Vec<_> = end.cq.take(2).iter().map(|wc| (wc.wr_id(), wc.status())).collect();
+            assert_eq!(ends, [(1, WcStatus::Success), (2, WcStatus::Success)], "guest {paused} was paused");
+        }
+    }
+}
+
 #[test]
 fn a_host_that_is_gone_fails_what_waits_for_it_and_can_come_back() {
     let bed = bed(2, Network::Good);
