@@ -49,7 +49,7 @@ int vrdma_pages_alloc(struct vrdma_pages *mem, size_t size, gfp_t gfp)
 	unsigned int order = VRDMA_MAX_BLOCK_ORDER;
 
 	mem->num = 0;
-	mem->pages = kvcalloc(num, sizeof(*mem->pages), GFP_KERNEL);
+	mem->pages = kvcalloc(num, sizeof(*mem->pages), gfp);
 	if (!mem->pages)
 		return -ENOMEM;
 	while (mem->num < num) {

@@ -383,7 +383,7 @@ static struct vrdma_odp *vrdma_odp_alloc(struct vrdma_mr *mr, struct vrdma_dev *
 	odp->unmap = vrdma_cmd_alloc(VIRTIO_RDMA_CMD_UNMAP_PAGES,
 				     sizeof(struct virtio_rdma_page_range), 0, 0);
 	odp->given = kvcalloc(BITS_TO_LONGS(length / PAGE_SIZE + 2), sizeof(long),
-			      GFP_KERNEL | __GFP_NOWARN);
+			      GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
 	if (!odp->unmap || !odp->given)
 		goto err;
 	/* Pages of any size are given in those of the device */
@@ -516,7 +516,7 @@ static int vrdma_odp_advise(struct vrdma_dev *dev, struct ib_pd *ibpd, const str
 		goto put;
 	}
 	ret = -ENOMEM;
-	work = kzalloc(sizeof(*work), GFP_KERNEL);
+	work = kzalloc(sizeof(*work), GFP_KERNEL_ACCOUNT);
 	if (!work)
 		goto put;
 	work->first = first;
