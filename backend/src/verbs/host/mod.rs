@@ -23,6 +23,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::process::{Resource, getrlimit};
 use virtio_rdma::ib::QpType;
 
 use super::choice::DeviceChoice;
@@ -65,6 +66,8 @@ struct Shared {
     /// Index and value of the GID that the port has now.
     gid: Mutex<(u8, Gid)>,
     mappings: Arc<Mappings>,
+    /// Bytes that this process may pin, if that is limited. Asked for once: the daemon's system-call filter lets nobody ask later.
+    memlock: Option<u64>,
 }
 
 impl HostNic {
@@ -74,7 +77,8 @@ impl HostNic {
     /// When there is none, and what there is instead.
     pub fn open(wanted: &DeviceChoice) -> Result<Self, NoNic> {
         let Chosen { name, context, port, gid } = choose::find(wanted)?;
-        let shared = Shared { context, port, gid: Mutex::new(gid), mappings: Mappings::of_process() };
+        let (gid, mappings) = (Mutex::new(gid), Mappings::of_process());
+        let shared = Shared { context, port, gid, mappings, memlock: getrlimit(Resource::Memlock).current };
         Self::start(name.clone(), Arc::new(shared)).map_err(|source| NoNic::Open { name, source })
     }
 

@@ -93,14 +93,15 @@ impl Region {
         // SAFETY: the memory is mapped, and stays so as long as the region, which keeps its mapping; that the guest changes it meanwhile is
         // what it is for, and nothing of ours refers to it.
         let mr = unsafe { ibv_reg_mr_iova2(domain.as_ptr(), addr, length, iova, access.bits()) };
-        let Some(mr) = NonNull::new(mr) else { return Err(not_registered(memory.length(), last_error())) };
+        let Some(mr) = NonNull::new(mr) else {
+            return Err(not_registered(memory.length(), domain.shared.memlock, last_error()));
+        };
         Ok(Self { mr, window, _memory: memory.clone(), domain: domain.clone() })
     }
 }
 
-/// `ENOMEM` has two reasons, one of which whoever runs this can remove.
-fn not_registered(bytes: u64, source: io::Error) -> DeviceError {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+/// `ENOMEM` has two reasons, one of which whoever runs this can remove. `limit` is of what may be pinned.
+fn not_registered(bytes: u64, limit: Option<u64>, source: io::Error) -> DeviceError {
     match (source.raw_os_error(), limit) {
         (Some(libc::ENOMEM | libc::ENOSPC), None) => DeviceError::Limit("a memory region"),
         _ => DeviceError::pinning(bytes, limit, source),
@@ -196,6 +197,14 @@ fn whole_pages(ranges: &[(u64, u64)]) -> Option<Vec<(u64, u64)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_where_pinning_is_limited_that_may_be_the_reason() {
+        let refused = |limit, error| not_registered(4096, limit, io::Error::from_raw_os_error(error));
+        assert!(matches!(refused(None, libc::ENOMEM), DeviceError::Limit(_)));
+        assert!(matches!(refused(Some(9), libc::ENOMEM), DeviceError::Memlock { bytes: 4096, limit: 9, .. }));
+        assert!(matches!(refused(Some(9), libc::EFAULT), DeviceError::System { .. }));
+    }
 
     #[test]
     fn pieces_are_whole_pages_but_at_the_ends() {
