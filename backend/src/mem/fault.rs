@@ -24,6 +24,15 @@ struct Slot {
     alarm: AtomicI32,
 }
 
+impl Slot {
+    fn contains(&self, address: usize) -> bool {
+        let start = self.start.load(Ordering::Acquire);
+        let Some(offset) = address.checked_sub(start).filter(|_| start != 0) else { return false };
+        // Another thread may have given the slot to another region meanwhile: length and start must be of the same.
+        offset < self.len.load(Ordering::Acquire) && self.start.load(Ordering::Acquire) == start
+    }
+}
+
 /// In static memory, since a signal handler can take no lock.
 static SLOTS: [Slot; CAPACITY] =
     [const { Slot { start: AtomicUsize::new(0), len: AtomicUsize::new(0), alarm: AtomicI32::new(-1) } }; CAPACITY];
@@ -130,11 +139,7 @@ extern "C" fn handle(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut 
         // Sent by a process: there is no address.
         return give_back_and_repeat();
     }
-    let slot = SLOTS.iter().find(|slot| {
-        let start = slot.start.load(Ordering::Acquire);
-        start != 0 && address.checked_sub(start).is_some_and(|offset| offset < slot.len.load(Ordering::Acquire))
-    });
-    match slot {
+    match SLOTS.iter().find(|slot| slot.contains(address)) {
         Some(slot) => replace(slot),
         None => give_back(),
     }

@@ -35,6 +35,12 @@ pub enum MapError {
         /// Guest-physical address.
         gpa: u64,
     },
+    /// It is of huge pages and ends within one: such a mapping can be neither replaced nor taken away.
+    #[error("memory region at guest address {gpa:#x} ends within a huge page")]
+    CutHugePage {
+        /// Guest-physical address.
+        gpa: u64,
+    },
     /// More regions than were offered.
     #[error("more than {} memory regions", Map::MAX_REGIONS)]
     TooMany,
@@ -97,6 +103,9 @@ impl Region {
         if meta.len() < end {
             return Err(MapError::ShortFile { gpa: id.gpa });
         }
+        if !id.size.is_multiple_of(page_size(&file)?) {
+            return Err(MapError::CutHugePage { gpa: id.gpa });
+        }
         let size = usize::try_from(id.size).map_err(|_| MapError::Layout { gpa: id.gpa, size: id.size })?;
         let mmap = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -134,6 +143,14 @@ impl Region {
 /// but the kernel, whereas even fstatfs(2) could wait for a file system that the VMM itself serves.
 fn is_memory(file: &File) -> bool {
     rustix::fs::fcntl_get_seals(file).is_ok()
+}
+
+/// Bytes of the pages that a file [of memory](is_memory) is mapped in.
+fn page_size(file: &File) -> std::io::Result<u64> {
+    const HUGETLBFS: rustix::fs::FsWord = 0x9584_58f6;
+    let filesystem = rustix::fs::fstatfs(file)?;
+    let is_huge = filesystem.f_type == HUGETLBFS;
+    Ok(if is_huge { filesystem.f_bsize.cast_unsigned() } else { PAGE_SIZE as u64 })
 }
 
 /// All regions of a guest. A value: changes make a new one.
@@ -346,6 +363,28 @@ mod tests {
         let memory = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         memory.set_len(4096).unwrap();
         assert!(Map::default().with(id, memory).is_ok());
+    }
+
+    /// A mapping of huge pages cannot be cut: what SIGBUS would put in its place, and the end of it, would fail.
+    #[test]
+    fn huge_pages_are_whole() {
+        use rustix::fs::MemfdFlags;
+        const HUGE: u64 = 2 << 20;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let Ok(file) = rustix::fs::memfd_create("guest", flags) else {
+            return; // A kernel without.
+        };
+        let file = File::from(file);
+        file.set_len(2 * HUGE).unwrap();
+        let alarm = Alarm::new().unwrap();
+        let region = |size| {
+            let id = RegionId { gpa: 0, size, vmm_addr: 0, offset: 0 };
+            Map::new(alarm.clone()).with(id, file.try_clone().unwrap())
+        };
+        assert!(matches!(region(HUGE + 4096), Err(MapError::CutHugePage { gpa: 0 })));
+        // The host may have no huge pages for it: then it goes away when it is touched.
+        let map = region(HUGE).unwrap();
+        assert!(map.read(0, &mut [0; 8]));
     }
 
     #[test]

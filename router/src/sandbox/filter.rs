@@ -66,6 +66,7 @@ const RUNNING: &[libc::c_long] = &[
     libc::SYS_close,
     libc::SYS_dup,
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_newfstatat,
     libc::SYS_read,
     libc::SYS_readlinkat,
