@@ -7,7 +7,9 @@ use std::time::Duration;
 use freeflow_backend::{Profile, Rates};
 use freeflow_tests::guest::Guest;
 use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr};
+use freeflow_tests::router::device_of_tests;
 use freeflow_tests::stepped::Stepped;
+use virtio_rdma::ib::QpState;
 
 /// How long each run takes.
 const RUN: Duration = Duration::from_millis(40);
@@ -127,6 +129,28 @@ fn a_limited_virtual_nic_does_not_hold_up_others() {
 }
 
 /// From a limit to none and back, at once.
+/// In SQD what has begun is finished, and a message may be long.
+#[test]
+fn a_message_that_is_drained_keeps_to_the_limit_of_its_queue_pair() {
+    if device_of_tests().is_some() {
+        return; // A NIC has all of it at once.
+    }
+    let rates = Rates { qp_bits: "8M".parse().ok(), burst_ms: BURST_MS, ..Rates::default() };
+    let mut bed = bed(&rates);
+    let (a, b) = Rc::pair(&bed.guests[0], &bed.guests[1], 1 << 20).unwrap();
+    a.qp.post(SendWr::new(1, Op::Write(b.mr.remote(0)), &[a.mr.sge(0, 1 << 20)])).unwrap();
+    bed.run(Duration::from_micros(100));
+    a.qp.modify_state(QpState::Sqd).unwrap();
+    bed.run(RUN);
+    assert!(a.cq.poll().is_none(), "1 MiB takes a second");
+    let rest = (1..2000).find(|_| {
+        bed.pass(Duration::from_millis(1));
+        bed.settle();
+        a.cq.poll().is_some()
+    });
+    assert!(rest.is_some_and(|rest| (950..=1060).contains(&rest)), "{rest:?} ms for the rest");
+}
+
 #[test]
 fn limits_may_change() {
     let mut bed = bed(&rates("1k", 0));

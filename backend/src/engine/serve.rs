@@ -36,13 +36,16 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
         return Next::Again;
     };
     match qp.state() {
-        QpState::Rts if nic.pacer.is_limited() => paced(ctx, nic, qp, &mut send),
+        QpState::Rts if nic.pacer.is_limited() => {
+            paced(ctx, nic, &mut send, |ctx, send| run(ctx, nic, qp, send, || false))
+        }
         QpState::Rts => run(ctx, nic, qp, &mut send, alone),
         QpState::Err if !verbs::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
         QpState::Sqd | QpState::Sqe if !verbs::settled(ctx, nic, qp, &mut send, false) => Next::Idle,
         QpState::Err if !tcp::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
         QpState::Sqd | QpState::Sqe if !tcp::settled(ctx, nic, qp, &mut send, false) => Next::Idle,
-        QpState::Sqd => drain(ctx, nic, qp, send),
+        QpState::Sqd if send.job.is_some() => paced(ctx, nic, &mut send, |ctx, send| drain(ctx, nic, qp, send)),
+        QpState::Sqd => drain(ctx, nic, qp, &mut send),
         QpState::Err => {
             let more = flush_send(ctx, nic, qp, send);
             if flush_recv(ctx, nic, qp) || more {
@@ -65,8 +68,13 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
     }
 }
 
-/// A visit to a QP of a virtual NIC with limits.
-fn paced(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Next {
+/// A visit to a QP of a virtual NIC that may have limits.
+fn paced(
+    ctx: &mut Context,
+    nic: &Nic,
+    send: &mut SendQueue,
+    visit: impl FnOnce(&mut Context, &mut SendQueue) -> Next,
+) -> Next {
     match nic.pacer.room(ctx.now, &send.pace) {
         Ok(room) => ctx.limit_visits(Some(room)),
         Err(at) => {
@@ -75,7 +83,7 @@ fn paced(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) 
         }
     }
     let before = ctx.work();
-    let next = run(ctx, nic, qp, send, || false);
+    let next = visit(ctx, send);
     ctx.limit_visits(None);
     nic.pacer.count_qp(ctx.now, &send.pace, ctx.work() - before);
     next
@@ -136,13 +144,13 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
 }
 
 /// SQD: what has started is finished, nothing new is begun.
-fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, mut send: MutexGuard<'_, SendQueue>) -> Next {
-    let mut budget = Budget::full();
+fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Next {
+    let mut budget = ctx.budget();
     // One for another host that was not posted has not started.
     let is_elsewhere = send.remote.is_some() || send.nic.as_ref().is_some_and(|queue| queue.between.is_some());
     let waits = is_elsewhere && send.job.as_ref().is_some_and(|job| !job.is_under_way());
     if !waits && let Some(job) = send.job.take() {
-        let next = advance(ctx, nic, qp, &mut send, job, &mut budget);
+        let next = advance(ctx, nic, qp, send, job, &mut budget);
         send.publish();
         if let Some(next) = next {
             return next;
