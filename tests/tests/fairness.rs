@@ -11,7 +11,8 @@ use freeflow_tests::guest::verbs::{MrSpec, MwType, Op, QpSpec, Rc, RcOptions, Re
 use freeflow_tests::guest::{Guest, doorbell::DoorbellArea};
 use freeflow_tests::router::{device_of_tests, nic_is_late};
 use freeflow_tests::stepped::Stepped;
-use virtio_rdma::ib::{QpState, SendFlags};
+use virtio_rdma::ctrl::QpAttr;
+use virtio_rdma::ib::{QpMask, QpState, SendFlags};
 
 /// How long each run takes.
 const RUN: Duration = Duration::from_millis(5);
@@ -250,6 +251,26 @@ fn flushing_without_end() {
             }
         })
     });
+}
+
+/// Commands are executed by threads that the worker does not wait for: what they put before it must not pile up.
+#[test]
+fn nobody_waits_behind_many_changes_of_one_queue_pair() {
+    let mut bed = bed();
+    let guests = bed.guests.clone();
+    let (v, _w) = Rc::pair(&guests[0], &guests[1], 64).unwrap();
+    let (a, _b) = Rc::pair(&guests[2], &guests[3], 64).unwrap();
+    bed.settle();
+    v.qp.post_recv(7, &[v.mr.sge(0, 8)]).unwrap();
+    for _ in 0..10_000 {
+        a.qp.modify(QpMask::empty(), QpAttr::default()).unwrap();
+    }
+    v.qp.modify_state(QpState::Err).unwrap();
+    let rounds = (1..1000).find(|_| {
+        bed.step();
+        v.cq.poll().is_some()
+    });
+    assert!(rounds.is_some_and(|rounds| rounds < 10), "flushed after {rounds:?} rounds");
 }
 
 /// Commands that put queue pairs before the worker, one after another.

@@ -66,15 +66,20 @@ impl Mailbox {
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
     }
 
-    /// Puts a QP before the worker.
+    /// Puts a QP before the worker. Once is enough: a guest that has it done without end fills nothing, and nobody waits behind it.
     pub fn post(&self, nic: Arc<Nic>, qp: Arc<Qp>) {
-        self.posts.push((nic, qp));
+        if !qp.is_put.swap(true, Ordering::AcqRel) {
+            self.posts.push((nic, qp));
+        }
         self.wake();
     }
 
     /// The next QP that somebody put here.
     pub fn take(&self) -> Option<(Arc<Nic>, Arc<Qp>)> {
-        self.posts.pop()
+        let (nic, qp) = self.posts.pop()?;
+        // Not just stored: whoever puts it here from now on does so again, and of those before what they did is seen.
+        qp.is_put.swap(false, Ordering::AcqRel);
+        Some((nic, qp))
     }
 
     /// Tells the worker something about links.

@@ -73,6 +73,8 @@ pub struct Qp {
     pub recv: Mutex<RecvQueue>,
     /// In a run queue of its worker; only that worker touches it.
     pub scheduled: AtomicBool,
+    /// Somebody has put it before its worker, which has not taken it up yet.
+    pub is_put: AtomicBool,
     /// Its earliest timer, `u64::MAX` for none; only its worker touches it.
     pub next_timer: AtomicU64,
     /// Multicast groups that it is in; only the control queue touches it.
@@ -127,6 +129,7 @@ impl Qp {
             send: Mutex::new(send),
             recv: Mutex::new(recv),
             scheduled: AtomicBool::new(false),
+            is_put: AtomicBool::new(false),
             next_timer: AtomicU64::new(u64::MAX),
             groups: AtomicU32::new(0),
             incarnation: AtomicU64::new(new_incarnation()),
