@@ -11,6 +11,7 @@ mod poll;
 mod reap;
 mod stage;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +45,7 @@ pub struct Scratch {
     /// Completions to be seen to.
     wcs: Vec<Wc>,
     /// Completions for guests that do not run now.
-    parked: Vec<(Arc<Nic>, Wc)>,
+    parked: Vec<(Arc<Nic>, VecDeque<Wc>)>,
 }
 
 /// Visits a QP that has an end on the NIC and is in RTS. `None` if its present peer has none: then the NIC has nothing of it, and it is

@@ -26,10 +26,16 @@ pub(in super::super) fn poll(ctx: &mut Context, tell: &mut impl FnMut(&Member, u
     if !side.is_busy() && ctx.verbs.wcs.is_empty() {
         return false;
     }
+    // They came first.
+    let parked = if ctx.verbs.parked.is_empty() { Vec::new() } else { unpark(ctx) };
     let mut wcs = std::mem::take(&mut ctx.verbs.wcs);
     side.poll(COMPLETIONS_PER_ROUND, &mut wcs);
-    let any = !wcs.is_empty();
-    wcs.extend(ctx.verbs.parked.extract_if(.., |(nic, _)| nic.is_running()).map(|(_, wc)| wc));
+    let any = !wcs.is_empty() || !parked.is_empty();
+    for wc in parked {
+        if let Some(member) = side.member(Tag::end(wc.id)) {
+            receive(ctx, &member, wc, tell);
+        }
+    }
     for wc in wcs.drain(..) {
         if let Some(member) = side.member(Tag::end(wc.id)) {
             complete(ctx, &member, wc, tell);
@@ -56,11 +62,14 @@ fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&M
         member.end.note_send(wc.id, wc.status);
         return tell(member, 0, true);
     }
-    if !member.nic.is_running() {
-        // Its memory is not to be touched now.
-        ctx.verbs.parked.push((member.nic.clone(), wc));
-        return;
+    if !member.nic.is_running() || is_parked(ctx, &member.nic) {
+        // Its memory is not to be touched now, or what came before is not there yet.
+        return park(ctx, member, wc);
     }
+    receive(ctx, member, wc, tell);
+}
+
+fn receive(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&Member, u64, bool)) {
     let Some(recv) = member.end.take_recv() else { return };
     let before = ctx.take_spent();
     let success = wc.status == WcStatus::Success;
@@ -91,6 +100,32 @@ fn complete(ctx: &mut Context, member: &Member, wc: Wc, tell: &mut impl FnMut(&M
     let spent = ctx.take_spent();
     ctx.charge(before);
     tell(member, spent, !success);
+}
+
+/// Keeps a completion until its guest runs. By virtual NIC: there may be very many of one that is stopped, and every round asks.
+fn park(ctx: &mut Context, member: &Member, wc: Wc) {
+    let parked = &mut ctx.verbs.parked;
+    match parked.iter_mut().find(|(nic, _)| Arc::ptr_eq(nic, &member.nic)) {
+        Some((_, wcs)) => wcs.push_back(wc),
+        None => parked.push((member.nic.clone(), [wc].into())),
+    }
+}
+
+fn is_parked(ctx: &Context, nic: &Arc<Nic>) -> bool {
+    ctx.verbs.parked.iter().any(|(parked, _)| Arc::ptr_eq(parked, nic))
+}
+
+/// Some completions of guests that run again. Those of virtual NICs that are gone are nobody's.
+fn unpark(ctx: &mut Context) -> Vec<Wc> {
+    let mut due = Vec::new();
+    let engine = &ctx.engine;
+    ctx.verbs.parked.retain_mut(|(nic, wcs)| {
+        if nic.is_running() {
+            due.extend(wcs.drain(..wcs.len().min(COMPLETIONS_PER_ROUND)));
+        }
+        !wcs.is_empty() && engine.nic(nic.id).is_some()
+    });
+    due
 }
 
 /// A queue pair on the NIC is of no use any more: its QP fails, and is flushed by its worker.
