@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use freeflow_tcp::frame::PairId;
 use parking_lot::Mutex;
 use virtio_rdma::ib::Access;
 
@@ -16,7 +17,8 @@ use crate::directory::Directory;
 use crate::mem::Map;
 use crate::mr::{KeyError, Layout, Mr, WindowPart};
 use crate::nic::keys::{RandomKeyMap, RandomKeySet, random_key};
-use crate::verbs::{Grant, Revocations};
+use crate::verbs::grant::Recalls;
+use crate::verbs::{Grant, Revocations, Terms};
 
 /// Kinds of memory windows (IBA 10.6.6.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,6 +180,11 @@ impl KeyTable {
     /// What this key stands for on the host's NIC.
     pub fn grant(&self, key: u32) -> Option<Arc<Grant>> {
         self.live.get(index(key)).filter(|mr| mr.key == key)?.grant().cloned()
+    }
+
+    /// What a peer on another host is told of the grant of a key; `None` if it is not to be.
+    pub fn tell(&self, grant: &Grant, to: &Arc<Recalls>, pair: PairId, key: u32) -> Option<(Terms, u32)> {
+        grant.tell(to, pair, key, &self.revocations)
     }
 
     /// How often a grant of one of these keys was revoked.

@@ -153,13 +153,18 @@ impl Grant {
         Self { terms, lkey: 0, rkey, revoked: AtomicBool::new(false), told: Mutex::default() }
     }
 
-    /// What a peer on another host is told of it, which is told, too, when it is revoked; `None` if it is already, or too many know it.
-    pub fn tell(&self, to: &Arc<Recalls>, pair: PairId, key: u32) -> Option<(Terms, u32)> {
+    /// What a peer on another host is told of it, which is told, too, when it is revoked, by these; `None` if it is already, or too many
+    /// know it, or the other keys of its virtual NIC.
+    pub fn tell(&self, to: &Arc<Recalls>, pair: PairId, key: u32, revocations: &Revocations) -> Option<(Terms, u32)> {
         let mut told = self.told.lock();
-        if !self.is_valid() || told.len() >= Self::MOST_TOLD {
+        if !self.is_valid() {
             return None;
         }
         if !told.iter().any(|(recalls, known, _)| *known == pair && Arc::ptr_eq(recalls, to)) {
+            if told.len() >= Self::MOST_TOLD || revocations.told.load(Ordering::Relaxed) >= Revocations::MOST_TOLD {
+                return None;
+            }
+            revocations.told.fetch_add(1, Ordering::Relaxed);
             told.push((to.clone(), pair, key));
         }
         Some((self.terms, self.rkey))
@@ -186,8 +191,18 @@ impl GrantBudget {
     /// Most of them; those of keys that are no more count too, as long as they are remembered.
     pub const MOST: usize = 1 << 18;
 
-    fn is_used_up(&self) -> bool {
+    pub(super) fn is_used_up(&self) -> bool {
         self.0.load(Ordering::Relaxed) >= Self::MOST
+    }
+
+    /// So many more are remembered.
+    pub(super) fn take(&self, count: usize) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// So many are forgotten.
+    pub(super) fn give_back(&self, count: usize) {
+        self.0.fetch_sub(count, Ordering::Relaxed);
     }
 }
 
@@ -197,9 +212,14 @@ impl GrantBudget {
 pub struct Revocations {
     count: AtomicU64,
     unheard: Arc<Unheard>,
+    /// How many queue pairs of other hosts know one of the keys, counted for each key.
+    told: AtomicUsize,
 }
 
 impl Revocations {
+    /// Most of those for all keys of a virtual NIC: each is remembered.
+    pub const MOST_TOLD: usize = 1 << 18;
+
     /// How many there have been. Asked for before what is remembered is used.
     #[inline]
     pub fn count(&self) -> u64 {
@@ -212,6 +232,7 @@ impl Revocations {
         // After that: who sees the new count sees the mark.
         self.count.fetch_add(1, Ordering::Release);
         let told = std::mem::take(&mut *grant.told.lock());
+        self.told.fetch_sub(told.len(), Ordering::Relaxed);
         for (recalls, pair, key) in told {
             recalls.push(Recall::new(pair, key, &self.unheard));
         }
@@ -367,8 +388,8 @@ impl GrantCache {
         let more = known.iter().len();
         let less = std::mem::replace(&mut self.slots[at], known).iter().len();
         self.len = self.len + more - less;
-        self.budget.0.fetch_add(more, Ordering::Relaxed);
-        self.budget.0.fetch_sub(less, Ordering::Relaxed);
+        self.budget.take(more);
+        self.budget.give_back(less);
     }
 
     fn grow(&mut self) {
@@ -386,7 +407,7 @@ impl GrantCache {
     }
 
     fn take(&mut self) -> Box<[Option<Known>]> {
-        self.budget.0.fetch_sub(std::mem::take(&mut self.len), Ordering::Relaxed);
+        self.budget.give_back(std::mem::take(&mut self.len));
         std::mem::take(&mut self.slots)
     }
 
@@ -507,7 +528,7 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
         }));
         for pair in [1, 2, 1] {
-            let (terms, key) = grant.tell(&recalls, PairId(pair), 5).unwrap();
+            let (terms, key) = grant.tell(&recalls, PairId(pair), 5, &revocations).unwrap();
             assert_eq!((terms.length, key), (0x100, 12));
         }
         assert!(recalls.is_empty());
@@ -515,15 +536,15 @@ mod tests {
         let told: Vec<_> = std::iter::from_fn(|| recalls.pop()).collect();
         let whom: Vec<_> = told.iter().map(|recall| (recall.pair, recall.key)).collect();
         assert_eq!((whom, woken.load(Ordering::Relaxed)), (vec![(PairId(1), 5), (PairId(2), 5)], 2), "each once");
-        assert!(grant.tell(&recalls, PairId(3), 5).is_none(), "it is revoked");
+        assert!(grant.tell(&recalls, PairId(3), 5, &revocations).is_none(), "it is revoked");
     }
 
     #[test]
     fn who_has_not_heard_is_waited_for_but_not_for_ever() {
         let (revocations, grant, recalls) = (Revocations::default(), region(), Arc::new(Recalls::new(|| ())));
         assert!(revocations.wait_heard(Duration::ZERO), "nobody was told");
-        grant.tell(&recalls, PairId(1), 5).unwrap();
-        grant.tell(&recalls, PairId(2), 5).unwrap();
+        grant.tell(&recalls, PairId(1), 5, &revocations).unwrap();
+        grant.tell(&recalls, PairId(2), 5, &revocations).unwrap();
         revocations.revoke(&grant);
         let first = recalls.pop();
         drop(recalls.pop());
@@ -531,7 +552,7 @@ mod tests {
         assert!(revocations.wait_heard(Duration::MAX), "nobody waits for the same twice");
         drop(first);
         let another = region();
-        another.tell(&recalls, PairId(1), 5).unwrap();
+        another.tell(&recalls, PairId(1), 5, &revocations).unwrap();
         revocations.revoke(&another);
         let first = recalls.pop();
         std::thread::scope(|scope| {
@@ -545,9 +566,20 @@ mod tests {
 
     #[test]
     fn no_more_are_told_than_are_remembered() {
-        let (grant, recalls) = (region(), Arc::new(Recalls::new(|| ())));
-        let told = (0..2 * Grant::MOST_TOLD as u64).filter(|&pair| grant.tell(&recalls, PairId(pair), 5).is_some());
-        assert_eq!(told.count(), Grant::MOST_TOLD);
+        let (revocations, recalls) = (Revocations::default(), Arc::new(Recalls::new(|| ())));
+        let mut all = Vec::new();
+        for _ in 0..Revocations::MOST_TOLD / Grant::MOST_TOLD {
+            let grant = region();
+            let tell = |&pair: &u64| grant.tell(&recalls, PairId(pair), 5, &revocations).is_some();
+            assert_eq!((0..Grant::MOST_TOLD as u64 + 5).filter(tell).count(), Grant::MOST_TOLD);
+            all.push(grant);
+        }
+        let one_more = region();
+        let tell = |grant: &Grant, pair| grant.tell(&recalls, PairId(pair), 5, &revocations).is_some();
+        assert!(!tell(&one_more, 1), "all together are bounded, too");
+        assert!(tell(&all[0], 1), "who knows it may ask again");
+        revocations.revoke(&all[0]);
+        assert!(tell(&one_more, 1));
     }
 
     #[test]

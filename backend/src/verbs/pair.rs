@@ -10,7 +10,7 @@ use freeflow_tcp::frame::{Apart, NicEnd, NicKey, PairId, Short};
 use parking_lot::Mutex;
 
 use super::device::Access;
-use super::grant::{Grant, GrantCache, Revocations, Terms};
+use super::grant::{Grant, GrantBudget, GrantCache, Revocations, Terms};
 use crate::tcp::PeerId;
 
 /// What is said of a queue pair's connection, on its way between the link and the queue pair.
@@ -26,6 +26,8 @@ pub struct Pair {
     pub id: PairId,
     said: Mutex<Said>,
     grants: Mutex<HashMap<u32, Arc<Grant>>>,
+    /// They count there.
+    budget: Arc<GrantBudget>,
     revocations: Revocations,
 }
 
@@ -59,10 +61,10 @@ const MOST_REFUSED: usize = 64;
 pub const ELSEWHERE: u32 = 0;
 
 impl Pair {
-    /// Of which nothing was said.
-    pub fn new((peer, host): (PeerId, Arc<str>), link: u16, id: PairId) -> Self {
+    /// Of which nothing was said; keys that it is told of count in its virtual NIC's budget.
+    pub fn new((peer, host): (PeerId, Arc<str>), link: u16, id: PairId, budget: &Arc<GrantBudget>) -> Self {
         let (said, grants, revocations) = Default::default();
-        Self { peer, host, link, id, said, grants, revocations }
+        Self { peer, host, link, id, said, grants, budget: budget.clone(), revocations }
     }
 
     /// The end to be connected to, or why there is none.
@@ -129,19 +131,28 @@ impl Pair {
         let access = Access::from_bits_truncate(access);
         let grant = Grant::of_peer(Terms { pdn: ELSEWHERE, access, iova: addr, length }, nic_key);
         let mut grants = self.grants.lock();
-        if grants.len() >= GrantCache::CAPACITY {
+        if grants.len() >= GrantCache::CAPACITY || self.budget.is_used_up() {
+            self.budget.give_back(grants.len());
             grants.drain().for_each(|(_, grant)| self.revocations.revoke(&grant));
         }
-        if let Some(before) = grants.insert(key, Arc::new(grant)) {
-            self.revocations.revoke(&before);
+        match grants.insert(key, Arc::new(grant)) {
+            Some(before) => self.revocations.revoke(&before),
+            None => self.budget.take(1),
         }
     }
 
     /// A key stands for nothing any more.
     pub fn revoke(&self, key: u32) {
         if let Some(grant) = self.grants.lock().remove(&key) {
+            self.budget.give_back(1);
             self.revocations.revoke(&grant);
         }
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.budget.give_back(self.grants.get_mut().len());
     }
 }
 
@@ -155,7 +166,11 @@ mod tests {
     const WHOLE: NicKey = NicKey { key: 77, access: Access::REMOTE_READ.bits(), addr: 0x1000, length: 16 };
 
     fn pair() -> Pair {
-        Pair::new((PeerId(1), "two".into()), 0, PairId(5))
+        pair_of(&Arc::default())
+    }
+
+    fn pair_of(budget: &Arc<GrantBudget>) -> Pair {
+        Pair::new((PeerId(1), "two".into()), 0, PairId(5), budget)
     }
 
     #[test]
@@ -184,6 +199,26 @@ mod tests {
             pair.set_grant(key, Some(WHOLE), now);
             assert!(pair.grants.lock().len() <= GrantCache::CAPACITY);
         }
+    }
+
+    /// A guest may have thousands of queue pairs, each with a peer that has thousands of keys.
+    #[test]
+    fn all_pairs_of_a_virtual_nic_together_are_not_told_without_end() {
+        let (budget, now) = (Arc::new(GrantBudget::default()), Instant::now());
+        let pairs: Vec<_> = (0..20).map(|_| pair_of(&budget)).collect();
+        for pair in &pairs {
+            for key in 0..GrantCache::CAPACITY as u32 {
+                pair.set_grant(key, Some(WHOLE), now);
+                assert!(pair.grant(key).is_some());
+            }
+        }
+        let held = |pairs: &[Pair]| pairs.iter().map(|pair| pair.grants.lock().len()).sum::<usize>();
+        assert!((GrantBudget::MOST..=GrantBudget::MOST + pairs.len()).contains(&held(&pairs)), "{}", held(&pairs));
+        drop(pairs);
+        let again = pair_of(&budget);
+        (0..100).for_each(|key| again.set_grant(key, Some(WHOLE), now));
+        (0..50).for_each(|key| again.revoke(key));
+        assert_eq!(held(&[again]), 50, "those that are gone do not count");
     }
 
     #[test]

@@ -156,7 +156,7 @@ impl Pairs {
             return None;
         }
         let grant = nic.keys.grant(key)?;
-        let (terms, nic_key) = grant.tell(&self.recalls, pair, key)?;
+        let (terms, nic_key) = nic.keys.tell(&grant, &self.recalls, pair, key)?;
         let mut access = terms.access & qp.access() & REMOTE;
         if !qp.lends_resources() {
             access -= Access::REMOTE_READ | Access::REMOTE_ATOMIC;

@@ -344,7 +344,7 @@ impl Pairs {
     fn add(&mut self, nic: &Arc<Nic>, qp: &Arc<Qp>) -> Arc<Pair> {
         let id = PairId(self.next);
         self.next += 1;
-        let pair = Arc::new(Pair::new((self.peer, self.host.clone()), self.link, id));
+        let pair = Arc::new(Pair::new((self.peer, self.host.clone()), self.link, id, &nic.grants));
         let asking = Asking { pair: Arc::downgrade(&pair), nic: Arc::downgrade(nic), qp: Arc::downgrade(qp) };
         self.asking.insert(id, asking);
         pair
