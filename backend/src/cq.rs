@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use crate::handshake;
 use crate::mem::{Map, Pages};
-use crate::ring::{MOVED_AT_A_TIME, ResizeError, Ring, RingMemory};
+use crate::ring::{LAST_MOVED, Move, ResizeError, Ring, RingMemory};
 
 /// The guest did not take its completions, wrote nonsense, or took the ring's memory away. The CQ does nothing more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -93,11 +93,13 @@ impl Cq {
     /// # Errors
     /// Why not; the ring of before stays in use then.
     pub fn resize(&self, ring: Ring) -> Result<(), ResizeError> {
-        let start = self.memory.lock().start()?;
+        let (from, start) = self.memory.lock().start()?;
         let bytes = ring.geometry().size() as u64;
-        let (mut ring, mut moved) = (Some(ring), 0);
-        while ring.is_some() {
-            self.memory.lock().move_to(&mut ring, start, &mut moved)?;
+        let (mut ring, mut way) = (Some(ring), Move::new(start, size_of::<Cqe>()));
+        while let Some(to) = &ring {
+            let written = self.memory.lock().index;
+            way.go_on(&from, to, written, u32::MAX)?;
+            self.memory.lock().move_to(&mut ring, &mut way)?;
         }
         self.ring_bytes.store(bytes, Ordering::Relaxed);
         Ok(())
@@ -152,28 +154,21 @@ impl<M: RingMemory> Producer<M> {
         self.arm = None;
     }
 
-    /// The first completion that was not polled.
-    fn start(&self) -> Result<u32, ResizeError> {
+    /// The ring, and the first completion that was not polled.
+    fn start(&self) -> Result<(Ring<M>, u32), ResizeError>
+    where
+        M: Clone,
+    {
         let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
-        ring.consumer().map_err(|_| ResizeError::Broken)
+        let start = ring.consumer().map_err(|_| ResizeError::Broken)?;
+        Ok((ring.clone(), start))
     }
 
-    /// Copies some more completions, those from `start` on; with the last of them the other ring takes the place of this one.
-    fn move_to(&mut self, other: &mut Option<Ring<M>>, start: u32, moved: &mut u32) -> Result<(), ResizeError> {
+    /// Copies the last completions; with all of them there the other ring takes the place of this one.
+    fn move_to(&mut self, other: &mut Option<Ring<M>>, way: &mut Move) -> Result<(), ResizeError> {
         let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
         let Some(to) = other else { return Ok(()) };
-        let count = self.index.wrapping_sub(start) & (ring.geometry().entries - 1);
-        if count >= to.geometry().entries {
-            return Err(ResizeError::TooSmall);
-        }
-        if *moved > count {
-            // The guest polls all the same.
-            return Err(ResizeError::Broken);
-        }
-        let now = (count - *moved).min(MOVED_AT_A_TIME);
-        ring.copy_elements(start.wrapping_add(*moved), to, *moved, now, size_of::<Cqe>());
-        *moved += now;
-        if *moved == count {
+        if let Some(count) = way.go_on(ring, to, self.index, LAST_MOVED)? {
             to.set_consumer(0);
             to.set_producer(count);
             (self.ring, self.index, self.published, self.consumer) = (other.take(), count, count, 0);

@@ -47,6 +47,10 @@ pub enum ChangeError {
     /// The region does not allow it, or does not have these bytes.
     #[error("the region does not allow this window")]
     Region,
+    /// Somebody else changes the table at this moment: try again. A worker does not wait for that, since a guest's commands can be at it
+    /// for long.
+    #[error("keys are being changed")]
+    Busy,
 }
 
 /// Who makes a change: the queue pair of the work request, or of the peer that it is for.
@@ -267,7 +271,7 @@ impl KeyTable {
     /// # Errors
     /// Why not; then nothing has changed.
     pub fn bind(&self, actor: Actor, bind: &Bind) -> Result<Option<Arc<Mr>>, ChangeError> {
-        let mut entries = self.entries.lock();
+        let mut entries = self.entries.try_lock().ok_or(ChangeError::Busy)?;
         let (entry, kind, bound) = entries.window(bind.window).ok_or(ChangeError::NoSuchKey(bind.window))?;
         if entry.key != bind.window {
             return Err(ChangeError::NoSuchKey(bind.window));
@@ -298,7 +302,7 @@ impl KeyTable {
     /// Why not; then nothing has changed.
     pub fn register(&self, actor: Actor, registration: Registration) -> Result<(), ChangeError> {
         let Registration { key, access, iova, layout, extents } = registration;
-        let mut entries = self.entries.lock();
+        let mut entries = self.entries.try_lock().ok_or(ChangeError::Busy)?;
         let entry = entries.by_index.get_mut(&index(key)).ok_or(ChangeError::NoSuchKey(key))?;
         if entry.pdn != actor.pdn {
             return Err(ChangeError::NotIts(key));
@@ -321,7 +325,7 @@ impl KeyTable {
     /// # Errors
     /// Why not; then nothing has changed.
     pub fn invalidate(&self, actor: Actor, key: u32) -> Result<Option<Arc<Mr>>, ChangeError> {
-        let mut entries = self.entries.lock();
+        let mut entries = self.entries.try_lock().ok_or(ChangeError::Busy)?;
         let entry = entries.by_index.get_mut(&index(key)).filter(|entry| entry.key == key);
         let entry = entry.ok_or(ChangeError::NoSuchKey(key))?;
         if entry.pdn != actor.pdn {
@@ -537,6 +541,23 @@ mod tests {
         let mr = table.get(next(window)).unwrap();
         assert_eq!((mr.iova, mr.length, mr.access), (0x1000, 0x1000, Access::REMOTE_WRITE));
         assert_eq!(table.bind(ME, &bind(next(window), region)).unwrap_err(), ChangeError::State(next(window)));
+    }
+
+    #[test]
+    fn work_requests_do_not_wait_for_commands_that_change_keys() {
+        let (table, region) = table_with_region(RIGHTS);
+        let (window, fast) = (table.add_window(PD, WindowKind::Two), table.add_region(PD, Some(1)));
+        let registration = || {
+            let layout = Layout::of_length(0x1000);
+            Registration { key: fast, access: RIGHTS, iova: 0, layout, extents: 1 }
+        };
+        let command = table.entries.lock();
+        assert_eq!(table.bind(ME, &bind(window, region)).unwrap_err(), ChangeError::Busy);
+        assert_eq!(table.invalidate(ME, window).unwrap_err(), ChangeError::Busy);
+        assert_eq!(table.register(ME, registration()).unwrap_err(), ChangeError::Busy);
+        drop(command);
+        table.bind(ME, &bind(window, region)).unwrap();
+        table.register(ME, registration()).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use virtio_rdma::ib::Access;
 
 use crate::control::parse::RawExtent;
 use crate::mem::{Extent, Map, Seg};
-use crate::on_demand::{Missing, OnDemand};
+use crate::on_demand::{Absent, OnDemand};
 use crate::profile::Profile;
 use crate::verbs::{Grant, MemoryRegion, Share, Terms};
 
@@ -368,7 +368,7 @@ impl Mr {
     /// Appends where `len` bytes at `addr` are, to be used as `need` says. They were checked before.
     ///
     /// # Errors
-    /// When some of them have no page now: whose, and which.
+    /// When some of them have no page now: whose, and why.
     #[inline]
     pub fn segments(
         &self,
@@ -376,7 +376,7 @@ impl Mr {
         addr: u64,
         len: u64,
         out: &mut Vec<Seg>,
-    ) -> Result<(), (&Arc<OnDemand>, Missing)> {
+    ) -> Result<(), (&Arc<OnDemand>, Absent)> {
         let at = addr - self.iova + self.offset;
         match &self.memory {
             Memory::Pieces(layout) => layout.segments(at, len, out),
@@ -394,9 +394,9 @@ fn on_demand_segments<'a>(
     at: u64,
     len: u64,
     out: &mut Vec<Seg>,
-) -> Result<(), (&'a Arc<OnDemand>, Missing)> {
+) -> Result<(), (&'a Arc<OnDemand>, Absent)> {
     let write = need.intersects(Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
-    pages.segments(at, len, write, out).map_err(|missing| (pages, missing))
+    pages.segments(at, len, write, out).map_err(|absent| (pages, absent))
 }
 
 /// Checks access flags of a region.

@@ -18,7 +18,7 @@ use crate::mem::{Extent, Map, Seg};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Runs that are changed at a time: workers that look for pages wait that long.
+/// Runs that are changed at a time: workers do not find pages that long, and look again.
 const RUNS_AT_A_TIME: usize = 256;
 
 /// A driver that has not answered is told again of a fault after this time: it may have had no memory to note it.
@@ -55,6 +55,15 @@ pub struct Missing {
     pub count: u32,
     /// They are to be written.
     pub write: bool,
+}
+
+/// Why bytes are not to be had now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absent {
+    /// Pages are missing.
+    Missing(Missing),
+    /// Pages come or go at this moment. A worker does not wait for that: others would wait with it, and a guest can do it without end.
+    Changing,
 }
 
 /// The guest's driver said that a page cannot be had.
@@ -167,18 +176,19 @@ impl OnDemand {
     /// Appends the segments of `len` bytes from `offset` on, which the caller has checked to be inside.
     ///
     /// # Errors
-    /// The first pages that are missing; nothing was appended then.
-    pub fn segments(&self, offset: u64, len: u64, write: bool, out: &mut Vec<Seg>) -> Result<(), Missing> {
+    /// The first pages that are missing, or that it cannot be told; nothing was appended then.
+    pub fn segments(&self, offset: u64, len: u64, write: bool, out: &mut Vec<Seg>) -> Result<(), Absent> {
         let before = out.len();
         let (mut at, end) = (self.head + offset, self.head + offset + len);
-        let runs = self.runs.read();
+        let runs = self.runs.try_read().ok_or(Absent::Changing)?;
         while at < end {
             let page = (at / PAGE) as u32;
             let Some((first, run)) = run_at(&runs, page).filter(|(_, run)| run.allows(write)) else {
                 out.truncate(before);
                 let behind = end.div_ceil(PAGE) as u32;
                 let next = runs.range(page + 1..behind).find(|(_, run)| run.allows(write));
-                return Err(Missing { page, count: next.map_or(behind, |(&next, _)| next) - page, write });
+                let count = next.map_or(behind, |(&next, _)| next) - page;
+                return Err(Absent::Missing(Missing { page, count, write }));
             };
             let seg = run.extent.slice(at - u64::from(first) * PAGE, end - at);
             at += seg.len() as u64;
@@ -341,8 +351,20 @@ mod tests {
         OnDemand::new(7 << 8, 0x7000_0100, 32 * PAGE)
     }
 
-    fn missing(page: u32, count: u32, write: bool) -> Result<(), Missing> {
-        Err(Missing { page, count, write })
+    fn missing(page: u32, count: u32, write: bool) -> Result<(), Absent> {
+        Err(Absent::Missing(Missing { page, count, write }))
+    }
+
+    #[test]
+    fn nobody_waits_for_pages_that_come_or_go() {
+        let (map, region) = (memory(), region());
+        region.map(0, true, extents(&map, 0, 4));
+        let out = &mut Vec::new();
+        let change = region.runs.write();
+        assert_eq!(region.segments(0, PAGE, true, out), Err(Absent::Changing));
+        assert!(out.is_empty());
+        drop(change);
+        assert_eq!(region.segments(0, PAGE, true, out), Ok(()));
     }
 
     #[test]

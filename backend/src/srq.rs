@@ -71,14 +71,16 @@ impl Srq {
     /// Why not; the ring of before stays in use then.
     pub fn resize(&self, ring: Ring) -> Result<(), ResizeError> {
         let bytes = ring.geometry().size() as u64;
-        let start = self.queue.lock().ring.start();
-        let (mut ring, mut moved) = (Some(ring), 0);
-        while let Some(other) = &ring {
+        let entries = ring.geometry().entries;
+        let (from, mut way) = self.queue.lock().ring.start()?;
+        let mut ring = Some(ring);
+        while let Some(to) = &ring {
+            way.go_on(&from, to, from.producer().map_err(|_| ResizeError::Broken)?, u32::MAX)?;
             let mut shared = self.queue.lock();
-            if shared.limit >= other.geometry().entries {
+            if shared.limit >= entries {
                 return Err(ResizeError::TooSmall);
             }
-            shared.ring.move_to(&mut ring, start, &mut moved)?;
+            shared.ring.move_to(&mut ring, &mut way)?;
         }
         self.ring_bytes.store(bytes, Ordering::Relaxed);
         Ok(())

@@ -225,7 +225,9 @@ impl Control {
     pub fn reset(&mut self) {
         let qps = self.nic.qps.take_all();
         for queue in &self.nic.doorbells {
-            drop(queue.slots.write().take_all());
+            // Dropped without the lock, which workers want.
+            let slots = queue.slots.write().take_all();
+            drop(slots);
             *queue.area.write() = None;
         }
         self.leave_groups();

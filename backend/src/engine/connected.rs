@@ -12,7 +12,7 @@ use super::context::{Budget, Context, Gather, Remote, Side, Unreachable};
 use super::cost;
 use super::failure::fatal;
 use super::job::Job;
-use crate::key_table::Actor;
+use crate::key_table::{Actor, ChangeError};
 use crate::mem::{self, AtomicOp, Source};
 use crate::nic::Nic;
 use crate::overlay::Gid;
@@ -481,14 +481,18 @@ fn arrive(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<Progress, 
     Ok(Progress::Done)
 }
 
-/// The message has arrived: makes a key of the responder's free if it says so. False while others may still be using that.
+/// The message has arrived: makes a key of the responder's free if it says so. False while others may still be using that, or are changing
+/// keys.
 fn invalidate(ctx: &mut Context, peer: &Binding, job: &mut Job) -> Result<bool, Failure> {
     let Op::SendInvalidate { rkey } = job.wqe.op else {
         return Ok(true);
     };
     if job.grace.is_none() {
         let actor = Actor { qpn: peer.qp.id.qpn, pdn: peer.qp.id.pdn };
-        peer.nic.keys.invalidate(actor, rkey).map_err(|_| Failure::Remote(Fault::INVALIDATION))?;
+        match peer.nic.keys.invalidate(actor, rkey) {
+            Err(ChangeError::Busy) => return Ok(false),
+            result => drop(result.map_err(|_| Failure::Remote(Fault::INVALIDATION))?),
+        }
         job.grace = Some(ctx.forget_key(&peer.nic, rkey));
     }
     Ok(job.grace.as_ref().is_none_or(|grace| ctx.engine.quiesce().is_over(grace)))

@@ -20,7 +20,7 @@ use crate::mem::Seg;
 use crate::mr::{KeyError, Mr};
 use crate::nic::Nic;
 use crate::nic::meters::Meter;
-use crate::on_demand::{Fault, Missing, OnDemand};
+use crate::on_demand::{Absent, Fault, OnDemand};
 use crate::overlay::NicId;
 use crate::qp::Identity;
 use crate::rate::Work;
@@ -87,6 +87,13 @@ impl Budget {
             self.bytes = QUANTUM_BYTES;
         }
         self.take_wqe()
+    }
+
+    /// So many more messages of this length are made of a work request that was taken.
+    pub fn take_more(&mut self, messages: usize, bytes: u64) {
+        let messages = u32::try_from(messages).unwrap_or(u32::MAX);
+        self.wqes = self.wqes.saturating_sub(messages);
+        self.bytes = self.bytes.saturating_sub(u64::from(messages).saturating_mul(bytes));
     }
 
     /// Takes a work request out of the budget; false when it is used up.
@@ -259,7 +266,7 @@ impl Context {
             Side::Destination => &mut self.dst,
         };
         let found = mr.segments(at.need, at.addr, len, out);
-        found.map_err(|(pages, missing)| self.paging.miss(nic, pages, missing, self.now))
+        found.map_err(|(pages, absent)| self.paging.miss(nic, pages, absent, self.now))
     }
 
     /// Checks every key of an SGE list.
@@ -297,7 +304,7 @@ impl Context {
             let addr = sge.addr.wrapping_add(skip);
             mr.check(list.pdn, list.need, addr, len)?;
             let found = mr.segments(list.need, addr, len, out);
-            found.map_err(|(pages, missing)| self.paging.miss(list.nic, pages, missing, self.now))?;
+            found.map_err(|(pages, absent)| self.paging.miss(list.nic, pages, absent, self.now))?;
             left -= len;
             skip = 0;
         }
@@ -366,7 +373,8 @@ pub struct Paging {
 impl Paging {
     /// A page is missing: its guest is told, and the request waits unless that has been denied.
     #[cold]
-    fn miss(&mut self, nic: &Nic, pages: &OnDemand, missing: Missing, now: Instant) -> Unreachable {
+    fn miss(&mut self, nic: &Nic, pages: &OnDemand, absent: Absent, now: Instant) -> Unreachable {
+        let Absent::Missing(missing) = absent else { return Unreachable::Paging };
         let Ok((fault, tell)) = pages.fault(self.fault.take(), missing, now) else {
             return KeyError::NoPage(pages.key()).into();
         };
@@ -461,5 +469,19 @@ impl KeyCache {
     /// What this key gave access to is not to be found here any more.
     fn forget(&mut self, nic: &Nic, key: u32) {
         self.entries.retain(|(known, _)| *known != (nic.id, key));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datagram_to_many_hosts_is_as_many_messages() {
+        let mut budget = Budget::full();
+        budget.take_more(9, 4096);
+        assert_eq!((budget.wqes, budget.bytes), (QUANTUM_WQES - 9, QUANTUM_BYTES - 9 * 4096));
+        budget.take_more(usize::MAX, 1);
+        assert!(!budget.take_wqe());
     }
 }

@@ -19,7 +19,7 @@ use crate::nic::Nic;
 use crate::qp::Qp;
 use crate::wqe::{FastReg, LocalOp};
 
-/// Why a fast registration was refused.
+/// Why a fast registration, or a change of another key, was refused.
 #[derive(Debug, thiserror::Error)]
 enum RegisterError {
     #[error("invalid {0}")]
@@ -45,17 +45,21 @@ pub(super) fn step(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &mut Job, op: Loc
             .keys
             .bind(actor, &bind)
             .map(|old| old.map(|mr| mr.key))
-            .map_err(|e| refused(qp, &e, WcStatus::MwBindErr)),
+            .map_err(|e| refused(qp, &e.into(), WcStatus::MwBindErr)),
         LocalOp::Invalidate(key) => {
             let old = nic.keys.invalidate(actor, key);
-            old.map(|old| old.map(|mr| mr.key)).map_err(|e| refused(qp, &e, WcStatus::LocQpOpErr))
+            old.map(|old| old.map(|mr| mr.key)).map_err(|e| refused(qp, &e.into(), WcStatus::LocQpOpErr))
         }
         LocalOp::Register(args) => match register(nic, actor, &args) {
             Ok(pieces) => {
                 ctx.charge(cost::LOOKUP * pieces as u64);
                 Ok(None)
             }
-            Err(error) => Err(refused(qp, &error, WcStatus::LocQpOpErr)),
+            Err(error) => {
+                // It may have to be tried again, and looks all of them up each time.
+                ctx.charge(cost::LOOKUP * job.wqe.lookups() as u64);
+                Err(refused(qp, &error, WcStatus::LocQpOpErr))
+            }
         },
     };
     match changed {
@@ -68,7 +72,11 @@ pub(super) fn step(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &mut Job, op: Loc
     }
 }
 
-fn refused(qp: &Qp, error: &dyn std::error::Error, status: WcStatus) -> Step {
+/// It fails, unless it only has to be tried again.
+fn refused(qp: &Qp, error: &RegisterError, status: WcStatus) -> Step {
+    if matches!(error, RegisterError::Change(ChangeError::Busy)) {
+        return Step::Paused;
+    }
     log::debug!("QP {:#x}: {error}", qp.id.qpn);
     Step::Failed(status)
 }

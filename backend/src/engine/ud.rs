@@ -85,6 +85,8 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
         job.way = Way::here(Path::Multicast);
         let hosts = ctx.engine.overlay().hosts(nic.id);
         if !hosts.is_empty() {
+            // Each is a message of its own.
+            budget.take_more(hosts.len() - 1, job.wqe.length);
             send_to_hosts(ctx, nic, qp, &hosts, &route, datagram, job);
             // Sending has used the context's source.
             if let Err(reason) = gather_source(ctx, nic, qp, job) {
@@ -148,7 +150,7 @@ fn send_to_hosts(
     if !job.wqe.is_inline() {
         mem::read_all(&ctx.src, &mut payload);
     }
-    ctx.charge(cost::bytes(job.wqe.length));
+    ctx.charge(peers.len() as u64 * (cost::WQE + cost::bytes(job.wqe.length)));
     ctx.count_bytes(job.wqe.length);
     let Some((&last, others)) = peers.split_last() else { return };
     for &peer in others {

@@ -9,13 +9,13 @@ use virtio_rdma::PAGE_SIZE;
 use super::copy::{prefetch, prefetch_to_write};
 use super::{Extent, Map, Region, Seg, read, write};
 
-/// Guest pages laid end to end, each wherever it is. Keeps the mappings alive.
-#[derive(Debug)]
+/// Guest pages laid end to end, each wherever it is. Keeps the mappings alive. A copy is of the same pages.
+#[derive(Debug, Clone)]
 pub struct Pages {
     /// Address of each page.
-    pages: Box<[Seg]>,
+    pages: Arc<[Seg]>,
     /// The regions that they lie in, each once.
-    regions: Vec<Arc<Region>>,
+    regions: Arc<[Arc<Region>]>,
 }
 
 impl Pages {
@@ -42,7 +42,7 @@ impl Pages {
             let offsets = (0..extent.len()).step_by(PAGE_SIZE).take(wanted);
             pages.extend(offsets.map(|o| extent.slice(o, PAGE_SIZE as u64)));
         }
-        (pages.len() * PAGE_SIZE >= size).then(|| Self { pages: pages.into(), regions })
+        (pages.len() * PAGE_SIZE >= size).then(|| Self { pages: pages.into(), regions: regions.into() })
     }
 
     /// Whether all of it is still guest memory.

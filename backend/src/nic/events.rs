@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 
+use crossbeam_queue::SegQueue;
 use parking_lot::Mutex;
 use virtio_rdma::event::{Event, EventType};
 use vmm_sys_util::eventfd::EventFd;
@@ -42,6 +43,8 @@ pub struct Flushed {
 pub struct EventQueue {
     vring: Arc<Mutex<Vring>>,
     pending: Mutex<Pending>,
+    /// What came while somebody else was giving out. Workers do not wait for that: a guest can keep its thread at it.
+    late: SegQueue<Notice>,
     /// Wakes the virtual NIC's thread, which gives out what a worker left. Nobody but us has it, so writing to it does
     /// not block.
     helper: OnceLock<Arc<EventFd>>,
@@ -56,7 +59,7 @@ struct Pending {
 impl EventQueue {
     /// Over this virtqueue.
     pub fn new(vring: Arc<Mutex<Vring>>) -> Self {
-        Self { vring, pending: Mutex::default(), helper: OnceLock::new() }
+        Self { vring, pending: Mutex::default(), late: SegQueue::new(), helper: OnceLock::new() }
     }
 
     /// Names whom to wake when there is more to give out than a worker has time for.
@@ -66,18 +69,41 @@ impl EventQueue {
 
     /// Gives a notice to the guest now, or keeps it until there is a buffer. True if any went out.
     pub fn raise(&self, notice: Notice) -> bool {
-        self.pending.lock().push(notice);
-        let flushed = self.flush();
-        if let (true, Some(helper)) = (flushed.more, self.helper.get()) {
+        let Some(mut pending) = self.pending.try_lock() else {
+            if self.late.len() < MAX_PENDING {
+                self.late.push(notice);
+            }
+            self.call_helper();
+            return false;
+        };
+        self.take_late(&mut pending);
+        pending.push(notice);
+        let flushed = self.give_out(&mut pending);
+        if flushed.more {
+            self.call_helper();
+        }
+        flushed.sent > 0
+    }
+
+    fn call_helper(&self) {
+        if let Some(helper) = self.helper.get() {
             // Fails only when the counter is full, and then the helper is being woken.
             let _ = helper.write(1);
         }
-        flushed.sent > 0
     }
 
     /// Gives out what waits, as far as there are buffers, but only some at a time.
     pub fn flush(&self) -> Flushed {
         let mut pending = self.pending.lock();
+        self.take_late(&mut pending);
+        self.give_out(&mut pending)
+    }
+
+    fn take_late(&self, pending: &mut Pending) {
+        (0..PER_FLUSH).map_while(|_| self.late.pop()).for_each(|notice| pending.push(notice));
+    }
+
+    fn give_out(&self, pending: &mut Pending) -> Flushed {
         let mut vring = self.vring.lock();
         let mut flushed = Flushed { sent: 0, more: false };
         while let Some(notice) = pending.order.front().copied() {
@@ -92,12 +118,15 @@ impl EventQueue {
         if flushed.sent > 0 {
             vring.signal();
         }
+        flushed.more |= !self.late.is_empty();
         flushed
     }
 
     /// Forgets what waits.
     pub fn clear(&self) {
-        *self.pending.lock() = Pending::default();
+        let mut pending = self.pending.lock();
+        while self.late.pop().is_some() {}
+        *pending = Pending::default();
     }
 }
 
@@ -126,5 +155,24 @@ fn wire(notice: Notice) -> Event {
         number: notice.number.into(),
         page: pages.page.into(),
         count: pages.count.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_who_gives_out() {
+        let queue = EventQueue::new(Arc::default());
+        let notice = |number| Notice { kind: EventType::QpFatal, number, pages: None };
+        let busy = queue.pending.lock();
+        assert!(!queue.raise(notice(1)) && !queue.raise(notice(2)));
+        drop(busy);
+        assert!(!queue.raise(notice(3)), "there is no buffer");
+        let order: Vec<_> = queue.pending.lock().order.iter().map(|notice| notice.number).collect();
+        assert_eq!(order, [1, 2, 3]);
+        assert!(!queue.raise(notice(2)));
+        assert_eq!(queue.pending.lock().order.len(), 3);
     }
 }

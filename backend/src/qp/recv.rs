@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::mem::Map;
 use crate::ring::rxe::{Caps, parse_recv};
-use crate::ring::{MOVED_AT_A_TIME, ResizeError, Ring};
+use crate::ring::{LAST_MOVED, Move, ResizeError, Ring};
 use crate::srq::Srq;
 use crate::wqe::Recv;
 
@@ -121,37 +121,34 @@ impl RecvRing {
         count
     }
 
-    /// Copies some more receives, those from `start` on, to the beginning of another ring; with the last of them that takes the place of
-    /// this one. The guest does not post meanwhile; others may take receives.
+    /// The ring, and the way of what is posted to the beginning of another, for [`move_to`](Self::move_to).
+    ///
+    /// # Errors
+    /// When there is none any more.
+    pub fn start(&self) -> Result<(Ring, Move), ResizeError> {
+        let ring = self.ring.clone().ok_or(ResizeError::Broken)?;
+        Ok((ring, Move::new(self.consumer, self.caps.recv_element())))
+    }
+
+    /// Copies the last receives; with all of them there the other ring takes the place of this one. The guest does not post meanwhile;
+    /// others may take receives.
     ///
     /// # Errors
     /// Why not; the ring of before stays in use then.
-    pub fn move_to(&mut self, other: &mut Option<Ring>, start: u32, moved: &mut u32) -> Result<(), ResizeError> {
+    pub fn move_to(&mut self, other: &mut Option<Ring>, way: &mut Move) -> Result<(), ResizeError> {
         let ring = self.ring.as_ref().ok_or(ResizeError::Broken)?;
         let Some(to) = other else { return Ok(()) };
-        let mask = ring.geometry().entries - 1;
-        let count = ring.producer().map_err(|_| ResizeError::Broken)?.wrapping_sub(start) & mask;
-        let taken = self.consumer.wrapping_sub(start) & mask;
-        if count >= to.geometry().entries {
-            return Err(ResizeError::TooSmall);
-        }
-        if taken > count || *moved > count {
+        let posted = ring.producer().map_err(|_| ResizeError::Broken)?;
+        let taken = way.place_of(ring, self.consumer);
+        if taken > way.place_of(ring, posted) {
             return Err(ResizeError::Broken);
         }
-        let now = (count - *moved).min(MOVED_AT_A_TIME);
-        ring.copy_elements(start.wrapping_add(*moved), to, *moved, now, self.caps.recv_element());
-        *moved += now;
-        if *moved == count {
+        if let Some(count) = way.go_on(ring, to, posted, LAST_MOVED)? {
             to.set_consumer(taken);
             to.set_producer(count);
             (self.ring, self.consumer, self.posted) = (other.take(), taken, taken);
         }
         Ok(())
-    }
-
-    /// Index of the next receive to take.
-    pub fn start(&self) -> u32 {
-        self.consumer
     }
 
     /// Bytes that the elements of its rings need.

@@ -59,8 +59,54 @@ pub enum ResizeError {
     Broken,
 }
 
-/// Elements that are moved to another ring at a time, for workers to get in between.
-pub const MOVED_AT_A_TIME: u32 = 64;
+/// Elements that are moved to another ring at most while workers are kept out. The others are moved before, beside them: a guest that has
+/// full rings exchanged without end would hold up whoever shares a worker with it.
+pub const LAST_MOVED: u32 = 64;
+
+/// Elements on their way to the beginning of another ring.
+#[derive(Debug, Clone, Copy)]
+pub struct Move {
+    /// Index of the first.
+    start: u32,
+    /// How many are there.
+    moved: u32,
+    /// Bytes of each that count.
+    len: usize,
+}
+
+impl Move {
+    /// From `start` on.
+    pub fn new(start: u32, len: usize) -> Self {
+        Self { start, moved: 0, len }
+    }
+
+    /// Where an index is in the other ring.
+    pub fn place_of<M>(&self, ring: &Ring<M>, index: u32) -> u32 {
+        index.wrapping_sub(self.start) & (ring.geometry.entries - 1)
+    }
+
+    /// Copies those before `end` that are not there yet, `most` of them. How many there are then, if that is all.
+    ///
+    /// # Errors
+    /// When they do not fit, or fewer are left than were moved: the other side of the ring goes on all the same.
+    pub fn go_on<M: RingMemory>(
+        &mut self,
+        from: &Ring<M>,
+        to: &Ring<M>,
+        end: u32,
+        most: u32,
+    ) -> Result<Option<u32>, ResizeError> {
+        let count = self.place_of(from, end);
+        if count >= to.geometry.entries {
+            return Err(ResizeError::TooSmall);
+        }
+        let left = count.checked_sub(self.moved).ok_or(ResizeError::Broken)?;
+        let now = left.min(most);
+        from.copy_elements(self.start.wrapping_add(self.moved), to, self.moved, now, self.len);
+        self.moved += now;
+        Ok((now == left).then_some(count))
+    }
+}
 
 /// What a ring lies in.
 pub trait RingMemory {
@@ -103,8 +149,8 @@ impl RingMemory for Pages {
     }
 }
 
-/// A ring: the guest is on one side of it, we on the other.
-#[derive(Debug)]
+/// A ring: the guest is on one side of it, we on the other. A copy is of the same memory.
+#[derive(Debug, Clone)]
 pub struct Ring<M = Pages> {
     geometry: Geometry,
     pages: M,
