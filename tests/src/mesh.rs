@@ -47,8 +47,8 @@ struct Door {
     at: SocketAddr,
     /// The link that a ticket is for.
     tickets: Arc<Mutex<HashMap<Ticket, (PeerId, u16)>>>,
-    /// Connections, to be cut.
-    streams: Streams,
+    /// Connections, to be cut. Those that are not to be are not kept: the peer would not see that they are closed.
+    streams: Option<Streams>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -102,9 +102,10 @@ fn peer_id(host: usize) -> PeerId {
 impl Mesh {
     /// Has all routers join each other.
     pub fn join(routers: Vec<Arc<Router>>, network: Network) -> Self {
-        let doors: Vec<_> = routers.iter().map(|router| Door::open(router).expect("a port on loopback")).collect();
-        let streams = || doors.iter().map(|door| door.streams.clone()).collect();
-        let cutter = (network == Network::Cut).then(|| Cutter::start(streams()));
+        let open = |router| Door::open(router, network == Network::Cut).expect("a port on loopback");
+        let doors: Vec<_> = routers.iter().map(open).collect();
+        let streams: Vec<_> = doors.iter().filter_map(|door| door.streams.clone()).collect();
+        let cutter = (!streams.is_empty()).then(|| Cutter::start(streams));
         let relayed = doors.iter().filter(|_| network == Network::Bad);
         let relays = relayed.map(|door| Relay::to(door.at).expect("a port on loopback")).collect();
         let mesh = Self { routers, doors, cutter, relays };
@@ -203,12 +204,12 @@ impl Drop for Mesh {
 }
 
 impl Door {
-    fn open(router: &Arc<Router>) -> io::Result<Self> {
+    fn open(router: &Arc<Router>, cut: bool) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let at = listener.local_addr()?;
         let tickets = Arc::<Mutex<HashMap<_, _>>>::default();
         let (known, router) = (tickets.clone(), Arc::downgrade(router));
-        let streams = Streams::default();
+        let streams = cut.then(Streams::default);
         let made = streams.clone();
         let thread = std::thread::spawn(move || {
             for stream in listener.incoming() {
@@ -216,7 +217,9 @@ impl Door {
                 let Ok((stream, first, ticket)) = stream.and_then(greeting) else { return };
                 let link = known.lock().unwrap().get(&ticket).copied();
                 if let Some((peer, link)) = link {
-                    made.lock().unwrap().extend(stream.try_clone());
+                    if let Some(made) = &made {
+                        made.lock().unwrap().extend(stream.try_clone());
+                    }
                     router.host().accepted(peer, link, stream, first);
                 }
             }
