@@ -282,17 +282,20 @@ impl Control {
     fn end_life(&self, qp: &Arc<Qp>, to: QpState) {
         qp.set_state(to);
         self.engine.quiesce().wait();
-        if let Some(end) = qp.end() {
-            end.fail();
-        }
         if to == QpState::Reset {
             // No worker uses them any more: only work requests of this QP's peer could.
             drop(self.nic.keys.release(qp.id.qpn));
-            qp.leave_nic();
+            if qp.end().is_some() {
+                // Not made to fail first: the NIC would complete what nobody is to hear of. What a worker has of it already is seen to.
+                qp.leave_nic();
+                self.engine.quiesce().wait();
+            }
             let mut send = qp.send.lock();
             qp.start_over();
             send.reset();
             qp.recv.lock().reset();
+        } else if let Some(end) = qp.end() {
+            end.fail();
         }
         self.engine.attend(&self.nic, qp);
     }
