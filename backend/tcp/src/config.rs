@@ -39,8 +39,10 @@ pub struct Limits {
     pub strays: usize,
     /// Most notes that wait for one connection; more are not said.
     pub notes: usize,
-    /// How long a datagram waits for its connection before it is dropped.
+    /// How long a datagram waits for its connection, which may be being made, before it is dropped.
     pub datagram_patience: Nanos,
+    /// How long a UC message waits for its responder to have a receive before it is sent anyway.
+    pub receive_patience: Nanos,
     /// How long UC messages wait for their QP's flow to be opened before they are dropped.
     pub open_patience: Nanos,
     /// Shortest time after which an RC message that is not answered counts as lost.
@@ -69,8 +71,9 @@ impl Default for Limits {
             datagrams: 64,
             strays: 4096,
             notes: 4096,
-            datagram_patience: Nanos::from_millis(2),
-            open_patience: Nanos::from_millis(20),
+            datagram_patience: Nanos::from_millis(500),
+            receive_patience: Nanos::from_millis(2),
+            open_patience: Nanos::from_millis(500),
             shortest_try: Nanos::from_millis(10),
             page_patience: Nanos::from_millis(500),
             ask_again: Nanos::from_millis(200),

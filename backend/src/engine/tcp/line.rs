@@ -185,12 +185,13 @@ impl Line {
     pub fn poll(&mut self, now: Nanos, epoll: &Epoll, ctx: &mut Context, tell: &mut Tell<'_>) -> bool {
         let mut any = false;
         self.forget_closed();
+        for index in 0..self.lanes.len() {
+            any |= self.receive(index, now, epoll, ctx);
+        }
+        // After that: what has come is not missed because this host looked late.
         if self.link.timer().is_some_and(|at| at <= now) {
             let (link, mut device) = self.parts(ctx);
             link.on_timer(now, &mut device);
-        }
-        for index in 0..self.lanes.len() {
-            any |= self.receive(index, now, epoll, ctx);
         }
         self.tables.rest();
         any |= self.pairs.hear(&mut self.tables.notes, &mut self.link, now, ctx, tell);

@@ -105,6 +105,7 @@ impl Link {
     fn come_up(&mut self, index: u16, now: Nanos) {
         self.lanes[usize::from(index)].works(&self.config.limits);
         self.refresh(Side::Lane(index), now);
+        self.refresh(Side::Datagrams(index), now);
         for flow in self.flows_of(index) {
             self.refresh(Side::Requester(flow), now);
         }
@@ -133,7 +134,6 @@ impl Link {
         let conn = lane.conn();
         let there = !lane.is_down();
         lane.end(dials, now, limits);
-        lane.drop_all(host);
         if there && let Some(why) = why {
             self.events.push_back(Event::Close(conn, why));
         }

@@ -151,7 +151,7 @@ impl Link {
         let limits = &self.config.limits;
         let index = datagram.source_qpn % self.lanes.len() as u32;
         let lane = &mut self.lanes[index as usize];
-        if !lane.is_up() || lane.datagrams.len() >= limits.datagrams || len > MAX_DATAGRAM {
+        if lane.datagrams.len() >= limits.datagrams || len > MAX_DATAGRAM {
             host.datagram_sent(token, false);
             return;
         }

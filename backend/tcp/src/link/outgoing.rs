@@ -91,7 +91,7 @@ impl Link {
         let env = &mut Env { now, limits: &self.config.limits, host };
         let (packet, source) = match side {
             Side::Lane(_) => return None,
-            Side::Datagrams(index) => return self.lanes[usize::from(index)].next_datagram(now, env.host),
+            Side::Datagrams(index) => return self.lanes[usize::from(index)].next_datagram(env.host),
             Side::Requester(flow) => {
                 let requester = self.flows.requesters.get_mut(&flow)?;
                 requester.queued.data = false;
@@ -146,9 +146,8 @@ impl Lane {
         Some(Outgoing::bare(Frame::Nak(stray(Position { flow, next: 0, got: 0, taken: false }, code))))
     }
 
-    fn next_datagram<H: Host>(&mut self, now: Nanos, host: &mut H) -> Option<Outgoing> {
+    fn next_datagram<H: Host>(&mut self, host: &mut H) -> Option<Outgoing> {
         self.datagrams_queued.data = false;
-        self.drop_late(now, host);
         let next = self.datagrams.pop_front()?;
         host.datagram_sent(next.token, true);
         let source = Source { origin: Origin::Datagram(next.token), offset: 0, len: next.len };
@@ -156,19 +155,13 @@ impl Lane {
         Some(Outgoing { packet, source: Some(source).filter(|source| source.len > 0) })
     }
 
-    /// Drops datagrams that have waited for too long.
+    /// Drops datagrams that have waited for too long. Only the timer does: one that can be sent now is not dropped because this host was slow.
     pub(super) fn drop_late<H: Host>(&mut self, now: Nanos, host: &mut H) {
         while let Some(first) = self.datagrams.front()
             && first.ends <= now
         {
             host.datagram_sent(first.token, false);
             self.datagrams.pop_front();
-        }
-    }
-
-    pub(super) fn drop_all<H: Host>(&mut self, host: &mut H) {
-        for waiting in self.datagrams.drain(..) {
-            host.datagram_sent(waiting.token, false);
         }
     }
 }

@@ -413,7 +413,7 @@ fn a_silent_peer_is_pinged_and_then_given_up() {
 }
 
 #[test]
-fn a_datagram_never_waits_for_a_connection_that_is_not_there() {
+fn a_datagram_waits_for_its_connection_for_a_while() {
     let mut pair = Pair::new(1);
     let datagram = Datagram {
         tenant: 0,
@@ -437,12 +437,26 @@ fn a_datagram_never_waits_for_a_connection_that_is_not_there() {
     let most = pair.links[0].config.limits.datagrams as u64;
     (2..most + 3).for_each(|token| send(&mut pair, token));
     assert_eq!(pair.devices[0].datagrams, [(1, true), (most + 2, false)]);
-    pair.now = pair.now + pair.links[0].config.limits.datagram_patience;
-    pair.links[0].on_timer(pair.now, &mut pair.devices[0]);
-    assert_eq!(pair.links[0].footprint().datagrams, 0);
+    let patience = pair.links[0].config.limits.datagram_patience;
+    pair.now = pair.now + patience;
+    // A host that was slow itself sends them nevertheless.
+    let conn = pair.conns[0].unwrap();
+    while pair.pass(0, conn).is_some() {}
+    assert_eq!(pair.devices[0].datagrams.last(), Some(&(most + 1, true)));
+    // There is no connection.
     pair.cut();
     send(&mut pair, 1000);
-    assert_eq!(pair.devices[0].datagrams.last(), Some(&(1000, false)));
+    assert_eq!(pair.links[0].footprint().datagrams, 1);
+    pair.now = pair.now + pair.links[0].config.limits.redial;
+    pair.connect();
+    pair.run();
+    assert_eq!(pair.devices[0].datagrams.last(), Some(&(1000, true)));
+    pair.cut();
+    send(&mut pair, 1001);
+    pair.now = pair.now + patience;
+    pair.links[0].on_timer(pair.now, &mut pair.devices[0]);
+    assert_eq!(pair.devices[0].datagrams.last(), Some(&(1001, false)));
+    assert_eq!(pair.links[0].footprint().datagrams, 0);
 }
 
 #[test]

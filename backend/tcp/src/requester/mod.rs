@@ -332,7 +332,7 @@ impl Requester {
     }
 
     fn note_starving<H: Host>(&mut self, env: &Env<'_, H>) {
-        let until = env.now + env.limits.datagram_patience;
+        let until = env.now + env.limits.receive_patience;
         self.go_anyway = self.is_starving().then(|| self.go_anyway.filter(|at| *at > env.now).unwrap_or(until));
     }
 
