@@ -87,8 +87,8 @@ pub struct Mr {
 struct OnNic {
     grant: Arc<Grant>,
     _mr: Arc<dyn MemoryRegion>,
-    /// Of its virtual NIC's quota.
-    _share: Arc<Share>,
+    /// Of its virtual NIC's quotas.
+    _shares: Arc<[Share; 3]>,
 }
 
 /// Where the bytes of a region are.
@@ -185,7 +185,6 @@ impl Layout {
     }
 
     /// In which pieces.
-    #[cfg(feature = "rdma")]
     pub(crate) fn extents(&self) -> &[Extent] {
         &self.extents
     }
@@ -233,10 +232,10 @@ impl Mr {
 
     /// The same, which the host's NIC has too.
     #[must_use]
-    pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>, share: Share) -> Self {
+    pub fn on_nic(mut self, mr: Arc<dyn MemoryRegion>, shares: [Share; 3]) -> Self {
         let terms = Terms { pdn: self.pdn, access: self.access, iova: self.iova, length: self.length };
         let grant = Grant::region(terms, &*mr);
-        self.on_nic = Some(OnNic { grant: Arc::new(grant), _mr: mr, _share: Arc::new(share) });
+        self.on_nic = Some(OnNic { grant: Arc::new(grant), _mr: mr, _shares: Arc::new(shares) });
         self
     }
 

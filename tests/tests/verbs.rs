@@ -678,6 +678,33 @@ fn quotas_of_the_hosts_nic() {
     assert!(Rc::pair(x, y, 64).is_err(), "completions of a second queue pair");
 }
 
+/// The same of regions, the mappings that memory in pieces needs, and protection domains.
+#[test]
+fn quotas_of_regions_mappings_and_protection_domains() {
+    let nic = Arc::new(FakeNic::new(Script::default()));
+    let quota = NicQuota { max_mr: 3, max_map: 9, max_pd: 2, ..NicQuota::default() };
+    let bed = Bed::with(&RouterSpec { quota, ..RouterSpec::of(1).over(nic.clone()) }, Placement::Contiguous);
+    let guest = &bed.guests[0];
+    let pd = guest.alloc_pd().unwrap();
+    let buf = guest.alloc_placed(4 * 4096, Placement::Fragmented).unwrap();
+    let on_nic = |expected| assert_eq!(nic.counts().mrs, expected);
+    let first = pd.reg(&buf).unwrap();
+    on_nic(1);
+    // Five mappings each: the second time there are four left.
+    let without = pd.reg(&buf).unwrap();
+    on_nic(1);
+    let whole = [(); 2].map(|()| pd.reg_new(4096).unwrap());
+    on_nic(3);
+    drop((whole, without, first));
+    let whole = [(); 4].map(|()| pd.reg_new(4096).unwrap());
+    on_nic(3);
+    drop(whole);
+    let _second = guest.alloc_pd().unwrap();
+    assert!(guest.alloc_pd().is_err(), "a third protection domain");
+    drop(pd);
+    guest.alloc_pd().unwrap();
+}
+
 /// What cannot be pinned goes without the NIC, and the log says which limit it was.
 #[test]
 fn the_limit_of_pinned_memory_is_named() {

@@ -14,10 +14,17 @@ use crate::nic::PathChoice;
 use crate::overlay::Gid;
 use crate::qp::{NicQueue, Qp, SendQueue};
 use crate::verbs::fabric::remote_atomic;
-use crate::verbs::{Device, ProtectionDomain};
+use crate::verbs::{Device, ProtectionDomain, Share};
 
 /// Protection domains on the NIC, by those of the guest.
-pub(super) type NicDomains = HashMap<u32, Arc<dyn ProtectionDomain>>;
+pub(super) type NicDomains = HashMap<u32, NicDomain>;
+
+/// One of them, and its part of the virtual NIC's quota.
+#[derive(Debug)]
+pub(super) struct NicDomain {
+    domain: Arc<dyn ProtectionDomain>,
+    _share: Share,
+}
 
 /// What the NIC enforces of access flags; the rest is the router's.
 const ON_NIC: Access =
@@ -34,7 +41,8 @@ impl Control {
     /// A protection domain is made.
     pub(super) fn add_nic_domain(&mut self, pdn: u32) -> Result<(), Refusal> {
         let Some(device) = self.device() else { return Ok(()) };
-        match device.alloc_pd() {
+        let share = self.nic.usage.take_domain(&self.nic.config.quota);
+        match share.and_then(|share| Ok(NicDomain { domain: device.alloc_pd()?, _share: share })) {
             Ok(domain) => drop(self.domains.insert(pdn, domain)),
             Err(error) => self.without_nic("protection domain", &error)?,
         }
@@ -46,9 +54,9 @@ impl Control {
         let Some(domain) = self.domains.get(&mr.pdn) else { return mr };
         let atomics = self.device().map_or(AtomicCap::None, |device| device.limits().atomics);
         let access = mr.access & (ON_NIC | remote_atomic(atomics));
-        let share = self.nic.usage.take_bytes(&self.nic.config.quota, mr.length);
-        match share.and_then(|share| Ok((domain.register(memory, mr.iova, access)?, share))) {
-            Ok((region, share)) => mr.on_nic(region, share),
+        let shares = self.nic.usage.take_region(&self.nic.config.quota, mr.length, memory.extents().len());
+        match shares.and_then(|shares| Ok((domain.domain.register(memory, mr.iova, access)?, shares))) {
+            Ok((region, shares)) => mr.on_nic(region, shares),
             Err(error) => {
                 self.no_room("memory region", &error);
                 mr
@@ -66,7 +74,7 @@ impl Control {
         if !is_for_nic {
             return Ok(());
         }
-        let end = match fabric.add(&self.nic, qp, domain, send.entries()) {
+        let end = match fabric.add(&self.nic, qp, &domain.domain, send.entries()) {
             Ok(end) => end,
             Err(error) => return self.without_nic("queue pair", &error),
         };

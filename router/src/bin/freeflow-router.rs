@@ -29,7 +29,7 @@ struct Args {
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
     /// A virtual NIC: name=NAME,ip=ADDRESS[,ip=ADDRESS...],socket=PATH[,tenant=NAME][,mac=MAC][,path=auto|nic], and how much of the host's RDMA
-    /// NIC it may have: [,max-bytes=N][,max-qp=N][,max-cqe=N].
+    /// NIC it may have: [,max-bytes=N][,max-mr=N][,max-map=N][,max-pd=N][,max-qp=N][,max-cqe=N].
     #[arg(long, value_name = "NIC", value_parser = parse_nic)]
     nic: Vec<NicSettings>,
     /// Unix socket for the freeflow command [default: /run/freeflow/control.sock].
@@ -110,7 +110,8 @@ Two virtual NICs that reach each other through the host's RDMA NIC (docs/nic.md)
 
 The log goes to standard error; RUST_LOG=debug shows more.";
 
-const NIC_KEYS: &str = "name, ip, socket, tenant, mac, path, and for the host's NIC max-bytes, max-qp, max-cqe";
+const NIC_KEYS: &str =
+    "name, ip, socket, tenant, mac, path, and for the host's NIC max-bytes, max-mr, max-map, max-pd, max-qp, max-cqe";
 
 fn number<T: FromStr<Err: Display>>(key: &str, value: &str) -> Result<T, String> {
     value.parse().map_err(|error| format!("{key}={value}: {error}"))
@@ -129,6 +130,9 @@ fn parse_nic(text: &str) -> Result<NicSettings, String> {
             "mac" => mac = Some(value.parse::<Mac>()?),
             "path" => path = value.parse()?,
             "max-bytes" => quota.max_bytes = number(key, value)?,
+            "max-mr" => quota.max_mr = number(key, value)?,
+            "max-map" => quota.max_map = number(key, value)?,
+            "max-pd" => quota.max_pd = number(key, value)?,
             "max-qp" => quota.max_qp = number(key, value)?,
             "max-cqe" => quota.max_cqe = number(key, value)?,
             "ip" => ip.push(value.parse::<IpAddr>().map_err(|e| format!("{value:?}: {e}"))?),
@@ -232,10 +236,10 @@ mod tests {
     fn a_virtual_nic_on_the_command_line_takes_quotas() {
         let parse = |more: &str| super::parse_nic(&format!("name=a,ip=10.0.0.1,socket=/s{more}"));
         assert_eq!(parse("").unwrap().quota, NicQuota::default());
-        let quota = NicQuota { max_bytes: 4096, max_qp: 5, max_cqe: 6 };
-        assert_eq!(parse(",max-bytes=4096,max-qp=5,max-cqe=6").unwrap().quota, quota);
+        let quota = NicQuota { max_bytes: 4096, max_mr: 2, max_map: 3, max_pd: 4, max_qp: 5, max_cqe: 6 };
+        assert_eq!(parse(",max-bytes=4096,max-mr=2,max-map=3,max-pd=4,max-qp=5,max-cqe=6").unwrap().quota, quota);
         assert!(parse(",max-qp=-1").unwrap_err().contains("max-qp=-1"));
-        assert!(parse(",max-mr=1").unwrap_err().contains("max-cqe"));
+        assert!(parse(",max-mw=1").unwrap_err().contains("max-cqe"));
     }
 
     #[test]

@@ -130,7 +130,7 @@ pub struct Add {
     /// A limit of the device by its name in the configuration (docs/operations.md); may be given more than once.
     #[arg(long = "limit", value_name = "NAME=N")]
     limits: Vec<String>,
-    /// How much of the host's RDMA NIC it may have: max-bytes, max-qp or max-cqe (docs/nic.md); may be given more than once.
+    /// How much of the host's RDMA NIC it may have: max-bytes, max-mr, max-map, max-pd, max-qp or max-cqe (docs/nic.md); may be given more than once.
     #[arg(long = "quota", value_name = "NAME=N")]
     quotas: Vec<String>,
 }
@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(quota(&[]).unwrap(), NicQuota::default());
         let some = quota(&["--quota", "max-bytes=4096", "--quota", "max-qp=7"]).unwrap();
         assert_eq!(some, NicQuota { max_bytes: 4096, max_qp: 7, ..NicQuota::default() });
-        for bad in ["max-mr=3", "max-qp", "max-qp=many", "max-qp=-1"] {
+        for bad in ["max-mw=3", "max-qp", "max-qp=many", "max-qp=-1"] {
             let error = quota(&["--quota", bad]).unwrap_err();
             assert!(format!("{error:#}").contains(bad), "{error:#}");
         }
