@@ -191,7 +191,7 @@ fn local_invalidation_takes_access_away() {
     let wc = stage.b.cq.next().ok();
     assert_eq!((wc.wr_id(), wc.opcode()), (9, WcOpcode::LocalInv));
     // It is free, and can be bound again with any low byte.
-    let again = Bind { key: bind.key & !0xff | 0x55, ..Bind::whole(&window, &stage.mr) };
+    let again = Bind { key: bind.key ^ 0x55, ..Bind::whole(&window, &stage.mr) };
     assert_eq!(post(&stage.b, again.op()), WcStatus::Success);
     assert_eq!(stage.write(again.remote()), WcStatus::Success);
     assert_eq!(stage.write(bind.remote()), WcStatus::RemAccessErr);
