@@ -33,6 +33,7 @@ fn limits() -> Profile {
         max_cq: 32,
         max_srq: 8,
         max_mr: 32,
+        max_mw: 32,
         max_pd: 8,
         max_ah: 16,
         max_gids: 8,
