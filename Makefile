@@ -97,6 +97,10 @@ bench: images ## Measure; writes the table and target/bench.json
 	-@qemu/setup --peers
 	$(CARGO) run --release -p freeflow-tests --bin bench
 
+.PHONY: debug-kernel
+debug-kernel: images ## The driver under a kernel that looks for its mistakes: KASAN, lockdep, kmemleak (half an hour and more; builds that kernel once)
+	FREEFLOW_UML_DEBUG=1 $(E2E) driver
+
 # Both need a nightly compiler's options; this has the stable one take them.
 fuzz asan: export RUSTC_BOOTSTRAP = 1
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')

@@ -122,6 +122,7 @@ impl Config {
             cores: engine.cores.clone(),
             rdma_fabric: self.rdma_fabric.clone().unwrap_or_else(|| EngineConfig::default().rdma_fabric),
             spans_hosts: self.cluster.is_some(),
+            ..EngineConfig::default()
         }
     }
 }

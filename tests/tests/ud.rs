@@ -1,11 +1,14 @@
 //! Datagrams.
 #![allow(missing_docs, reason = "a test program")]
 
-use std::time::Duration;
+use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
 
 use freeflow_tests::bed::Bed;
+use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{Ah, AhAttr, Cq, Mr, MrSpec, Op, Pd, Qp, QpSpec, SendWr};
 use freeflow_tests::guest::{Gid, Guest};
+use freeflow_tests::router::RouterSpec;
 use virtio_rdma::area::AddressHandle;
 use virtio_rdma::ib::{Access, QpState, WcFlags, WcOpcode, WcStatus};
 use virtio_rdma::ring::{GRH_SIZE, SL_ROCE_V2_IPV4, SL_ROCE_V2_IPV6};
@@ -112,6 +115,45 @@ fn immediate_data_and_inline() {
     let wc = b.cq.next().ok();
     assert_eq!((wc.imm(), wc.byte_len()), (Some(77), GRH_SIZE + 6));
     assert_eq!(&b.received(GRH_SIZE + 6)[GRH_SIZE..], b"inline");
+}
+
+/// Who sends datagrams and ends (`mckey`) waits for no completion: a NIC has sent them by then. The worker sleeps here, and has to be woken first.
+#[test]
+fn what_was_posted_is_sent_though_its_queue_pair_is_destroyed_at_once() {
+    const COUNT: usize = 64;
+    let mut spec = RouterSpec::of(2);
+    spec.engine.poll_us = 0;
+    let bed = Bed::with(&spec, Placement::Contiguous);
+    for _ in 0..50 {
+        let (a, b) = ends(&bed);
+        let ah = a.ah_to(&b, 1);
+        (0..COUNT).for_each(|id| b.recv(id as u64, 4096));
+        (0..COUNT).for_each(|_| a.send(&ah, &b, QKEY, 8));
+        a.qp.destroy().unwrap();
+        b.cq.take(COUNT);
+    }
+}
+
+/// Those that cannot be sent are not waited for for long, however many queue pairs have some.
+#[test]
+fn what_cannot_be_sent_does_not_keep_queue_pairs() {
+    let mut spec = RouterSpec::of(2);
+    spec.rates.ops = NonZeroU64::new(1);
+    let bed = Bed::with(&spec, Placement::Contiguous);
+    let b = End::new(&bed.guests[1], QKEY);
+    let queues: Vec<_> = (0..40)
+        .map(|_| {
+            let end = End::new(&bed.guests[0], QKEY);
+            let ah = end.ah_to(&b, 1);
+            (0..2).for_each(|_| end.send(&ah, &b, QKEY, 8));
+            (end, ah)
+        })
+        .collect();
+    let started = Instant::now();
+    for (end, _ah) in queues {
+        end.qp.destroy().unwrap();
+    }
+    assert!(started.elapsed() < Duration::from_millis(1500), "200 ms each would be 8 s: {:?}", started.elapsed());
 }
 
 #[test]

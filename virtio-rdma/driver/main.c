@@ -188,8 +188,7 @@ static int vrdma_create_areas(struct vrdma_dev *dev)
 				(size_t)attr->max_cq * VIRTIO_RDMA_ARM_STRIDE);
 	if (ret)
 		return ret;
-	return vrdma_area_create(dev, &dev->ah, VIRTIO_RDMA_AREA_ADDRESS_HANDLE, 0,
-				 (size_t)attr->max_ah * VIRTIO_RDMA_AH_STRIDE);
+	return vrdma_ah_create_area(dev);
 }
 
 /* From a device with DRIVER_OK to one that objects can be made on */
@@ -254,8 +253,7 @@ static void vrdma_free(struct vrdma_dev *dev)
 	for (i = 0; dev->doorbellqs && i < dev->num_doorbellqs; i++)
 		vrdma_area_free(&dev->doorbellqs[i].area);
 	vrdma_area_free(&dev->arm);
-	vrdma_area_free(&dev->ah);
-	ida_destroy(&dev->ah_ida);
+	vrdma_ah_exit(dev);
 	xa_destroy(&dev->cqs);
 	xa_destroy(&dev->qps);
 	xa_destroy(&dev->srqs);
@@ -283,7 +281,7 @@ static struct vrdma_dev *vrdma_alloc(struct virtio_device *vdev)
 	INIT_LIST_HEAD(&dev->parked_rings);
 	INIT_LIST_HEAD(&dev->parked_umems);
 	INIT_LIST_HEAD(&dev->parked_pages);
-	ida_init(&dev->ah_ida);
+	vrdma_ah_init(dev);
 	xa_init_flags(&dev->cqs, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&dev->qps, XA_FLAGS_LOCK_IRQ);
 	xa_init_flags(&dev->srqs, XA_FLAGS_LOCK_IRQ);

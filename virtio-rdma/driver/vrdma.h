@@ -110,6 +110,20 @@ struct vrdma_attr {
 	u32 vendor_id;
 };
 
+/*
+ * Handles that were destroyed and are valid still, oldest first: [tail, mark) go the next time,
+ * [mark, head) the time after that
+ */
+struct vrdma_ah_retired {
+	spinlock_t lock;		/* for all of it */
+	u32 *nums;			/* a ring with room for all */
+	u32 mask;
+	u32 tail;
+	u32 mark;
+	u32 head;
+	struct delayed_work work;
+};
+
 struct vrdma_dev {
 	struct ib_device ibdev;		/* first, as ib_alloc_device() demands */
 	struct virtio_device *vdev;
@@ -129,6 +143,7 @@ struct vrdma_dev {
 	struct vrdma_area arm;
 	struct vrdma_area ah;
 	struct ida ah_ida;
+	struct vrdma_ah_retired ah_retired;
 
 	struct xarray cqs;
 	struct xarray qps;
@@ -356,6 +371,9 @@ int vrdma_create_ah(struct ib_ah *ibah, struct rdma_ah_init_attr *init, struct i
 int vrdma_modify_ah(struct ib_ah *ibah, struct rdma_ah_attr *attr);
 int vrdma_query_ah(struct ib_ah *ibah, struct rdma_ah_attr *attr);
 int vrdma_destroy_ah(struct ib_ah *ibah, u32 flags);
+void vrdma_ah_init(struct vrdma_dev *dev);
+int vrdma_ah_create_area(struct vrdma_dev *dev);
+void vrdma_ah_exit(struct vrdma_dev *dev);
 
 /* mr.c */
 struct ib_mr *vrdma_reg_user_mr(struct ib_pd *ibpd, u64 start, u64 length, u64 iova, int access,

@@ -14,6 +14,7 @@ mod shared;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_rdma::ctrl::{ResponseHeader, Status};
 use zerocopy::{Immutable, IntoBytes};
@@ -116,6 +117,8 @@ pub struct Control {
     arm: Option<Arc<Pages>>,
     /// Bytes of guest memory that all rings take.
     ring_bytes: u64,
+    /// Last words are not waited for before this time.
+    impatient_until: Option<Instant>,
     /// QPs created, for spreading them over doorbell queues.
     qps_created: usize,
 }
@@ -137,6 +140,7 @@ impl Control {
             on_demand: false,
             arm: None,
             ring_bytes: 0,
+            impatient_until: None,
             qps_created: 0,
         }
     }

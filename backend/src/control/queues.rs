@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use virtio_rdma::ctrl::{
     CreateCq, CreateQp, CreateQpResponse, ModifyQp, NO_OBJECT, ObjectResponse, QP_KERNEL, QpAttr, ResizeCq, RingDesc,
@@ -20,6 +21,11 @@ use crate::qp::state::allowed;
 use crate::qp::{Identity, Qp, RecvQueue, RecvRing, RecvSource, SendQueue};
 use crate::ring::rxe::Caps;
 use crate::ring::{Geometry, ResizeError, Ring};
+
+/// How often it is looked whether a queue pair has sent everything.
+const LISTENING: Duration = Duration::from_micros(50);
+/// Others are not waited for so soon after one that did not come to an end.
+const IMPATIENCE: Duration = Duration::from_secs(1);
 
 impl Control {
     pub(super) fn create_cq(&mut self, args: &CreateCq, extents: &[RawExtent]) -> Answer {
@@ -207,6 +213,7 @@ impl Control {
         if qp.groups.load(Ordering::Relaxed) > 0 {
             return Err(Refusal::Busy("queue pair in a multicast group"));
         }
+        self.hear_last_words(&qp);
         self.nic.qps.set(qpn, None);
         self.nic.doorbells[qp.id.doorbell_queue].slots.write().remove(qp.id.doorbell);
         qp.close();
@@ -221,6 +228,24 @@ impl Control {
             srq.users.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(nothing())
+    }
+
+    /// What was posted to an unreliable queue pair before it is destroyed is sent: a NIC would have done so meanwhile, and who sends datagrams and
+    /// ends (`mckey`) waits for no completion. Who cannot be heard to the end is not waited for again in the next second, nor are others: one
+    /// process with many queue pairs must not hold up the commands of all.
+    fn hear_last_words(&mut self, qp: &Qp) {
+        let (started, limit) = (Instant::now(), self.engine.config().last_words);
+        let speaks = qp.id.kind != QpType::Rc && qp.state() == QpState::Rts;
+        if !speaks || self.impatient_until.is_some_and(|at| started < at) {
+            return;
+        }
+        while qp.send.lock().has_more() {
+            if started.elapsed() >= limit {
+                self.impatient_until = Some(Instant::now() + IMPATIENCE);
+                return;
+            }
+            std::thread::sleep(LISTENING);
+        }
     }
 
     pub(super) fn query_qp(&mut self, qpn: u32) -> Answer {

@@ -67,6 +67,8 @@ pub struct EngineConfig {
     pub poll: Duration,
     /// How long a datagram waits for a receive before it is dropped.
     pub datagram_patience: Duration,
+    /// How long an unreliable queue pair that is destroyed may take to send what was posted before.
+    pub last_words: Duration,
     /// Core that each worker is pinned to; those beyond the list are not pinned.
     pub cores: Vec<usize>,
     /// What the network is called that the host's NIC is on: hosts whose NICs are on the same reach each other's.
@@ -81,6 +83,7 @@ impl Default for EngineConfig {
             workers: 1,
             poll: Duration::from_micros(50),
             datagram_patience: Duration::from_millis(2),
+            last_words: Duration::from_millis(200),
             cores: Vec::new(),
             rdma_fabric: "default".to_owned(),
             spans_hosts: false,

@@ -164,6 +164,11 @@ impl SendQueue {
         Ok(Some((ring, self.consumer)))
     }
 
+    /// Whether anything that was posted is not done, or not handed over to the NIC or another host.
+    pub fn has_more(&mut self) -> bool {
+        self.job.is_some() || matches!(self.peek(), Ok(Some(_)))
+    }
+
     /// After [`advance`](Self::advance): whether another element is known to be posted, without looking again.
     pub fn knows_more(&self) -> bool {
         self.posted != self.consumer

@@ -15,6 +15,10 @@ const SOURCE: &str = "linux-source-7.2";
 const CONFIG: &str = include_str!("../../assets/uml.config");
 /// Why is said in it.
 const PATCH: &str = include_str!("../../assets/uml-interrupts.patch");
+/// As [`CONFIG`], besides, in a kernel that looks for mistakes.
+const DEBUG_CONFIG: &str = include_str!("../../assets/uml-debug.config");
+/// What such a kernel would find in itself.
+const DEBUG_PATCH: &str = include_str!("../../assets/uml-debug.patch");
 /// Folders of the source tree that no module build reads, once the kernel is built.
 const UNNEEDED: &str = "Documentation LICENSES block certs crypto drivers fs init io_uring ipc kernel lib mm net rust samples \
     security sound usr virt tools/perf tools/testing linux vmlinux vmlinux.o vmlinux.a vmlinux.unstripped";
@@ -27,10 +31,10 @@ pub struct UmlKernel {
 }
 
 impl UmlKernel {
-    /// Finds or builds it.
+    /// Finds or builds it; with `FREEFLOW_UML_DEBUG` set, one that looks for mistakes of drivers, and is many times slower.
     pub fn get(cache: &Cache) -> Result<Self> {
-        let recipe = Recipe::new("uml-kernel").with("1").with(SOURCE).with(CONFIG).with(PATCH).with(UNNEEDED);
-        let dir = cache.get(&recipe, build)?;
+        let kind = if std::env::var_os("FREEFLOW_UML_DEBUG").is_some() { Kind::debug() } else { Kind::usual() };
+        let dir = cache.get(&kind.recipe(), |steps, dir| kind.build(steps, dir))?;
         Ok(Self { dir })
     }
 
@@ -50,20 +54,42 @@ impl UmlKernel {
     }
 }
 
-fn build(steps: &Steps, dir: &Path) -> Result<()> {
-    let apt = Apt::new(steps, dir.join("apt"), &SUITES)?;
-    apt.unpack(steps, SOURCE, &dir.join("deb"))?;
-    let tree = dir.join("build");
-    unpack(steps, &dir.join(format!("deb/usr/src/{SOURCE}.tar.xz")), &tree)?;
-    mend(steps, &tree)?;
-    configure(steps, &tree)?;
-    compile(steps, &tree)?;
-    install(steps, &tree, dir)?;
-    prune(steps, &tree)?;
-    for leftover in ["apt", "deb"] {
-        fs::remove_dir_all(dir.join(leftover))?;
+/// What makes a kernel out of the sources.
+struct Kind {
+    name: &'static str,
+    config: String,
+    patches: &'static [&'static str],
+}
+
+impl Kind {
+    fn usual() -> Self {
+        Self { name: "uml-kernel", config: CONFIG.to_owned(), patches: &[PATCH] }
     }
-    Ok(())
+
+    fn debug() -> Self {
+        Self { name: "uml-kernel-debug", config: [CONFIG, DEBUG_CONFIG].concat(), patches: &[PATCH, DEBUG_PATCH] }
+    }
+
+    fn recipe(&self) -> Recipe {
+        let recipe = Recipe::new(self.name).with("1").with(SOURCE).with(&self.config);
+        self.patches.iter().fold(recipe, Recipe::with).with(UNNEEDED)
+    }
+
+    fn build(&self, steps: &Steps, dir: &Path) -> Result<()> {
+        let apt = Apt::new(steps, dir.join("apt"), &SUITES)?;
+        apt.unpack(steps, SOURCE, &dir.join("deb"))?;
+        let tree = dir.join("build");
+        unpack(steps, &dir.join(format!("deb/usr/src/{SOURCE}.tar.xz")), &tree)?;
+        self.patches.iter().try_for_each(|patch| mend(steps, &tree, patch))?;
+        configure(steps, &tree, &self.config)?;
+        compile(steps, &tree)?;
+        install(steps, &tree, dir)?;
+        prune(steps, &tree)?;
+        for leftover in ["apt", "deb"] {
+            fs::remove_dir_all(dir.join(leftover))?;
+        }
+        Ok(())
+    }
 }
 
 fn unpack(steps: &Steps, tarball: &Path, tree: &Path) -> Result<()> {
@@ -74,11 +100,11 @@ fn unpack(steps: &Steps, tarball: &Path, tree: &Path) -> Result<()> {
     steps.run(&mut tar)
 }
 
-fn mend(steps: &Steps, tree: &Path) -> Result<()> {
-    steps.step("mending lost interrupts");
-    let patch = tree.join("interrupts.patch");
-    fs::write(&patch, PATCH)?;
-    steps.run(Command::new("patch").args(["-p1", "--forward", "--input=interrupts.patch"]).current_dir(tree))
+/// The first line of a patch says what it is for.
+fn mend(steps: &Steps, tree: &Path, patch: &str) -> Result<()> {
+    steps.step(patch.lines().next().unwrap_or_default());
+    fs::write(tree.join("a.patch"), patch)?;
+    steps.run(Command::new("patch").args(["-p1", "--forward", "--input=a.patch"]).current_dir(tree))
 }
 
 fn make(tree: &Path, targets: &[&str]) -> Command {
@@ -89,15 +115,15 @@ fn make(tree: &Path, targets: &[&str]) -> Command {
 }
 
 /// The default configuration with our lines over it, checked: `olddefconfig` drops silently what it cannot do.
-fn configure(steps: &Steps, tree: &Path) -> Result<()> {
+fn configure(steps: &Steps, tree: &Path, wanted: &str) -> Result<()> {
     steps.step("configuring");
     steps.run(&mut make(tree, &["defconfig"]))?;
     let path = tree.join(".config");
     let config = fs::read_to_string(&path)?;
-    fs::write(&path, config + CONFIG)?;
+    fs::write(&path, config + wanted)?;
     steps.run(&mut make(tree, &["olddefconfig"]))?;
     let result = fs::read_to_string(&path)?;
-    let missing = missing_lines(CONFIG, &result);
+    let missing = missing_lines(wanted, &result);
     if !missing.is_empty() {
         bail!("the kernel does not honour these lines of its configuration: {}", missing.join(", "));
     }

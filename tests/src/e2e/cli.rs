@@ -55,6 +55,10 @@ enum Command {
     Conformance(ConformanceArgs),
     /// The path over a host's RDMA NIC: in a User-mode Linux guest that plays the host, with rxe for the NIC.
     Nic(FilterArgs),
+    /// The driver, whatever it can be made to do, in User-mode Linux guests whose kernel looks for its mistakes (half an hour and more).
+    ///
+    /// `make debug-kernel` has the launcher of guests take such a kernel (KASAN, lockdep, kmemleak); all waits are eight times as long then.
+    Driver(FilterArgs),
     /// The full product of programs, flags, sizes, distributions and VMMs (hours).
     Matrix(MatrixArgs),
 }
@@ -178,6 +182,7 @@ fn run(cli: &Cli) -> Result<bool> {
             run_scenes(&scenes, &args.filter)
         }
         Command::Nic(args) => run_scenes(&lists::nic(), args),
+        Command::Driver(args) => run_scenes(&lists::driver(), args),
         Command::Apps(args) => run_apps(args),
         Command::Conformance(args) => run_conformance(args),
         Command::Matrix(args) => {

@@ -10,13 +10,16 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use super::child::Owned;
-use super::interrupt::wait_for;
+use super::interrupt::{patience, wait_for};
 use super::router::{address_of, name_of};
 
 /// The script that runs in the guest.
 pub const AGENT: &str = include_str!("agent");
 /// How long a boot may take; under emulation on a busy machine it is a minute.
 const BOOT: Duration = Duration::from_mins(4);
+
+/// Longest life of a guest, should nobody end it.
+const LIFE: Duration = Duration::from_hours(1);
 
 /// What runs a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -159,7 +162,8 @@ impl Guest {
         let name = name_of(site.nic);
         let dir = fresh(&site.share.join(name))?;
         let mut command = launcher();
-        command.arg("run").args(kind.arguments()).args(["--net", site.net, "--timeout", "3600", "--nic"]);
+        command.arg("run").args(kind.arguments()).args(["--net", site.net]);
+        command.arg("--timeout").arg(patience(LIFE).as_secs().to_string()).arg("--nic");
         command.arg(&site.socket).arg("--ip").arg(format!("{}/24", address_of(site.nic)));
         command.arg("--share").arg(site.share);
         if kind.vmm == Vmm::Uml {

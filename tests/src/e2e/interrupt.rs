@@ -34,8 +34,24 @@ pub fn check() -> Result<()> {
     }
 }
 
+/// What the launcher of guests reads too: their kernel looks for mistakes of the driver, and is many times slower.
+const DEBUG_KERNEL: &str = "FREEFLOW_UML_DEBUG";
+/// How much longer everything may take then.
+const SLOWER: u32 = 8;
+
+/// How long to wait for what usually takes no longer than that.
+pub fn patience(usual: Duration) -> Duration {
+    if std::env::var_os(DEBUG_KERNEL).is_some() { usual * SLOWER } else { usual }
+}
+
+/// `timeout(1)` for a program that usually takes no longer than these seconds.
+pub fn within(seconds: u64) -> String {
+    format!("timeout {}", patience(Duration::from_secs(seconds)).as_secs())
+}
+
 /// Asks again and again until there is an answer.
 pub fn wait_for<T>(what: &str, timeout: Duration, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let timeout = patience(timeout);
     let deadline = Instant::now() + timeout;
     loop {
         if let Some(answer) = ask()? {

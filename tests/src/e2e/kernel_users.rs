@@ -9,6 +9,7 @@ use super::apps::App;
 use super::bed::Bed;
 use super::child::sibling;
 use super::guest::Guest;
+use super::interrupt::within;
 use super::rdma_cm::wait_until;
 use super::router::address_of;
 
@@ -85,7 +86,7 @@ fn web(bed: &Bed, [server, client]: [&str; 2], ready: &str) -> Result<String> {
         "from urllib.request import urlopen; import hashlib; \
         print(hashlib.sha256(urlopen('http://{address}:8080/file').read()).hexdigest())"
     );
-    let client = bed.guest(1)?.run(&format!("{client}\ntimeout 30 python3 -c \"{fetch}\""), PATIENCE)?;
+    let client = bed.guest(1)?.run(&format!("{client}\n{} python3 -c \"{fetch}\"", within(30)), PATIENCE)?;
     let log = first.must("kill $(</tmp/web.pid); cat /tmp/served")?;
     job.wait(PATIENCE)?;
     let output = format!("server:\n{log}\nclient:\n{}", client.output);

@@ -48,6 +48,16 @@ pub fn full() -> Vec<Scene> {
     ]
 }
 
+/// For `make debug-kernel`: whatever has the driver do something else.
+pub fn driver() -> Vec<Scene> {
+    let once = || Check::solos(0).chain(each_program(0, 1)).chain(managed());
+    let own_tests = || Check::processes(0).chain(Check::paging(0)).chain([Check::NotOffered(0)]);
+    vec![
+        Scene::new(vec![UML_TRIXIE; 2], once().chain(own_tests()).chain([Check::Conformance]).chain(Check::life())),
+        Scene::new(vec![UML_BOOKWORM; 2], once().chain(own_tests()).chain(Check::life_but_router())),
+    ]
+}
+
 /// For `make nic`.
 pub fn nic() -> Vec<Scene> {
     vec![

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::guest::{Done, Guest, Job};
-use super::interrupt::pause;
+use super::interrupt::{patience, pause};
 use super::perf::{Program, Row};
 use super::router::address_of;
 
@@ -113,13 +113,14 @@ impl<'a> Pair<'a> {
 
     /// Waits for both; ends that hang are killed.
     pub fn wait(&self, timeout: Duration) -> Result<Ended> {
+        let timeout = patience(timeout);
         let mut deadline = Instant::now() + timeout;
         loop {
             let [server, client] = [self.end(Role::Server).1.poll()?, self.end(Role::Client).1.poll()?];
             match (server, client) {
                 (Some(server), Some(client)) => return Ok(Ended { server, client }),
                 (Some(one), None) | (None, Some(one)) if one.status != 0 => {
-                    deadline = deadline.min(Instant::now() + GRACE);
+                    deadline = deadline.min(Instant::now() + patience(GRACE));
                 }
                 _ => {}
             }

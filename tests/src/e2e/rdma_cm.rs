@@ -8,6 +8,7 @@ use anyhow::{Result, bail, ensure};
 use super::apps::{App, Ends, Listens, Places, Run};
 use super::bed::Bed;
 use super::guest::Guest;
+use super::interrupt::within;
 use super::router::address_of;
 
 /// How long one program may take.
@@ -91,7 +92,7 @@ fn cmtime(bed: &Bed) -> Result<String> {
     let (server, client) = (bed.guest(0)?, bed.guest(1)?);
     server.must("cmtime -p 9006 -c 20 >/tmp/served 2>&1 3<&- & echo $! >/tmp/cmtime.pid")?;
     wait_until(server, "rdma_listens 9006")?;
-    let done = client.run(&format!("timeout 60 cmtime -s {} -p 9006 -c 20", address_of(0)), PATIENCE)?;
+    let done = client.run(&format!("{} cmtime -s {} -p 9006 -c 20", within(60), address_of(0)), PATIENCE)?;
     let served = server.must("kill $(</tmp/cmtime.pid) 2>/dev/null; cat /tmp/served")?;
     let outputs = format!("server:\n{served}\nclient:\n{}", done.output);
     ensure!(done.status == 0 && done.output.contains("destroy"), "status {}\n{outputs}", done.status);
@@ -101,15 +102,15 @@ fn cmtime(bed: &Bed) -> Result<String> {
 
 /// Datagrams with addresses that the connection manager resolved.
 fn udaddy(bed: &Bed) -> Result<String> {
-    let client = format!("timeout 30 udaddy -s {} -c 2 -C 20 -S 1024", address_of(0));
-    served(bed, "timeout 40 udaddy -c 2 -C 20 -S 1024", "rdma_listens 7174", &client)
+    let client = format!("{} udaddy -s {} -c 2 -C 20 -S 1024", within(30), address_of(0));
+    served(bed, &format!("{} udaddy -c 2 -C 20 -S 1024", within(60)), "rdma_listens 7174", &client)
 }
 
 /// The receiver waits for all datagrams that the sender sends to the group.
 fn mckey(bed: &Bed) -> Result<String> {
     let flags = "-m 239.7.7.7 -C 20 -S 1024";
-    let end = |nic| format!("timeout 30 stdbuf -oL mckey {flags} -b {}", address_of(nic));
-    let output = served(bed, &end(0), "grep -q joined /tmp/served", &format!("{} -s", end(1)))?;
+    let end = |nic, seconds| format!("{} stdbuf -oL mckey {flags} -b {}", within(seconds), address_of(nic));
+    let output = served(bed, &end(0, 60), "grep -q joined /tmp/served", &format!("{} -s", end(1, 30)))?;
     ensure!(output.matches("data transfers complete").count() == 2, "{output}");
     Ok(output)
 }
@@ -120,7 +121,7 @@ const FILE_BYTES: u64 = 8 << 20;
 /// A program that knows nothing but TCP sends a file over RDMA (rsockets). Of the common ones few can: librspreload leaves alone what
 /// makes sockets with `SOCK_CLOEXEC` (Perl, Python) or accepts with `accept4` (OpenBSD's netcat).
 fn preloaded(bed: &Bed) -> Result<String> {
-    let nc = "LD_PRELOAD=$(echo /usr/lib/*/rsocket/librspreload.so) timeout 30 nc.traditional -n";
+    let nc = format!("LD_PRELOAD=$(echo /usr/lib/*/rsocket/librspreload.so) {} nc.traditional -n", within(30));
     let sum = bed.guest(0)?.must(&format!("head -c {FILE_BYTES} /dev/urandom >/tmp/file; sha256sum </tmp/file"))?;
     let before = bed.router.nics()?[0].counters.send_bytes;
     let server = format!("{nc} -l -s {} -p 9004 -q 0 </tmp/file", address_of(0));
