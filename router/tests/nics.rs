@@ -161,7 +161,8 @@ fn a_rate_holds_at_once_and_after_a_restart() {
     // 25 KiB and more at a million bytes a second: each but the first waits for the one before.
     assert!(time_of(&b, &a, 7) >= Duration::from_millis(24));
     let waits = || api::nics(&daemon.control()).unwrap()[1].counters.rate_waits;
-    assert!(waits() >= 6);
+    // Not each: who is given the processor late posts when the one before has been made up for.
+    assert!(waits() >= 1);
     daemon.says(&["nic", "set", "added2", "--rate", "none"]);
     let before = waits();
     time_of(&b, &a, 7);
