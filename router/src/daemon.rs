@@ -25,10 +25,7 @@ use crate::steward::Steward;
 /// # Errors
 /// When something is wrong with the configuration, or the system does not give what it asks for.
 pub fn run(config: &Config) -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot wait for signals")?;
-    if config.cluster.is_some() {
-        signals.add_signal(SIGHUP).context("cannot wait for signals")?;
-    }
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot wait for signals")?;
     let added = load_added(config)?;
     let nic = device::wanted(config, &added);
     let sandbox = Sandbox::new(&config.security, Uses { nic: nic.is_some(), network: config.cluster.is_some() })?;
@@ -62,8 +59,10 @@ pub fn run(config: &Config) -> Result<()> {
         config.control().display()
     );
     for signal in signals.forever() {
-        match &neighbours {
-            Some(neighbours) if signal == SIGHUP => neighbours.reload(&*steward),
+        match (signal, &neighbours) {
+            (SIGHUP, Some(neighbours)) => neighbours.reload(&*steward),
+            // `systemctl reload` must not take the guests' NICs away.
+            (SIGHUP, None) => log::info!("SIGHUP: nothing is read again, since there is no [cluster]"),
             _ => break,
         }
     }

@@ -195,6 +195,18 @@ fn the_steward_removes_the_sockets_of_a_daemon_that_was_killed() {
     assert_eq!(names(&place.start(1)), ["n0", "added2"]);
 }
 
+/// As `systemctl reload` sends it. There are no certificates to read again.
+#[test]
+fn a_hangup_does_not_end_a_daemon_without_a_cluster() {
+    let place = Place::new();
+    let daemon = place.start(1);
+    kill(Pid::from_raw(daemon.child.id().cast_signed()), Signal::SIGHUP).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(names(&daemon), ["n0"]);
+    let (status, log) = daemon.stop();
+    assert!(status.success() && log.contains("nothing is read again"), "{status}\n{log}");
+}
+
 #[test]
 fn without_its_steward_a_daemon_serves_what_it_has() {
     let place = Place::new();
