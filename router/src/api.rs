@@ -1,6 +1,6 @@
 //! The daemon's Unix socket: one request, one answer, each a line of JSON. Who may open the socket may ask.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -133,9 +133,7 @@ fn fulfil(request: Request, router: &Router) -> Result<Value> {
 /// # Errors
 /// When there is no daemon, it does not answer in time, or it refuses.
 pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T> {
-    let mut stream = UnixStream::connect(socket).with_context(|| {
-        format!("cannot reach freeflow-router at {} (is it running? another socket: --control)", socket.display())
-    })?;
+    let mut stream = UnixStream::connect(socket).map_err(|error| unreachable(socket, error))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut line = serde_json::to_string(request)?;
     line.push('\n');
@@ -146,6 +144,14 @@ pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> Result<T> {
         Reply::Ok(value) => Ok(value),
         Reply::Error(why) => bail!("the router refused: {why}"),
     }
+}
+
+fn unreachable(socket: &Path, error: io::Error) -> anyhow::Error {
+    let advice = match error.kind() {
+        ErrorKind::PermissionDenied => "the socket's owner and group may, and root",
+        _ => "is it running? another socket: --control",
+    };
+    anyhow::Error::new(error).context(format!("cannot reach freeflow-router at {} ({advice})", socket.display()))
 }
 
 /// Virtual NICs of the daemon behind `socket`.

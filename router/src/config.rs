@@ -213,8 +213,14 @@ impl NicSettings {
         if self.ip.is_empty() {
             return wrong("it needs at least one address (ip = [\"10.0.0.1\"])");
         }
+        if let Some(ip) = self.ip.iter().find(|ip| !is_of_an_interface(**ip)) {
+            return wrong(&format!("{ip} is no address that a guest's interface could have"));
+        }
         if let Some(ip) = repeated(&self.ip) {
             return wrong(&format!("address {ip} is there twice"));
+        }
+        if self.socket.as_os_str().len() > LONGEST_SOCKET {
+            return wrong(&format!("the path of its socket has more than {LONGEST_SOCKET} bytes"));
         }
         if self.mac().0[0] & 1 != 0 {
             return wrong("its MAC is a multicast address");
@@ -225,6 +231,14 @@ impl NicSettings {
         self.rate.check().or_else(|bad| wrong(&bad))?;
         self.limits.check().or_else(|bad| wrong(&bad.to_string()))
     }
+}
+
+/// Most bytes of a Unix socket's path: `sun_path` less its end.
+const LONGEST_SOCKET: usize = 107;
+
+fn is_of_an_interface(ip: IpAddr) -> bool {
+    let broadcast = matches!(ip, IpAddr::V4(v4) if v4.is_broadcast());
+    !(ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || broadcast)
 }
 
 fn repeated(addresses: &[IpAddr]) -> Option<&IpAddr> {
@@ -367,6 +381,10 @@ mod tests {
             ("[\"10.0.0.1\"]", "[]", "address"),
             ("\"blue\"", &format!("{:?}", "x".repeat(256)), "at most 255 bytes"),
             ("fd00::1", "10.0.0.1", "twice"),
+            ("fd00::1", "::1", "no address"),
+            ("fd00::1", "224.0.0.1", "no address"),
+            ("fd00::1", "0.0.0.0", "no address"),
+            ("/run/freeflow/b.sock", &"x".repeat(108), "more than 107 bytes"),
             ("02:00:00:00:00:0b", "03:00:00:00:00:0b", "multicast"),
             ("02:00:00:00:00:0b", "2:0:0:0:0:b", "not a MAC"),
             ("name = \"b\"", "name = \"a\"", "both have name"),

@@ -46,13 +46,13 @@ struct Args {
     /// Address at which Prometheus finds figures, such as 127.0.0.1:9464 [default: none].
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
-    /// Data-path worker threads.
+    /// Data-path worker threads [default: 1].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
     /// Cores to pin the workers to, in order.
     #[arg(long, value_name = "CORE", value_delimiter = ',')]
     cores: Vec<usize>,
-    /// Microseconds that a worker polls after the last work before it sleeps.
+    /// Microseconds that a worker polls after the last work before it sleeps [default: 50].
     #[arg(long, value_name = "US")]
     poll_us: Option<u64>,
     /// User to go on as once started, by name or number [default: stay].
@@ -61,7 +61,7 @@ struct Args {
     /// What happens at system calls that the daemon does not need: enforce (it is ended), log, off [default: enforce].
     #[arg(long, value_name = "MODE")]
     seccomp: Option<Seccomp>,
-    /// Check the configuration and exit.
+    /// Check the configuration and exit; files that it names (certificates, the directory) are not read.
     #[arg(long)]
     check: bool,
     #[command(subcommand)]
@@ -221,7 +221,8 @@ fn run(mut args: Args) -> Result<()> {
     let check = args.check;
     let config = args.config()?;
     if check {
-        println!("the configuration is valid: {} virtual NICs", config.nic.len());
+        let nics = if config.nic.len() == 1 { "virtual NIC" } else { "virtual NICs" };
+        println!("the configuration is valid: {} {nics}; files that it names are read at the start", config.nic.len());
         return Ok(());
     }
     daemon::run(&config)

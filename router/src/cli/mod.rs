@@ -114,6 +114,7 @@ impl Cli {
         let Some(name) = name else { return Ok(()) };
         let nics = api::nics(&self.control)?;
         let names: Vec<_> = nics.iter().map(|nic| nic.config.name.as_str()).collect();
+        ensure!(!names.is_empty(), "there is no virtual NIC {name:?}, and no other");
         ensure!(names.contains(&name), "there is no virtual NIC {name:?}, only {}", names.join(", "));
         Ok(())
     }

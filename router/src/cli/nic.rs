@@ -5,8 +5,8 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
-use clap::{Args, Subcommand};
+use anyhow::{Result, anyhow};
+use clap::{ArgGroup, Args, Subcommand};
 use comfy_table::Table;
 use freeflow_backend::{BitRate, Mac, NicQuota, NicStatus, PathChoice, Profile, Rates};
 use serde::Serialize;
@@ -24,7 +24,7 @@ pub enum Command {
     #[command(after_help = ADD_EXAMPLES)]
     Add(Box<Add>),
     /// Change how fast a virtual NIC and its queue pairs may be, at once; what is not named stays.
-    #[command(after_help = SET_EXAMPLES)]
+    #[command(after_help = SET_EXAMPLES, group(ArgGroup::new("change").args(RATES).required(true).multiple(true)))]
     Set {
         /// Its name.
         name: String,
@@ -45,8 +45,11 @@ pub enum Command {
 
 const ADD_EXAMPLES: &str = "Examples:
   freeflow nic add --tenant blue --ip 10.32.0.5/12
-  freeflow nic add --name db --ip 10.0.0.1 --ip fd00::1 --mac 02:00:00:00:00:01 --qps 1024 --limit max_mr=4096
+  freeflow nic add --name db --ip 10.0.0.1 --ip fd00::1 --mac 02:00:00:00:00:01 --qps 1024
   qemu-system-x86_64 ... -chardev socket,id=rdma,path=$(freeflow nic add --ip 10.32.0.5)";
+
+/// What `nic set` changes: fields of [`Limits`].
+const RATES: [&str; 5] = ["rate", "ops", "qp_rate", "qp_ops", "burst_ms"];
 
 const SET_EXAMPLES: &str = "Examples:
   freeflow nic set db --rate 2.5G --qp-ops 100000
@@ -169,7 +172,8 @@ impl Add {
 
 /// Fields that are given as NAME=N; what is left out is as ever.
 fn fields<T: DeserializeOwned>(what: &str, lines: &[String]) -> Result<T> {
-    toml::from_str(&lines.join("\n")).with_context(|| format!("not {what}: {}", lines.join(" ")))
+    // Only what is wrong: where it is in a file is nothing to whoever wrote no file.
+    toml::from_str(&lines.join("\n")).map_err(|error| anyhow!("not {what}: {}: {}", lines.join(" "), error.message()))
 }
 
 /// An address, with or without the length of its network's prefix.

@@ -118,7 +118,7 @@ impl Top {
             sleep(Duration::from_secs_f64(self.interval));
             let now = Sample::take(control)?;
             let look = compare(&before, &now, self.qps);
-            let text = if json { serde_json::to_string(&look)? } else { look.to_string() };
+            let text = if json { serde_json::to_string(&look)? } else { format!("{look}\n") };
             match show(&text, !json && self.count.is_none()) {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 shown => shown?,
