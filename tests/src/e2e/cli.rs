@@ -16,18 +16,20 @@ use super::report::Reporter;
 use super::suite::{Part, Scene};
 
 const EXAMPLES: &str = "Examples:
-  freeflow-e2e demo                       the main job: perftest between two QEMU guests, and a table
+  freeflow-e2e demo                       the main job: perftest between two QEMU guests, a table
   freeflow-e2e demo --vmm uml --json      the same in User-mode Linux, as JSON
-  freeflow-e2e demo --hosts 2             the same on two hosts, each with a router, over TCP between them
+  freeflow-e2e demo --hosts 2             the same on two hosts with a router each, joined by TCP
   freeflow-e2e demo --hosts 2 --directory etcd  ... that find each other by etcd
   freeflow-e2e test                       what `make test` runs in real guests
   freeflow-e2e test --filter kill         only the checks that have `kill` in their line
   freeflow-e2e matrix --part 2/40         the second fortieth of the full product
 
-The router (freeflow-router) and the guest launcher (freeflow-guest, by way of qemu/guest) are found beside this program
-and in the source tree; $FREEFLOW_ROUTER_BIN and $FREEFLOW_GUEST_BIN name others. Needs root, as guests do.
+The router (freeflow-router) and the guest launcher (freeflow-guest, by way of qemu/guest) are
+found beside this program and in the source tree; $FREEFLOW_ROUTER_BIN and $FREEFLOW_GUEST_BIN
+name others. Needs root, as guests do.
 
-Exit status: 0 if every check passed, 1 if one failed, 130 after Ctrl-C or SIGTERM. Nothing is left behind in any case.";
+Exit status: 0 if every check passed, 1 if one failed, 130 after Ctrl-C or SIGTERM. Nothing is
+left behind in any case.";
 
 /// Runs unmodified RDMA programs in real guests, over virtual NICs of a router of their own.
 ///
