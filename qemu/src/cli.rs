@@ -27,8 +27,8 @@ Examples:
 Everything that a guest needs is made on first use and kept in $FREEFLOW_CACHE, else
 $XDG_CACHE_HOME/freeflow, else ~/.cache/freeflow. `prepare` does it ahead of time. Needs root.
 
-Exit status of `run`: that of COMMAND (128 + N if signal N ended it); 124 after a timeout; 125 if the guest
-could not be started or died; 130 after Ctrl-C, 143 after SIGTERM.";
+Exit status of `run`: that of COMMAND (128 + N if signal N ended it); 124 after a timeout; 125 if
+the guest could not be started or died; 130 after Ctrl-C, 143 after SIGTERM.";
 
 /// Boots throw-away Linux guests with Freeflow's virtual RDMA NICs.
 ///
