@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use freeflow_tcp::frame::{Frame, Hello, MAX_HEADER, Packet, VERSIONS};
 use freeflow_tests::bed::{Bed, Witness, eventually};
-use freeflow_tests::guest::GuestConfig;
+use freeflow_tests::guest::{Guest, GuestConfig};
 use freeflow_tests::guest::mem::Placement;
-use freeflow_tests::guest::verbs::{Op, QpSpec, Rc, RcOptions, SendWr, Wc};
+use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, RcOptions, SendWr, Wc};
 use freeflow_tests::mesh::{Network, host_id};
 use freeflow_tests::router::{Hosts, RouterSpec};
 use virtio_rdma::ib::{QpState, WcStatus};
+use virtio_rdma::ring::GRH_SIZE;
 
 /// Long enough for a message to have come if it were to come.
 const A_WHILE: Duration = Duration::from_millis(60);
@@ -117,6 +118,39 @@ fn unreliable_messages_are_what_was_sent() {
     for round in 0..COUNT {
         assert!(b.mr.read(round * LEN, LEN) == vec![round as u8; LEN], "message {round}");
     }
+}
+
+/// A connection takes as many datagrams as its host reads. What is posted beyond that waits in the send queue, as before a port that is busy.
+#[test]
+fn datagrams_wait_for_room_on_their_connection() {
+    const LEN: usize = 4096;
+    const COUNT: usize = 3000;
+    const QKEY: u32 = 7;
+    let spec = RouterSpec { hosts: Hosts::Each(Network::Good), device: None, ..RouterSpec::of(2) };
+    let bed = Bed::guests(&spec, &GuestConfig { memory_size: 64 << 20, ..Default::default() });
+    let (a, b) = bed.two();
+    let depth = QpSpec { send_depth: COUNT as u32, recv_depth: COUNT as u32, ..QpSpec::ud() };
+    let end = |guest: &Guest, len: usize| {
+        let (pd, cq) = (guest.alloc_pd().unwrap(), guest.create_cq(COUNT as u32).unwrap());
+        let (qp, mr) = (pd.create_qp(depth.clone(), &cq).unwrap(), pd.reg_new(len).unwrap());
+        qp.to_ud(QKEY).unwrap();
+        (pd, cq, qp, mr)
+    };
+    let (pd, sent, from, source) = end(a, LEN);
+    let (_pd, received, to, target) = end(b, GRH_SIZE + LEN);
+    (0..COUNT).for_each(|n| to.post_recv(n as u64, &[target.sge(0, GRH_SIZE + LEN)]).unwrap());
+    let ah = pd.create_ah(AhAttr::to(b.gids()[1], 1)).unwrap();
+    for n in 0..COUNT {
+        let op = Op::UdSend { ah: ah.number(), qpn: to.number(), qkey: QKEY, imm: None };
+        from.post(SendWr::new(n as u64, op, &[source.sge(0, LEN)])).unwrap();
+    }
+    sent.take(COUNT).iter().for_each(|wc| assert_eq!(wc.status(), WcStatus::Success));
+    let mut arrived = 0;
+    let start = Instant::now();
+    while arrived < COUNT && start.elapsed() < Duration::from_secs(10) {
+        arrived += received.poll_many(COUNT).len();
+    }
+    assert_eq!(arrived, COUNT);
 }
 
 /// Its peers' messages wait for it, and come when it runs again.

@@ -248,7 +248,7 @@ pub(super) fn wait(
             Some(Next::At(at))
         }
         Err(None) => {
-            // An unreliable message whose destination had no receive, or no memory for it: dropped, which its sender never learns.
+            // An unreliable message whose destination had no receive, or no memory for it, or that there was no room for: dropped, which its sender never learns.
             ud::starve(ctx, nic, qp, &job);
             job.put_back_receive();
             ctx.hand.give_back();
@@ -278,7 +278,7 @@ fn count_wait(
             WaitKind::Lost | WaitKind::PeerPage => (attr.retry_cnt, attr.timeout == 0, Some(WcStatus::RetryExcErr)),
             // Its own guest's matter alone: until that answers, or takes the QP back.
             WaitKind::Page => (0, true, None),
-            WaitKind::Datagram => (0, false, None),
+            WaitKind::Datagram | WaitKind::Room => (0, false, None),
         }
     };
     // The first RNR wait is already for a retry; the first lost message is not.
@@ -307,7 +307,7 @@ fn count_wait(
             match kind {
                 WaitKind::Lost => nic.counters.lost_waits.add(1),
                 WaitKind::Rnr | WaitKind::Datagram => nic.counters.rnr_waits.add(1),
-                WaitKind::Page | WaitKind::PeerPage => {}
+                WaitKind::Page | WaitKind::PeerPage | WaitKind::Room => {}
             }
             send.wait = Some(Wait::new(kind, now, period));
             return Ok(now + Wait::SHORTEST_LOOK);

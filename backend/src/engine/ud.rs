@@ -32,6 +32,9 @@ const IPV4_HEADER: u16 = 20;
 /// How many times longer than for a receive a datagram waits for the memory of one.
 const PAGE_PATIENCE: u32 = 10;
 
+/// How many times longer it waits for room on the connection to its host, which may be a busy one.
+const ROOM_PATIENCE: u32 = 10;
+
 /// Where a datagram goes, as its address handle says.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Route {
@@ -100,6 +103,9 @@ pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Jo
     }
     let Some((peer_nic, peer)) = find(ctx, nic, route.destination, datagram) else {
         return match ctx.engine.find_host(nic.id, route.destination) {
+            Some(peer) if tcp::is_congested(ctx, peer, qp.id.qpn) => {
+                Step::Wait(WaitKind::Room, ctx.engine.config().datagram_patience * ROOM_PATIENCE)
+            }
             Some(peer) => {
                 job.way = Way::to(Path::Tcp, peer);
                 send_to_hosts(ctx, nic, qp, &[peer], &route, datagram, job);
@@ -251,16 +257,18 @@ fn place(
     Ok(())
 }
 
-/// Patience with this datagram's destination has ended: until it posts a receive nobody waits for it again, since what is queued
-/// behind may be for others.
-pub(super) fn starve(ctx: &Context, nic: &Nic, qp: &Qp, job: &Job) {
+/// Patience with this datagram's destination has ended: until it posts a receive, or its host takes one more datagram, nobody waits for it again, since
+/// what is queued behind may be for others.
+pub(super) fn starve(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job) {
     let Op::Datagram { imm, qpn, qkey, ah } = job.wqe.op else {
         return;
     };
     let datagram = Datagram { qpn, qkey: sent_qkey(qp, qkey), imm };
-    let peer = route(nic, qp, ah).and_then(|route| find(ctx, nic, route.destination, datagram));
-    if let Some((_, peer)) = peer {
+    let Some(route) = route(nic, qp, ah) else { return };
+    if let Some((_, peer)) = find(ctx, nic, route.destination, datagram) {
         peer.recv.lock().starved = true;
+    } else if let Some(host) = ctx.engine.find_host(nic.id, route.destination) {
+        tcp::give_up_on(ctx, host, qp.id.qpn);
     }
 }
 

@@ -28,6 +28,8 @@ pub enum WaitKind {
     PeerPage,
     /// A datagram's destination has no receive posted; patience before it is dropped.
     Datagram,
+    /// The connection to a datagram's host has no room for it; the same.
+    Room,
 }
 
 /// A work request that waits for the peer.

@@ -88,6 +88,8 @@ pub(crate) struct Lane {
     pub(crate) datagrams: VecDeque<Waiting>,
     pub(crate) queued: Queued,
     pub(crate) datagrams_queued: Queued,
+    /// Nobody waits for room for datagrams any more, until one has gone.
+    pub(crate) stuck: bool,
     pub(crate) pending: Option<Pending>,
     pub(crate) heard: Nanos,
     pub(crate) said: Nanos,
@@ -111,6 +113,7 @@ impl Lane {
             datagrams: VecDeque::new(),
             queued: Queued::default(),
             datagrams_queued: Queued::default(),
+            stuck: false,
             pending: None,
             heard: Nanos::ZERO,
             said: Nanos::ZERO,

@@ -15,13 +15,11 @@ use super::rdma_cm::RPING;
 use super::report::{Figure, Outcome, Reporter};
 
 /// What it runs: small numbers, so that emulation shows it too.
-fn programs(hosts: usize) -> Vec<Program> {
-    // Between hosts a router keeps 64 datagrams that wait to be sent and drops the rest (docs/tcp.md), for which perftest waits for ever.
-    let datagrams = if hosts == 1 { 200 } else { 50 };
+fn programs() -> Vec<Program> {
     let pingpong = |kind, size| Pingpong { kind, size, iterations: 100, events: false };
     let perf = TOOLS.map(|tool| match (tool.is_bandwidth(), tool.is_datagram()) {
         (true, false) => Perf::new(tool, 65_536, 200),
-        (true, true) => Perf::new(tool, 1024, datagrams),
+        (true, true) => Perf::new(tool, 1024, 200),
         (false, _) => Perf::new(tool, 64, 50),
     });
     let mut programs: Vec<Program> = perf.map(Program::from).to_vec();
@@ -42,7 +40,7 @@ pub fn run(kind: Kind, layout: Layout, json: bool, reporter: &mut Reporter) -> R
     let bed = Bed::start(&vec![kind; guests], 1, layout)?;
     eprintln!("the guests are up after {:.0} s", start.elapsed().as_secs_f64());
     let place = if hosts == 1 { format!("{kind}, two guests") } else { format!("{kind}, on {layout}") };
-    for (turn, program) in programs(hosts).into_iter().enumerate() {
+    for (turn, program) in programs().into_iter().enumerate() {
         // Each program to the next guest.
         let client = 1 + turn % (guests - 1);
         reporter

@@ -43,7 +43,7 @@ pub fn full() -> Vec<Scene> {
         Scene::new(vec![UML_TRIXIE, QEMU_TRIXIE], both_ways()),
         Scene::new(vec![QEMU_TRIXIE; 2], everything().chain(managed()).chain(Check::life())),
         Scene { spread: 2, ..Scene::new(vec![QEMU_BOOKWORM; 2], Check::solos(0).chain(each_program(0, 1))) },
-        Scene { layout: Layout::on(2), ..Scene::new(vec![UML_TRIXIE; 2], between_hosts().chain(managed())) },
+        Scene { layout: Layout::on(2), ..Scene::new(vec![UML_TRIXIE; 2], each_program(0, 1).chain(managed())) },
         Scene::new(vec![UML_TRIXIE], nic::FEW.into_iter().map(|name| Check::OverNic(0, name))),
     ]
 }
@@ -122,14 +122,6 @@ fn pingpongs() -> [Program; 6] {
 fn each_program(server: usize, client: usize) -> impl Iterator<Item = Check> {
     let programs = TOOLS.into_iter().chain(MORE_TOOLS).map(|tool| Program::from(usual(tool)));
     programs.chain(pingpongs()).map(move |program| Check::pair(server, client, program))
-}
-
-/// Each program once, but for streams of unreliable messages: on a busy machine some get lost between hosts, and perftest waits for ever
-/// for those.
-fn between_hosts() -> impl Iterator<Item = Check> {
-    let loses = |tool: &Tool| tool.is_bandwidth() && Program::from(usual(*tool)).label().contains("-c U");
-    let tools = TOOLS.into_iter().chain(MORE_TOOLS).filter(move |tool| !loses(tool));
-    tools.map(|tool| Program::from(usual(tool))).chain(pingpongs()).map(|program| Check::pair(0, 1, program))
 }
 
 /// Each program with each flag that it knows.

@@ -38,6 +38,20 @@ pub(in super::super) fn send(ctx: &mut Context, nic: &Nic, peer: PeerId, carried
     }
 }
 
+/// Whether a datagram would be dropped now, since too many wait for its connection, and could be sent soon.
+pub(in super::super) fn is_congested(ctx: &Context, peer: PeerId, qpn: u32) -> bool {
+    ctx.tcp.as_ref().and_then(|links| links.link_to(peer)).is_some_and(|link| link.is_congested(qpn))
+}
+
+/// Nobody waits for this connection any more, until one more datagram has gone.
+pub(in super::super) fn give_up_on(ctx: &mut Context, peer: PeerId, qpn: u32) {
+    with_links(ctx, |links, _, _| {
+        if let Some(line) = links.to(peer) {
+            line.link.give_up_on(qpn);
+        }
+    });
+}
+
 /// Datagrams that wait before they are sent without waiting for the end of the round.
 const MANY: usize = 32;
 

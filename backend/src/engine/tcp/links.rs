@@ -69,6 +69,11 @@ impl Links {
         self.lines.iter_mut().find(|line| line.peering.peer == peer)
     }
 
+    /// The same, to look at.
+    pub(super) fn link_to(&self, peer: PeerId) -> Option<&Link> {
+        self.lines.iter().find(|line| line.peering.peer == peer).map(|line| &line.link)
+    }
+
     /// This one.
     pub(super) fn line(&mut self, peer: PeerId, index: u16) -> Option<&mut Line> {
         line_in(&mut self.lines, peer, index)

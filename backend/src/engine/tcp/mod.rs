@@ -24,7 +24,7 @@ mod run;
 
 pub(super) use answering::{accept, key_of};
 pub use command::Command;
-pub(super) use datagram::send as send_datagram;
+pub(super) use datagram::{give_up_on, is_congested, send as send_datagram};
 pub use links::{Links, Tell};
 pub(super) use links::{flush, is_wanted, next_timer, poll, with_links};
 pub(super) use reap::settled;

@@ -146,11 +146,28 @@ impl Link {
         }
     }
 
+    /// The connection that a queue pair's datagrams take.
+    fn lane_of_datagrams(&self, qpn: u32) -> usize {
+        qpn as usize % self.lanes.len()
+    }
+
+    /// Whether a datagram of this queue pair would be dropped now, and could be taken soon: its connection works, and as many wait for it as may.
+    pub fn is_congested(&self, qpn: u32) -> bool {
+        let lane = &self.lanes[self.lane_of_datagrams(qpn)];
+        lane.is_up() && !lane.stuck && lane.datagrams.len() >= self.config.limits.datagrams
+    }
+
+    /// Patience with a congested connection has ended: it does not count as congested until one more datagram has gone.
+    pub fn give_up_on(&mut self, qpn: u32) {
+        let index = self.lane_of_datagrams(qpn);
+        self.lanes[index].stuck = true;
+    }
+
     /// Sends a datagram, or drops it.
     pub fn send_datagram<H: Host>(&mut self, now: Nanos, datagram: Datagram, len: u32, token: Token, host: &mut H) {
+        let index = self.lane_of_datagrams(datagram.source_qpn);
         let limits = &self.config.limits;
-        let index = datagram.source_qpn % self.lanes.len() as u32;
-        let lane = &mut self.lanes[index as usize];
+        let lane = &mut self.lanes[index];
         if lane.datagrams.len() >= limits.datagrams || len > MAX_DATAGRAM {
             host.datagram_sent(token, false);
             return;

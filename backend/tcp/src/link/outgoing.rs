@@ -149,6 +149,7 @@ impl Lane {
     fn next_datagram<H: Host>(&mut self, host: &mut H) -> Option<Outgoing> {
         self.datagrams_queued.data = false;
         let next = self.datagrams.pop_front()?;
+        self.stuck = false;
         host.datagram_sent(next.token, true);
         let source = Source { origin: Origin::Datagram(next.token), offset: 0, len: next.len };
         let packet = Packet { frame: Frame::Datagram(next.datagram), payload: next.len };

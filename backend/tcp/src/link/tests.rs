@@ -435,22 +435,33 @@ fn a_datagram_waits_for_its_connection_for_a_while() {
     pair.run();
     // The socket is full: patience, and no more of them than there is room for.
     let most = pair.links[0].config.limits.datagrams as u64;
-    (2..most + 3).for_each(|token| send(&mut pair, token));
+    (2..most + 1).for_each(|token| send(&mut pair, token));
+    assert!(!pair.links[0].is_congested(1));
+    send(&mut pair, most + 1);
+    assert!(pair.links[0].is_congested(1));
+    pair.links[0].give_up_on(1);
+    assert!(!pair.links[0].is_congested(1));
+    send(&mut pair, most + 2);
     assert_eq!(pair.devices[0].datagrams, [(1, true), (most + 2, false)]);
     let patience = pair.links[0].config.limits.datagram_patience;
     pair.now = pair.now + patience;
     // A host that was slow itself sends them nevertheless.
     let conn = pair.conns[0].unwrap();
+    pair.pass(0, conn).unwrap();
+    send(&mut pair, most + 1);
+    assert!(pair.links[0].is_congested(1), "one has gone, and another is in its place");
     while pair.pass(0, conn).is_some() {}
     assert_eq!(pair.devices[0].datagrams.last(), Some(&(most + 1, true)));
     // There is no connection.
     pair.cut();
     send(&mut pair, 1000);
     assert_eq!(pair.links[0].footprint().datagrams, 1);
+    (1..most).for_each(|_| send(&mut pair, 999));
+    assert!(!pair.links[0].is_congested(1), "nobody waits for a connection that is not there");
     pair.now = pair.now + pair.links[0].config.limits.redial;
     pair.connect();
     pair.run();
-    assert_eq!(pair.devices[0].datagrams.last(), Some(&(1000, true)));
+    assert!(pair.devices[0].datagrams.contains(&(1000, true)));
     pair.cut();
     send(&mut pair, 1001);
     pair.now = pair.now + patience;
