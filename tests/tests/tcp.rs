@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use freeflow_tcp::frame::{Frame, Hello, MAX_HEADER, Packet, VERSIONS};
 use freeflow_tests::bed::{Bed, Witness, eventually};
-use freeflow_tests::guest::{Guest, GuestConfig};
 use freeflow_tests::guest::mem::Placement;
 use freeflow_tests::guest::verbs::{AhAttr, Op, QpSpec, Rc, RcOptions, SendWr, Wc};
+use freeflow_tests::guest::{Guest, GuestConfig};
 use freeflow_tests::mesh::{Network, host_id};
 use freeflow_tests::router::{Hosts, RouterSpec};
 use virtio_rdma::ib::{QpState, WcStatus};

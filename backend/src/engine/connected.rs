@@ -18,7 +18,7 @@ use crate::nic::Nic;
 use crate::overlay::Gid;
 use crate::profile::Profile;
 use crate::qp::{Binding, Qp, Requester, SendQueue, Taken, Ticket};
-use crate::wqe::{Flush, Op};
+use crate::wqe::{Flush, Op, Sge};
 
 /// How far a message came.
 pub(super) enum Progress {
@@ -52,7 +52,7 @@ pub(super) fn step(
     qp: &Arc<Qp>,
     send: &mut SendQueue,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Progress {
     if send.wait.is_some() {
         // The first time it was charged when it was fetched.
@@ -111,12 +111,15 @@ fn exchange(
     qp: &Arc<Qp>,
     peer: &Binding,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
     followers: usize,
 ) -> Result<Progress, Failure> {
     if !job.started {
         match admit(ctx, peer, job, budget, followers)? {
-            Admission::Accepted => job.started = true,
+            Admission::Accepted => {
+                job.started = true;
+                job.short |= !budget.fits(job.wqe.length) && is_on_demand(ctx, peer, job);
+            }
             Admission::NotReady => return Ok(Progress::NotReady(peer.qp.attrs.lock().attr.min_rnr_timer)),
         }
     }
@@ -128,17 +131,30 @@ fn exchange(
 
 /// Checks what is the requester's own, and finds where the next piece of its payload comes from: what is wrong with that must not
 /// cost the peer a receive.
-fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &Job, budget: &Budget) -> Result<(), OwnFailure> {
+fn check_local(ctx: &mut Context, nic: &Nic, qp: &Qp, job: &mut Job, budget: &Budget<'_>) -> Result<(), OwnFailure> {
     if !job.started {
         check_request(ctx, nic, qp, job, budget)?;
+        job.short = !budget.fits(job.wqe.length) && ctx.any_on_demand(nic, lkeys(job.wqe.sges.as_slice()));
     }
     ctx.src.clear();
     if !job.wqe.op.sends_payload() || job.wqe.is_inline() {
         return Ok(());
     }
-    let (from, len) = (job.done, job.left().min(budget.bytes));
+    let (from, len) = (job.done, next_piece(job, budget));
     let own = Gather { nic, pdn: qp.id.pdn, need: Access::empty(), sges: job.wqe.sges.as_slice(), from, len };
     ctx.gather(Side::Source, &own).map_err(|reason| not_ours(qp, reason))
+}
+
+fn lkeys(sges: &[Sge]) -> impl Iterator<Item = u32> {
+    sges.iter().filter(|sge| sge.length > 0).map(|sge| sge.lkey)
+}
+
+/// Whether pages of what a message reaches at the peer may be missing.
+fn is_on_demand(ctx: &mut Context, peer: &Binding, job: &Job) -> bool {
+    match job.wqe.op {
+        Op::Write { rkey, .. } | Op::Read { rkey, .. } => ctx.any_on_demand(&peer.nic, [rkey].into_iter()),
+        _ => ctx.any_on_demand(&peer.nic, lkeys(job.recv.sges.as_slice())),
+    }
 }
 
 /// Checks what is the requester's own.
@@ -150,7 +166,7 @@ pub(super) fn check_request(
     nic: &Nic,
     qp: &Qp,
     job: &Job,
-    budget: &Budget,
+    budget: &Budget<'_>,
 ) -> Result<(), OwnFailure> {
     let fetches = job.wqe.op.fetches();
     if job.wqe.length > u64::from(Profile::MAX_MESSAGE) {
@@ -287,7 +303,7 @@ pub(super) fn admit(
     ctx: &mut Context,
     peer: &Binding,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
     followers: usize,
 ) -> Result<Admission, Failure> {
     check_remote(ctx, peer, job, budget).map_err(Failure::Remote)?;
@@ -298,7 +314,7 @@ pub(super) fn admit(
 }
 
 /// Checks what a WRITE, READ, atomic or FLUSH reaches at the peer.
-fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job, budget: &Budget) -> Result<(), Fault> {
+fn check_remote(ctx: &mut Context, peer: &Binding, job: &Job, budget: &Budget<'_>) -> Result<(), Fault> {
     let (need, addr, rkey) = match job.wqe.op {
         Op::Write { remote_addr, rkey, .. } | Op::AtomicWrite { remote_addr, rkey } => {
             (Access::REMOTE_WRITE, remote_addr, rkey)
@@ -367,7 +383,7 @@ fn take_receive(
     ctx: &mut Context,
     peer: &Binding,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
     followers: usize,
 ) -> Result<Admission, Fault> {
     if job.has_receive() {
@@ -406,6 +422,11 @@ fn take_receive(
     Ok(Admission::Accepted)
 }
 
+/// Bytes of the next piece. A longer one is copied in strides, after each of which others have their turn if they wait.
+fn next_piece(job: &Job, budget: &Budget<'_>) -> u64 {
+    job.left().min(if job.short { budget.bytes } else { budget.stretch() })
+}
+
 /// Copies one piece; with the last one the responder's side completes.
 fn move_piece(
     ctx: &mut Context,
@@ -413,28 +434,47 @@ fn move_piece(
     qp: &Arc<Qp>,
     peer: &Binding,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Result<Progress, Failure> {
     let is_word = matches!(job.wqe.op, Op::AtomicWrite { .. });
-    let len = if is_word { job.left() } else { job.left().min(budget.bytes) };
+    let len = if is_word { job.left() } else { next_piece(job, budget) };
     let last = len == job.left();
+    let mut moved = 0;
     if len > 0 {
         map_piece(ctx, nic, qp, peer, job, len)?;
         if is_word && !matches!(ctx.dst[..], [word] if word.is_word()) {
             return Err(Failure::Remote(Fault::INVALID));
         }
         let from = Source { own: &[inline_piece(job, len)], guest: &ctx.src };
-        if last {
+        if last && budget.fits(len) {
             mem::copy_ordered(from, &ctx.dst);
+            moved = len;
+            budget.bytes -= len;
         } else {
-            mem::copy(from, &ctx.dst);
+            moved = copy_long(from, &ctx.dst, last, budget);
         }
-        job.done += len;
-        budget.bytes = budget.bytes.saturating_sub(len);
-        ctx.charge(cost::bytes(len));
-        ctx.count_bytes(len);
+        job.done += moved;
+        ctx.charge(cost::bytes(moved));
+        ctx.count_bytes(moved);
     }
-    if last { arrive(ctx, peer, job) } else { Ok(Progress::Paused) }
+    if last && moved == len { arrive(ctx, peer, job) } else { Ok(Progress::Paused) }
+}
+
+/// Copies what the visit has left and then, as long as nobody else waits, a quantum each time. Returns how many bytes that were.
+fn copy_long(from: Source<'_>, to: &[mem::Seg], last: bool, budget: &mut Budget<'_>) -> u64 {
+    let first = budget.bytes;
+    let mut allowed = first;
+    let next = || {
+        if !budget.refill() {
+            return 0;
+        }
+        allowed += budget.bytes;
+        budget.bytes as usize
+    };
+    let moved = mem::copy_in_strides(from, to, last, first as usize, next) as u64;
+    // A word that ends the message is not kept for another visit.
+    budget.bytes = allowed.saturating_sub(moved);
+    moved
 }
 
 /// The rest of a message from another host, and with that all of it, is here: makes its last bytes visible, and completes the receive.

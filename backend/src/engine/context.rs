@@ -38,36 +38,46 @@ const SPARE_JOBS: usize = 128;
 /// Bytes that could be moved in the time that one more look-up takes.
 const BYTES_PER_LOOKUP: u64 = 1024;
 
+/// Quanta beyond the present one that memory is found for at once.
+const STRETCH: u32 = 3;
+
 /// How often a visit may go on because nobody else waits. It bounds how long a quantum lasts.
 pub const REFILLS: u32 = 15;
 
 /// What is left of a visit.
-#[derive(Debug, Clone, Copy)]
-pub struct Budget {
+#[derive(Clone, Copy)]
+pub struct Budget<'a> {
     /// Bytes.
     pub bytes: u64,
     /// Work requests.
     pub wqes: u32,
     refills: u32,
+    /// Whether nobody else waits for the worker.
+    alone: &'a dyn Fn() -> bool,
 }
 
-impl Budget {
+impl<'a> Budget<'a> {
     /// A whole visit.
-    pub fn full() -> Self {
-        Self { bytes: QUANTUM_BYTES, wqes: QUANTUM_WQES, refills: REFILLS }
+    pub fn full(alone: &'a dyn Fn() -> bool) -> Self {
+        Self { bytes: QUANTUM_BYTES, wqes: QUANTUM_WQES, refills: REFILLS, alone }
     }
 
     /// Nothing: whatever is checked only where bytes do not move at once, is.
     pub fn empty() -> Self {
-        Self { bytes: 0, wqes: 0, refills: 0 }
+        Self { bytes: 0, wqes: 0, refills: 0, alone: &|| false }
+    }
+
+    /// Bytes to find memory for at once, to be moved in strides of what [`bytes`](Self::bytes) says. To find it takes as long as to move some KiB.
+    pub fn stretch(&self) -> u64 {
+        if self.bytes == 0 { 0 } else { self.bytes + QUANTUM_BYTES * u64::from(self.refills.min(STRETCH)) }
     }
 
     /// Goes on with the visit after a look whether others wait; false if they do, or it has been long enough.
-    pub fn refill(&mut self, alone: impl FnOnce() -> bool) -> bool {
-        if self.refills == 0 || !alone() {
+    pub fn refill(&mut self) -> bool {
+        if self.refills == 0 || !(self.alone)() {
             return false;
         }
-        *self = Self { refills: self.refills - 1, ..Self::full() };
+        *self = Self { refills: self.refills - 1, ..Self::full(self.alone) };
         true
     }
 
@@ -82,8 +92,8 @@ impl Budget {
     }
 
     /// As [`take_wqe`](Self::take_wqe) for one that somebody else will move the bytes of: they count only if others wait.
-    pub fn take_posted(&mut self, alone: impl FnOnce() -> bool) -> bool {
-        if self.bytes == 0 && self.wqes > 0 && self.refills > 0 && alone() {
+    pub fn take_posted(&mut self) -> bool {
+        if self.bytes == 0 && self.wqes > 0 && self.refills > 0 && (self.alone)() {
             self.bytes = QUANTUM_BYTES;
         }
         self.take_wqe()
@@ -188,14 +198,15 @@ impl Context {
         self.room = room;
     }
 
-    /// For a visit.
-    pub fn budget(&self) -> Budget {
-        let full = Budget::full();
+    /// For a visit. `alone` tells whether nobody else waits for the worker.
+    pub fn budget<'a>(&self, alone: &'a dyn Fn() -> bool) -> Budget<'a> {
+        let full = Budget::full(alone);
         let Some(room) = self.room else { return full };
         Budget {
             bytes: full.bytes.min(room.bytes),
             wqes: full.wqes.min(room.ops.try_into().unwrap_or(u32::MAX)),
             refills: 0,
+            ..full
         }
     }
 
@@ -205,7 +216,7 @@ impl Context {
     }
 
     /// Counts keys or extents that are looked up, also in what is left of a visit.
-    pub fn charge_lookups(&mut self, budget: &mut Budget, count: usize) {
+    pub fn charge_lookups(&mut self, budget: &mut Budget<'_>, count: usize) {
         self.charge(cost::LOOKUP * count as u64);
         budget.charge_lookups(count);
     }
@@ -267,6 +278,11 @@ impl Context {
         };
         let found = mr.segments(at.need, at.addr, len, out);
         found.map_err(|(pages, absent)| self.paging.miss(nic, pages, absent, self.now))
+    }
+
+    /// Whether a page of what one of these keys gives access to may be missing.
+    pub fn any_on_demand(&mut self, nic: &Nic, mut keys: impl Iterator<Item = u32>) -> bool {
+        keys.any(|key| self.keys.get(nic, key).is_ok_and(|mr| mr.is_on_demand()))
     }
 
     /// Checks every key of an SGE list.
@@ -478,7 +494,7 @@ mod tests {
 
     #[test]
     fn a_datagram_to_many_hosts_is_as_many_messages() {
-        let mut budget = Budget::full();
+        let mut budget = Budget::full(&|| true);
         budget.take_more(9, 4096);
         assert_eq!((budget.wqes, budget.bytes), (QUANTUM_WQES - 9, QUANTUM_BYTES - 9 * 4096));
         budget.take_more(usize::MAX, 1);

@@ -22,6 +22,8 @@ pub struct Job {
     pub started: bool,
     /// Bytes moved.
     pub done: u64,
+    /// It is long, and pages of its memory may be missing: it goes in short pieces, or all pages of a longer one might never be there at once.
+    pub short: bool,
     /// A datagram to a group, on its way.
     pub cast: Option<Box<Cast>>,
     /// The page fault that it waits for.
@@ -57,6 +59,7 @@ impl Job {
         self.grip = Grip::Nothing;
         self.started = false;
         self.done = 0;
+        self.short = false;
         self.cast = None;
         self.fault = None;
         self.grace = None;

@@ -44,7 +44,7 @@ pub(super) fn step(
     job: &mut Job,
     mut cast: Box<Cast>,
     datagram: Datagram,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Step {
     let members = cast.members.clone();
     let share = share(budget, cast.remaining().len(), GRH_SIZE as u64 + job.wqe.length);
@@ -67,7 +67,7 @@ pub(super) fn step(
 }
 
 /// How many of the remaining members a visit serves; at least one, so that it gets on.
-fn share(budget: &mut Budget, remaining: usize, bytes: u64) -> usize {
+fn share(budget: &mut Budget<'_>, remaining: usize, bytes: u64) -> usize {
     let mut count = 0;
     while count < remaining && (count == 0 || budget.take_wqe()) {
         budget.bytes = budget.bytes.saturating_sub(bytes);
@@ -83,15 +83,15 @@ mod tests {
 
     #[test]
     fn a_visit_serves_no_more_of_a_large_group_than_it_would_of_single_messages() {
-        let served = |bytes| share(&mut Budget::full(), 100_000, bytes);
+        let served = |bytes| share(&mut Budget::full(&|| true), 100_000, bytes);
         assert_eq!(served(100), QUANTUM_WQES as usize + 1);
         assert_eq!(served(4136), QUANTUM_BYTES.div_ceil(4136) as usize);
     }
 
     #[test]
     fn what_is_left_of_a_small_group_is_served_at_once_and_a_spent_budget_still_serves_one() {
-        assert_eq!(share(&mut Budget::full(), 3, 100), 3);
-        let mut spent = Budget::full();
+        assert_eq!(share(&mut Budget::full(&|| true), 3, 100), 3);
+        let mut spent = Budget::full(&|| true);
         spent.bytes = 0;
         assert_eq!(share(&mut spent, 3, 100), 1);
         assert_eq!(share(&mut spent, 0, 100), 0);

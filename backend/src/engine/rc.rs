@@ -22,7 +22,7 @@ pub(super) fn step(
     qp: &Arc<Qp>,
     send: &mut SendQueue,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Step {
     let step = match connected::step(ctx, nic, qp, send, job, budget) {
         Progress::NotThere => return Step::Wait(WaitKind::Lost, ack_timeout(qp.attrs.lock().attr.timeout)),

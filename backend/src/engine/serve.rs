@@ -29,7 +29,7 @@ pub enum Next {
 }
 
 /// Visits a QP of `nic`. `alone` tells whether nobody else waits for the worker.
-pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -> bool) -> Next {
+pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: &dyn Fn() -> bool) -> Next {
     ctx.charge(cost::VISIT);
     // The control queue has it: its change is looked at next time, and nobody waits here.
     let Some(mut send) = qp.send.try_lock() else {
@@ -37,7 +37,7 @@ pub fn serve(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, alone: impl Fn() -
     };
     match qp.state() {
         QpState::Rts if nic.pacer.is_limited() => {
-            paced(ctx, nic, &mut send, |ctx, send| run(ctx, nic, qp, send, || false))
+            paced(ctx, nic, &mut send, |ctx, send| run(ctx, nic, qp, send, &|| false))
         }
         QpState::Rts => run(ctx, nic, qp, &mut send, alone),
         QpState::Err if !verbs::settled(ctx, nic, qp, &mut send, true) => Next::Idle,
@@ -89,9 +89,9 @@ fn paced(
     next
 }
 
-fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, alone: impl Fn() -> bool) -> Next {
+fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, alone: &dyn Fn() -> bool) -> Next {
     if send.nic.is_some()
-        && let Some(next) = verbs::run(ctx, nic, qp, send, &alone)
+        && let Some(next) = verbs::run(ctx, nic, qp, send, alone)
     {
         return next;
     }
@@ -102,14 +102,14 @@ fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, al
     }
     if ctx.tcp.is_some()
         && !qp.id.kind.is_datagram()
-        && let Some(next) = tcp::run(ctx, nic, qp, send, &alone)
+        && let Some(next) = tcp::run(ctx, nic, qp, send, alone)
     {
         return next;
     }
-    let mut budget = ctx.budget();
+    let mut budget = ctx.budget(alone);
     let next = loop {
         if !budget.take_wqe() {
-            if !budget.refill(&alone) {
+            if !budget.refill() {
                 break Next::Again;
             }
             send.publish();
@@ -117,7 +117,7 @@ fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, al
         }
         match run_one(ctx, nic, qp, send, &mut budget) {
             None => {}
-            Some(Next::Again) if qp.state() == QpState::Rts && budget.refill(&alone) => ctx.announce(),
+            Some(Next::Again) if qp.state() == QpState::Rts && budget.refill() => ctx.announce(),
             Some(next) => break next,
         }
     };
@@ -126,7 +126,13 @@ fn run(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, al
 }
 
 /// Takes the present work request, or the next one, as far as it goes. `None`: it is complete.
-fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue, budget: &mut Budget) -> Option<Next> {
+fn run_one(
+    ctx: &mut Context,
+    nic: &Arc<Nic>,
+    qp: &Arc<Qp>,
+    send: &mut SendQueue,
+    budget: &mut Budget<'_>,
+) -> Option<Next> {
     let job = match send.job.take() {
         Some(job) => Some(job),
         None => match fetch(ctx, qp, send) {
@@ -145,7 +151,7 @@ fn run_one(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue
 
 /// SQD: what has started is finished, nothing new is begun.
 fn drain(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, send: &mut SendQueue) -> Next {
-    let mut budget = ctx.budget();
+    let mut budget = ctx.budget(&|| false);
     // One for another host that was not posted has not started.
     let is_elsewhere = send.remote.is_some() || send.nic.as_ref().is_some_and(|queue| queue.between.is_some());
     let waits = is_elsewhere && send.job.as_ref().is_some_and(|job| !job.is_under_way());
@@ -170,7 +176,7 @@ pub(super) fn advance(
     qp: &Arc<Qp>,
     send: &mut SendQueue,
     mut job: Box<Job>,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Option<Next> {
     if job.wqe.length >= LONG {
         ctx.publish();

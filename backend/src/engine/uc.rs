@@ -19,7 +19,7 @@ pub(super) fn step(
     qp: &Arc<Qp>,
     send: &mut SendQueue,
     job: &mut Job,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Step {
     if !job.wqe.op.is_for_uc() {
         return Step::Failed(WcStatus::LocQpOpErr);

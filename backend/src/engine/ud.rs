@@ -57,7 +57,7 @@ pub(super) struct Datagram {
 }
 
 /// Sends one datagram.
-pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Job, budget: &mut Budget) -> Step {
+pub(super) fn step(ctx: &mut Context, nic: &Arc<Nic>, qp: &Arc<Qp>, job: &mut Job, budget: &mut Budget<'_>) -> Step {
     let Op::Datagram { imm, qpn, qkey, ah } = job.wqe.op else {
         return Step::Failed(WcStatus::LocQpOpErr);
     };

@@ -337,7 +337,7 @@ impl Worker {
         };
         let (ports, mailbox) = (&self.ports, &self.engine.mailboxes[self.index]);
         let alone = || !mailbox.has_posts() && ports.iter().all(Port::is_quiet);
-        let next = serve(&mut self.ctx, &ports[index].nic, &qp, alone);
+        let next = serve(&mut self.ctx, &ports[index].nic, &qp, &alone);
         let port = &mut self.ports[index];
         match next {
             Next::Idle => port.hot = Some(qp),

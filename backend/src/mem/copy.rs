@@ -54,13 +54,46 @@ pub fn copy_ordered(src: Source<'_>, dst: &[Seg]) {
         let len = from.len.min(to.len);
         return copy_piece_ordered(from.slice(0, len), to.slice(0, len));
     }
-    let total = src.segs().map(|seg| seg.len).sum::<usize>().min(dst.iter().map(Seg::len).sum());
-    let Some(last) = end_of(dst, total).map(|end| end.slice(end.len - last_word(end), end.len)) else {
-        return;
-    };
-    if total > last.len {
-        walk_limited(src, dst, total - last.len);
+    let total = shorter(src, dst);
+    let last = last_word_of(dst, total);
+    let whole = usize::MAX;
+    copy_strides(src, dst, total - last.map_or(0, |last| last.len), whole, || 0);
+    end_ordered(src, total, last);
+}
+
+/// Like [`copy`] or, if `ordered`, [`copy_ordered`], but first `stride` bytes and then as many as `next` says each time, until that says 0.
+/// Returns how many bytes were copied.
+pub fn copy_in_strides(
+    src: Source<'_>,
+    dst: &[Seg],
+    ordered: bool,
+    stride: usize,
+    next: impl FnMut() -> usize,
+) -> usize {
+    let total = shorter(src, dst);
+    let last = if ordered { last_word_of(dst, total) } else { None };
+    let body = total - last.map_or(0, |last| last.len);
+    let copied = copy_strides(src, dst, body, stride, next);
+    if copied < body {
+        return copied;
     }
+    end_ordered(src, total, last);
+    total
+}
+
+/// Bytes of the side that has fewer.
+fn shorter(src: Source<'_>, dst: &[Seg]) -> usize {
+    src.segs().map(|seg| seg.len).sum::<usize>().min(dst.iter().map(Seg::len).sum())
+}
+
+/// The word that ends the first `total` bytes of `dst`.
+fn last_word_of(dst: &[Seg], total: usize) -> Option<Seg> {
+    end_of(dst, total).map(|end| end.slice(end.len - last_word(end), end.len))
+}
+
+/// Copies the last of `total` bytes, all others of which are there.
+fn end_ordered(src: Source<'_>, total: usize, last: Option<Seg>) {
+    let Some(last) = last else { return };
     // Only now: its cache line, last written by another core, has come with the body.
     let mut tail = [0u8; 8];
     let word = &mut tail[..last.len];
@@ -221,14 +254,24 @@ fn store_word(seg: Seg, bytes: &[u8]) {
     }
 }
 
-fn walk_limited(src: Source<'_>, dst: &[Seg], limit: usize) {
-    let mut left = limit;
-    walk(src, dst, |from, to, len| {
-        let now = len.min(left);
-        // SAFETY: as in `copy`; `now` is not more than what `walk` offers.
-        unsafe { std::ptr::copy(from, to, now) };
-        left -= now;
+/// Copies the first `limit` bytes in strides. How many it came to.
+fn copy_strides(src: Source<'_>, dst: &[Seg], limit: usize, stride: usize, mut next: impl FnMut() -> usize) -> usize {
+    let (mut copied, mut room) = (0, stride.min(limit));
+    walk(src, dst, |mut from, mut to, mut len| {
+        while len > 0 && room > 0 {
+            let now = len.min(room);
+            // SAFETY: as in `copy`; `now` is not more than what is left of what `walk` offers, and so are the addresses behind it.
+            (from, to) = unsafe {
+                std::ptr::copy(from, to, now);
+                (from.add(now), to.add(now))
+            };
+            (len, room, copied) = (len - now, room - now, copied + now);
+            if room == 0 && copied < limit {
+                room = next().min(limit - copied);
+            }
+        }
     });
+    copied
 }
 
 /// Calls `f(from, to, len)` for the longest runs that are contiguous on both sides.
@@ -307,6 +350,41 @@ mod tests {
         let (from, mut to) = (vec![1u8; 20], vec![0u8; 30]);
         copy_ordered(Source { own: &[&from], guest: &[] }, &[seg(&mut to[..10])]);
         assert_eq!(to.iter().map(|&b| usize::from(b)).sum::<usize>(), 10);
+    }
+
+    #[test]
+    fn strides_end_when_they_are_told_to() {
+        let mut from = (0..=255u8).collect::<Vec<_>>();
+        for (ordered, cut, skew, stride, turns) in combinations() {
+            let mut to = vec![0u8; 256 + skew];
+            let (a, b) = from.split_at_mut(cut);
+            let src = [seg(a), seg(b)];
+            let (c, d) = to[skew..].split_at_mut(256 - cut);
+            let dst = [seg(c), seg(d)];
+            let mut left = turns;
+            let next = || {
+                left = left.saturating_sub(1);
+                if left > 0 { 2 * stride } else { 0 }
+            };
+            let copied = copy_in_strides(Source { own: &[], guest: &src }, &dst, ordered, stride, next);
+            let offered = stride + 2 * stride * turns.saturating_sub(1);
+            let what = format!("ordered {ordered} cut {cut} skew {skew} stride {stride} turns {turns}");
+            // What is left of an aligned word comes with the stride that reaches it.
+            assert!(copied == 256 || copied == offered.min(256), "{copied}: {what}");
+            assert!(copied <= offered + 8, "{copied}: {what}");
+            assert_eq!(to[skew..skew + copied], from[..copied], "{what}");
+            assert!(to[skew + copied..].iter().all(|&byte| byte == 0), "{what}");
+        }
+    }
+
+    fn combinations() -> impl Iterator<Item = (bool, usize, usize, usize, usize)> {
+        let more = |(ordered, cut, skew)| {
+            [1, 16, 64, 100, 300]
+                .into_iter()
+                .flat_map(move |s| [1, 2, 3, 200].map(|turns| (ordered, cut, skew, s, turns)))
+        };
+        let places = [0, 1, 100, 256].into_iter().flat_map(|cut| [0, 3, 8].map(|skew| (cut, skew)));
+        places.flat_map(|(cut, skew)| [false, true].map(|ordered| (ordered, cut, skew))).flat_map(more)
     }
 
     #[test]

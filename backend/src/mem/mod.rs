@@ -13,7 +13,7 @@ mod pages;
 pub mod socket;
 
 pub use atomic::{AtomicOp, atomic};
-pub use copy::{Source, copy, copy_ordered, prefetch_own, read, read_all, touch, write};
+pub use copy::{Source, copy, copy_in_strides, copy_ordered, prefetch_own, read, read_all, touch, write};
 pub use extent::{Extent, Seg};
 pub use fault::Alarm;
 pub use map::{Map, MapError, Region, RegionId};

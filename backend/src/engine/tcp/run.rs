@@ -33,7 +33,7 @@ pub(in super::super) fn run(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    alone: &impl Fn() -> bool,
+    alone: &dyn Fn() -> bool,
 ) -> Option<Next> {
     if send.remote.is_none() && !find(ctx, nic, qp, send) {
         return None;
@@ -44,9 +44,9 @@ pub(in super::super) fn run(
         // As to a peer that does not answer; what is under way ends first.
         return (send.handed_over() > 0).then_some(Next::At(ctx.now + WITHOUT_GID));
     }
-    let mut budget = ctx.budget();
+    let mut budget = ctx.budget(alone);
     let next = loop {
-        if !budget.take_posted(alone) && !budget.refill(alone) {
+        if !budget.take_posted() && !budget.refill() {
             break Next::Again;
         }
         let fetched = match send.job.take() {
@@ -87,7 +87,7 @@ fn advance(
     qp: &Arc<Qp>,
     send: &mut SendQueue,
     job: Box<Job>,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Option<Next> {
     let fate = match judge(ctx, nic, qp, &job) {
         Fate::Message(op) => return post(ctx, nic, qp, send, job, op, budget),
@@ -159,7 +159,7 @@ fn post(
     send: &mut SendQueue,
     job: Box<Job>,
     op: Does,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Option<Next> {
     let Some((peer, index, id)) = send.remote.as_ref().map(|remote| (remote.peer, remote.link, remote.flow)) else {
         send.job = Some(job);

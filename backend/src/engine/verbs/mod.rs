@@ -55,7 +55,7 @@ pub(super) fn run(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    alone: &impl Fn() -> bool,
+    alone: &dyn Fn() -> bool,
 ) -> Option<Next> {
     if let Some(next) = reap(ctx, nic, qp, send) {
         return Some(next);
@@ -97,7 +97,7 @@ fn run_between(
     nic: &Arc<Nic>,
     qp: &Arc<Qp>,
     send: &mut SendQueue,
-    alone: &impl Fn() -> bool,
+    alone: &dyn Fn() -> bool,
 ) -> Option<Next> {
     match between::pairing(ctx, nic, qp, send) {
         Reach::Connected => note_apart(send, None),
@@ -181,12 +181,12 @@ fn post(
     qp: &Arc<Qp>,
     send: &mut SendQueue,
     far: Far<'_>,
-    alone: &impl Fn() -> bool,
+    alone: &dyn Fn() -> bool,
 ) -> Option<Next> {
-    let mut budget = ctx.budget();
+    let mut budget = ctx.budget(alone);
     loop {
-        if !budget.take_posted(alone) {
-            if !give(ctx, nic, qp, send) || !budget.refill(alone) {
+        if !budget.take_posted() {
+            if !give(ctx, nic, qp, send) || !budget.refill() {
                 return Some(Next::Again);
             }
             ctx.announce();

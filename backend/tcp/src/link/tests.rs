@@ -435,7 +435,7 @@ fn a_datagram_waits_for_its_connection_for_a_while() {
     pair.run();
     // The socket is full: patience, and no more of them than there is room for.
     let most = pair.links[0].config.limits.datagrams as u64;
-    (2..most + 1).for_each(|token| send(&mut pair, token));
+    (2..=most).for_each(|token| send(&mut pair, token));
     assert!(!pair.links[0].is_congested(1));
     send(&mut pair, most + 1);
     assert!(pair.links[0].is_congested(1));
